@@ -1,0 +1,122 @@
+"""Every key of the project's own part of a run file: its type, default, unit and meaning.
+
+    {"extends": "other.json", "refiner": {"model": …, "data": …, "recipe": …, "run": …}, …DeepSpeed's own keys…}
+
+The table of keys in the docs is printed from here (``python -m refiner_ds.config``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Pair = tuple[float, float]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """One object of a run file; an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelKeys(Section):
+    """``refiner.model``: which network. Keys left null keep what the named model defines."""
+
+    name: str = Field("refiner_vit_s", description="timm name of the model, e.g. refiner_vit_s, refined_vit")
+    img_size: int = Field(224, gt=0, description="side of the square input, pixels")
+    num_classes: int | None = Field(None, gt=0, description="classes; null: as many as the training set names")
+    drop_path: Fraction = Field(0.0, description="stochastic depth rate of the last block, rising linearly to it")
+    drop: Fraction = Field(0.0, description="dropout after projections and in MLPs")
+    attn_drop: Fraction = Field(0.0, description="dropout on attention maps of map-making blocks")
+    depth: int | None = Field(None, gt=0, description="blocks")
+    embed_dim: int | None = Field(None, gt=0, description="width D")
+    num_heads: int | None = Field(None, gt=0, description="heads H")
+    mlp_ratio: float | None = Field(None, gt=0, description="hidden width of an MLP over D")
+    patch_size: int | None = Field(None, gt=0, description="side of a patch, pixels")
+    stem_chs: tuple[int, int, int] | None = Field(None, description="channels of the stem's three convolutions")
+    layout: Literal["released", "paper"] | None = Field(
+        None, description="released: blocks alternate between making and refining maps; paper: every block refines its own"
+    )
+    refiner: Literal["none", "linear", "bottleneck"] | None = Field(None, description="how maps are refined")
+    expansion_ratio: int | None = Field(None, gt=0, description="expanded maps over heads, r")
+    kernel_size: int | None = Field(None, gt=0, description="side k of the kernel of distributed local attention")
+    expand: bool | None = Field(None, description="false: distributed local attention alone, without head expansion")
+    reduction: bool | None = Field(None, description="project expanded maps back to H before they meet the values")
+    constraint: Literal["none", "spatial", "row+col"] | None = Field(None, description="spatial constraint on kernels")
+    cos_reg: bool = Field(False, description="add 0.1·mean cosine similarity of neighbouring blocks' maps to the loss")
+    checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
+        "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"
+    )
+
+
+class DataKeys(Section):
+    """``refiner.data``: where samples come from and how evaluation looks at them."""
+
+    train: str = Field(..., description="folder of the training shards, or package:digits/train")
+    val: str | None = Field(None, description="folder of the validation shards; null: no evaluation")
+    score_maps: bool = Field(False, description="train on the relabel score maps stored beside the images")
+    workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
+    cache: str | None = Field(None, description="folder for sets made or fetched; null: $REFINER_DS_CACHE, ~/.cache/refiner_ds")
+    eval_crop_ratio: float = Field(0.9, gt=0, description="centre crop over resized side in evaluation; above 1 pads")
+    eval_batch: int | None = Field(None, gt=0, description="images a process evaluates at once; null: the micro-batch")
+    mean: Triple = Field((0.5, 0.5, 0.5), description="channel means, images in [0, 1]")
+    std: Triple = Field((0.5, 0.5, 0.5), description="channel standard deviations, images in [0, 1]")
+    on_bad_sample: Literal["error", "skip"] = Field("error", description="a damaged sample ends the run, or is skipped and counted")
+
+
+class RecipeKeys(Section):
+    """``refiner.recipe``: optimisation, augmentation and labels. Defaults are the released recipe."""
+
+    epochs: float = Field(300, gt=0, description="passes over the data, warm-up and cool-down included")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate for a global batch of lr_batch images")
+    lr_batch: int | None = Field(512, gt=0, description="lr is scaled by global batch / lr_batch; null: lr as it stands")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="shape after warm-up")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine and in the cool-down (not scaled)")
+    warmup_epochs: float = Field(5, ge=0, description="linear warm-up, epochs")
+    warmup_lr: float = Field(1e-6, ge=0, description="learning rate warm-up starts at (not scaled)")
+    cooldown_epochs: float = Field(10, ge=0, description="epochs at min_lr at the end")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's, not on 1-D parameters, position embedding and class token")
+    betas: Pair = Field((0.9, 0.999), description="AdamW's")
+    eps: float = Field(1e-8, gt=0, description="AdamW's")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99996, description="decay a step of the averaged weights; 0: no averaging")
+    crop_scale: Pair = Field((0.08, 1.0), description="area range of random-resized-crop")
+    crop_ratio: Pair = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
+    hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    auto_augment: str = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; empty: none")
+    color_jitter: float = Field(0.4, ge=0, description="colour jitter, inactive when auto_augment is set")
+    interpolation: Literal["random", "bilinear", "bicubic"] = Field("random", description="resampling of training crops")
+    random_erasing: Fraction = Field(0.25, description="probability of random erasing")
+    random_erasing_mode: Literal["const", "rand", "pixel"] = Field("pixel", description="what erased areas are filled with")
+    mixup: float = Field(0.8, ge=0, description="Beta parameter of mixup; 0: off")
+    cutmix: float = Field(1.0, ge=0, description="Beta parameter of CutMix; 0: off")
+    mix_probability: Fraction = Field(1.0, description="probability that a batch is mixed at all")
+    mix_switch: Fraction = Field(0.5, description="probability of CutMix where both are on")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="y·(1−ε+ε/C)+ε/C on dense targets, timm's on labels")
+    mix_token: bool = Field(False, description="mix patch tokens of two images behind the stem, labels with them")
+    dense_weight: float = Field(0.5, ge=0, description="weight of the patch loss")
+    cls_weight: float = Field(1.0, ge=0, description="weight of the class loss")
+
+
+class RunKeys(Section):
+    """``refiner.run``: where results go and how often."""
+
+    output: str = Field("runs", description="folder that holds run folders")
+    name: str | None = Field(None, description="name of the run folder; null: the run file's own name")
+    seed: int = Field(42, ge=0, description="everything random is a function of it")
+    log_steps: int = Field(50, gt=0, description="optimizer steps between metric lines")
+    eval_epochs: float = Field(1, gt=0, description="epochs between evaluations; the end is always evaluated")
+    checkpoint_epochs: float = Field(1, gt=0, description="epochs between checkpoints; the end is always saved")
+    keep_checkpoints: int = Field(3, gt=0, description="newest checkpoints kept")
+    picture_epochs: float = Field(10, gt=0, description="epochs between pictures of attention maps in TensorBoard")
+
+
+class RefinerKeys(Section):
+    """``refiner``: the project's own part of a run file."""
+
+    model: ModelKeys = Field(default_factory=ModelKeys)
+    data: DataKeys
+    recipe: RecipeKeys = Field(default_factory=RecipeKeys)
+    run: RunKeys = Field(default_factory=RunKeys)
