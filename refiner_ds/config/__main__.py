@@ -23,7 +23,12 @@ def key_table(section: type[BaseModel] = RunFileKeys, at: str = "") -> str:
             continue
         default = "required" if field.is_required() else f"`{_json(field.default)}`"
         rows.append(f"| `{key}` | {_type(field.annotation)} | {default} | {field.description} |")
-    head = [f"## `{title}`" if at else f"## {title}", "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    head = [
+        f"## `{title}`" if at else f"## {title}",
+        "",
+        "| key | type | default | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
     table = "\n".join([*head, *rows]) + "\n\n" if rows else ""
     return table + "".join(key_table(model, path) for path, model in inner)
 
@@ -33,7 +38,9 @@ def _json(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, tuple):
         return f"[{', '.join(_json(part) for part in value)}]"
-    return {None: "null", True: "true", False: "false"}.get(value) or (f'"{value}"' if isinstance(value, str) else str(value))
+    return {None: "null", True: "true", False: "false"}.get(value) or (
+        f'"{value}"' if isinstance(value, str) else str(value)
+    )
 
 
 def _type(annotation: Any) -> str:

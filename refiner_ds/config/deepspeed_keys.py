@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from .schema import RefinerKeys, Section
 
 INSTEAD = {
-    "gradient_accumulation_steps": "it follows from train_batch_size, train_micro_batch_size_per_gpu and the number of processes",
+    "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch and the number of processes",
     "optimizer": "the optimizer is AdamW, set by refiner.recipe.lr, weight_decay, betas and eps",
     "scheduler": "the schedule is set by refiner.recipe.schedule, warmup_epochs and min_lr",
     "tensorboard": "TensorBoard events are always written to the run folder",
@@ -27,7 +27,9 @@ INSTEAD = {
 class BF16Keys(Section):
     """``bf16``: DeepSpeed's mixed precision, bf16 parameters over fp32 master weights."""
 
-    enabled: bool | Literal["auto"] = Field("auto", description="auto: on where the accelerator computes bf16 natively (not on CPUs)")
+    enabled: bool | Literal["auto"] = Field(
+        "auto", description="auto: on where the accelerator computes bf16 natively (not on CPUs)"
+    )
     immediate_grad_update: bool | None = Field(None, description="DeepSpeed's")
     check_grad_overflow: bool | None = Field(None, description="skip a step whose gradients are not finite")
     bf16_master_weights_and_grads: bool | None = Field(None, description="DeepSpeed's; not for long trainings")
@@ -63,7 +65,9 @@ class OffloadParamKeys(Section):
 class ZeroKeys(Section):
     """``zero_optimization``: how states are partitioned over processes."""
 
-    stage: Literal[0, 1, 2, 3] = Field(0, description="0: nothing; 1: optimizer states; 2: and gradients; 3: and parameters")
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0: nothing; 1: optimizer states; 2: and gradients; 3: and parameters"
+    )
     contiguous_gradients: bool | None = Field(None, description="DeepSpeed's")
     reduce_scatter: bool | None = Field(None, description="DeepSpeed's")
     reduce_bucket_size: int | None = Field(None, gt=0, description="elements reduced at once")
@@ -78,7 +82,9 @@ class ZeroKeys(Section):
     offload_param: OffloadParamKeys | None = Field(None, description="see below")
     sub_group_size: int | None = Field(None, ge=0, description="stage 3: elements a sub-group")
     stage3_prefetch_bucket_size: int | None = Field(None, ge=0, description="DeepSpeed's")
-    stage3_param_persistence_threshold: int | None = Field(None, ge=0, description="smaller parameters are not partitioned")
+    stage3_param_persistence_threshold: int | None = Field(
+        None, ge=0, description="smaller parameters are not partitioned"
+    )
     stage3_model_persistence_threshold: int | None = Field(None, ge=0, description="DeepSpeed's")
     stage3_max_live_parameters: int | None = Field(None, ge=0, description="DeepSpeed's")
     stage3_max_reuse_distance: int | None = Field(None, ge=0, description="DeepSpeed's")
@@ -92,7 +98,9 @@ class ActivationCheckpointingKeys(Section):
     """``activation_checkpointing``: present: DeepSpeed's implementation recomputes; absent: torch's."""
 
     partition_activations: bool | None = Field(None, description="split kept activations over model-parallel ranks")
-    cpu_checkpointing: bool | None = Field(None, description="keep activations on the host (needs partition_activations)")
+    cpu_checkpointing: bool | None = Field(
+        None, description="keep activations on the host (needs partition_activations)"
+    )
     contiguous_memory_optimization: bool | None = Field(None, description="DeepSpeed's")
     number_checkpoints: int | None = Field(None, gt=0, description="DeepSpeed's")
     synchronize_checkpoint_boundary: bool | None = Field(None, description="DeepSpeed's")
@@ -132,7 +140,9 @@ class RunFileKeys(Section):
 
     extends: str | None = Field(None, description="another run file, relative to this one, that this one changes")
     refiner: RefinerKeys
-    train_batch_size: int = Field(1024, gt=0, description="global batch of an optimizer step, images: part of the recipe")
+    train_batch_size: int = Field(
+        1024, gt=0, description="global batch of an optimizer step, images: part of the recipe"
+    )
     train_micro_batch_size_per_gpu: int | None = Field(
         None, gt=0, description="images a process computes at once; null: its whole share of the global batch"
     )

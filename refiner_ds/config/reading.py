@@ -176,7 +176,9 @@ def _suggestion(key: str, section: type[BaseModel], path: tuple[str, ...]) -> st
     elsewhere = [p for p in _all_paths(RunFileKeys) if p.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    near_anywhere = difflib.get_close_matches(key, [p.rpartition(".")[2] for p in _all_paths(RunFileKeys)], 1, cutoff=0.75)
+    near_anywhere = difflib.get_close_matches(
+        key, [p.rpartition(".")[2] for p in _all_paths(RunFileKeys)], 1, cutoff=0.75
+    )
     if near_anywhere:
         return f"did you mean {next(p for p in _all_paths(RunFileKeys) if p.rpartition('.')[2] == near_anywhere[0])}?"
     where = ".".join(path[:-1]) or "the top level"
@@ -205,9 +207,15 @@ def _source(path: tuple[str | int, ...], layers: list[Layer]) -> str:
 
 
 WORDS = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "string_type": "a string", "bool_type": "true or false", "tuple_type": "a list", "list_type": "a list",
-    "model_type": "an object", "model_attributes_type": "an object",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
 }
 
 
@@ -237,7 +245,7 @@ def _shown(value: Any) -> str:
 
 
 def _with_absolute_paths(keys: RunFileKeys) -> RunFileKeys:
-    """Folders relative to where the command was typed become absolute, so that the run can be repeated from anywhere."""
+    """Folders relative to where the command was typed become absolute: the run can be repeated from anywhere."""
 
     def absolute(folder: str | None) -> str | None:
         if folder is None or folder.startswith(REMOTE):

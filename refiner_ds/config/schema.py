@@ -38,7 +38,8 @@ class ModelKeys(Section):
     patch_size: int | None = Field(None, gt=0, description="side of a patch, pixels")
     stem_chs: tuple[int, int, int] | None = Field(None, description="channels of the stem's three convolutions")
     layout: Literal["released", "paper"] | None = Field(
-        None, description="released: blocks alternate between making and refining maps; paper: every block refines its own"
+        None,
+        description="released: blocks alternate between making and refining maps; paper: every block refines its own",
     )
     refiner: Literal["none", "linear", "bottleneck"] | None = Field(None, description="how maps are refined")
     expansion_ratio: int | None = Field(None, gt=0, description="expanded maps over heads, r")
@@ -59,12 +60,16 @@ class DataKeys(Section):
     val: str | None = Field(None, description="folder of the validation shards; null: no evaluation")
     score_maps: bool = Field(False, description="train on the relabel score maps stored beside the images")
     workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
-    cache: str | None = Field(None, description="folder for sets made or fetched; null: $REFINER_DS_CACHE, ~/.cache/refiner_ds")
+    cache: str | None = Field(
+        None, description="folder for sets made or fetched; null: $REFINER_DS_CACHE, ~/.cache/refiner_ds"
+    )
     eval_crop_ratio: float = Field(0.9, gt=0, description="centre crop over resized side in evaluation; above 1 pads")
     eval_batch: int | None = Field(None, gt=0, description="images a process evaluates at once; null: the micro-batch")
     mean: Triple = Field((0.5, 0.5, 0.5), description="channel means, images in [0, 1]")
     std: Triple = Field((0.5, 0.5, 0.5), description="channel standard deviations, images in [0, 1]")
-    on_bad_sample: Literal["error", "skip"] = Field("error", description="a damaged sample ends the run, or is skipped and counted")
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error", description="a damaged sample ends the run, or is skipped and counted"
+    )
 
 
 class RecipeKeys(Section):
@@ -72,29 +77,43 @@ class RecipeKeys(Section):
 
     epochs: float = Field(300, gt=0, description="passes over the data, warm-up and cool-down included")
     lr: float = Field(5e-4, gt=0, description="peak learning rate for a global batch of lr_batch images")
-    lr_batch: int | None = Field(512, gt=0, description="lr is scaled by global batch / lr_batch; null: lr as it stands")
+    lr_batch: int | None = Field(
+        512, gt=0, description="lr is scaled by global batch / lr_batch; null: lr as it stands"
+    )
     schedule: Literal["cosine", "constant"] = Field("cosine", description="shape after warm-up")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine and in the cool-down (not scaled)")
+    min_lr: float = Field(
+        1e-5, ge=0, description="learning rate at the end of the cosine and in the cool-down (not scaled)"
+    )
     warmup_epochs: float = Field(5, ge=0, description="linear warm-up, epochs")
     warmup_lr: float = Field(1e-6, ge=0, description="learning rate warm-up starts at (not scaled)")
     cooldown_epochs: float = Field(10, ge=0, description="epochs at min_lr at the end")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's, not on 1-D parameters, position embedding and class token")
+    weight_decay: float = Field(
+        0.05, ge=0, description="AdamW's, not on 1-D parameters, position embedding and class token"
+    )
     betas: Pair = Field((0.9, 0.999), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99996, description="decay a step of the averaged weights; 0: no averaging")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99996, description="decay a step of the averaged weights; 0: no averaging"
+    )
     crop_scale: Pair = Field((0.08, 1.0), description="area range of random-resized-crop")
     crop_ratio: Pair = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
     auto_augment: str = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; empty: none")
     color_jitter: float = Field(0.4, ge=0, description="colour jitter, inactive when auto_augment is set")
-    interpolation: Literal["random", "bilinear", "bicubic"] = Field("random", description="resampling of training crops")
+    interpolation: Literal["random", "bilinear", "bicubic"] = Field(
+        "random", description="resampling of training crops"
+    )
     random_erasing: Fraction = Field(0.25, description="probability of random erasing")
-    random_erasing_mode: Literal["const", "rand", "pixel"] = Field("pixel", description="what erased areas are filled with")
+    random_erasing_mode: Literal["const", "rand", "pixel"] = Field(
+        "pixel", description="what erased areas are filled with"
+    )
     mixup: float = Field(0.8, ge=0, description="Beta parameter of mixup; 0: off")
     cutmix: float = Field(1.0, ge=0, description="Beta parameter of CutMix; 0: off")
     mix_probability: Fraction = Field(1.0, description="probability that a batch is mixed at all")
     mix_switch: Fraction = Field(0.5, description="probability of CutMix where both are on")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="y·(1−ε+ε/C)+ε/C on dense targets, timm's on labels")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="y·(1−ε+ε/C)+ε/C on dense targets, timm's on labels"
+    )
     mix_token: bool = Field(False, description="mix patch tokens of two images behind the stem, labels with them")
     dense_weight: float = Field(0.5, ge=0, description="weight of the patch loss")
     cls_weight: float = Field(1.0, ge=0, description="weight of the class loss")
