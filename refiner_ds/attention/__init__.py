@@ -1,0 +1,43 @@
+"""Refined attention, knowing nothing of models: the equations, the ways of computing them, and the choice.
+
+    reference.py   the paper's equations            norms.py       batch norm in fp32, counted once a step
+    composed.py    the plain composition            parameters.py  what a refiner is made of
+    choose.py      attend, refine, plain: what models call
+"""
+
+from refiner_ds.attention.choose import WAYS, attend, plain, refine, way_chosen
+from refiner_ds.attention.composed import make_map, refined_map
+from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
+from refiner_ds.attention.parameters import (
+    CONSTRAINTS,
+    BottleneckRefiner,
+    FoldedRefiner,
+    LinearRefiner,
+    LocalKernels,
+    Refiner,
+    Scores,
+    kernel_shapes,
+)
+
+__all__ = [
+    "CONSTRAINTS",
+    "WAYS",
+    "BatchNorm",
+    "BottleneckRefiner",
+    "FoldedRefiner",
+    "LinearRefiner",
+    "LocalKernels",
+    "Norm",
+    "Refiner",
+    "Scores",
+    "attend",
+    "batch_norm",
+    "frozen_statistics",
+    "kernel_shapes",
+    "make_map",
+    "plain",
+    "recompute_aware",
+    "refine",
+    "refined_map",
+    "way_chosen",
+]

@@ -1,0 +1,139 @@
+"""Batch norm with fp32 statistics whatever the weights are, counted once however often a step is recomputed.
+
+    half-precision map or picture ──> BatchNorm ──> same precision
+                                        └─ running_mean, running_var: fp32, one update a training step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BatchNorm", "Norm", "batch_norm", "frozen_statistics", "recompute_aware", "statistics_dtype"]
+
+# A plain global, not a thread-local: autograd recomputes in its own thread while the main one waits in backward,
+# and torch.compile can guard on a global.
+_frozen_depth = 0
+
+
+class Norm(NamedTuple):
+    """All that a batch norm over one axis of C maps needs; the running tensors are updated in place.
+
+    Args:
+        weight, bias: gain and shift, [C], any floating dtype.
+        running_mean, running_var: averages over training, [C], fp32 or fp64.
+        batches: how many batches the averages have seen, int64 scalar; ``None`` where nobody counts.
+        training: use the batch's own statistics, and update the averages.
+        eps, momentum: as in ``torch.nn.BatchNorm2d``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor | None
+    training: bool
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+    @property
+    def updates(self) -> bool:
+        """Whether this pass should count in the running statistics: training, and not a recomputation."""
+        return self.training and _frozen_depth == 0
+
+
+@contextmanager
+def frozen_statistics() -> Iterator[None]:
+    """Inside, training passes use batch statistics as ever but leave the running ones alone."""
+    global _frozen_depth
+    _frozen_depth += 1
+    try:
+        yield
+    finally:
+        _frozen_depth -= 1
+
+
+def recompute_aware(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``function`` for one checkpointed call: from its second run on, running statistics stay as they are.
+
+    Make a new wrapper for every call of ``checkpoint``; it then does not matter whose checkpoint it is.
+    """
+    ran = False
+
+    def run(*args: Any) -> Any:
+        nonlocal ran
+        if not ran:
+            ran = True
+            return function(*args)
+        with frozen_statistics():
+            return function(*args)
+
+    return run
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision for softmax and statistics of tensors of ``dtype``: fp32 for halves, otherwise their own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def batch_norm(x: Tensor, norm: Norm) -> Tensor:
+    """Normalise each map of ``x`` over every other axis (Ioffe and Szegedy, 2015), statistics in fp32 or better.
+
+    Args:
+        x: [B, C, ...], any floating dtype.
+        norm: gains, running statistics and mode; see :class:`Norm`.
+    Returns:
+        The shape and dtype of ``x``.
+    """
+    precision = statistics_dtype(x.dtype)
+    if norm.updates and norm.batches is not None:
+        norm.batches.add_(1)
+    averages = (norm.running_mean, norm.running_var)
+    if norm.training and not norm.updates:
+        # Copies rather than None: torch's checkpoint wants the recomputation to save as many tensors as the first run.
+        averages = (norm.running_mean.clone(), norm.running_var.clone())
+    # The kernels take half-precision input beside fp32 gains and averages, and then accumulate in fp32.
+    return F.batch_norm(
+        x, *averages, norm.weight.to(precision), norm.bias.to(precision), norm.training, norm.momentum, norm.eps
+    )
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` for half-precision weights, autocast, ZeRO and activation checkpointing.
+
+    The running statistics stay in fp32 when the module is cast to a half precision, and a pass inside
+    :func:`frozen_statistics` does not count in them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to the same shape and dtype."""
+        return batch_norm(x, self.parameters_now())
+
+    def parameters_now(self) -> Norm:
+        """The norm as the functional operators take it, in the mode the module is in."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        return Norm(
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.training,
+            self.eps,
+            self.momentum,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        precise = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, before in precise.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype in (torch.bfloat16, torch.float16):
+                # Casting back would keep the rounding; move the untouched numbers instead.
+                self._buffers[name] = before.to(after.device, statistics_dtype(before.dtype))
+        return self

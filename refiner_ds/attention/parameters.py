@@ -1,0 +1,135 @@
+"""What a refiner is made of, as plain tensors: the arguments of ``attention.refine``.
+
+    LinearRefiner      expand ─ local ─ reduce                      the paper's, linear in the maps
+    BottleneckRefiner  expand ─ norm ─ local ─ norm ─ project ─ norm (+ identity) ─ norm      the released one
+    FoldedRefiner      the released one for inference, its four norms folded into weights and biases
+
+Axes: B batch, H heads, E expanded maps, N tokens (class token first), d head width, h×w the patch grid.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from refiner_ds.attention.norms import Norm
+
+__all__ = [
+    "CONSTRAINTS",
+    "BottleneckRefiner",
+    "FoldedRefiner",
+    "LinearRefiner",
+    "LocalKernels",
+    "Refiner",
+    "Scores",
+    "kernel_shapes",
+]
+
+CONSTRAINTS = ("none", "spatial", "row+col")
+
+
+class Scores(NamedTuple):
+    """An attention map that has not been computed: softmax(scale · Q Kᵀ), with dropout on it.
+
+    Args:
+        q_BHNd, k_BHNd: queries and keys, [B, H, N, d].
+        scale: what the logits are multiplied with, 1/√d.
+        dropout: the probability with which an entry of the map is dropped; 0 outside training.
+    """
+
+    q_BHNd: Tensor
+    k_BHNd: Tensor
+    scale: float
+    dropout: float = 0.0
+
+
+class LocalKernels(NamedTuple):
+    """The kernels of distributed local attention, one set a map.
+
+    Args:
+        kernels: for constraint "none" one [E, 1, k, k] over the (query, key) plane; for "spatial" two [E, 1, k, k],
+            over the patch grid of the keys and of the queries; for "row+col" four, [E, 1, 1, k] and [E, 1, k, 1]
+            along the rows and columns of the keys' grid, then of the queries'.
+        constraint: one of :data:`CONSTRAINTS`.
+        grid: rows and columns of the patch grid; tokens beyond rows·columns come first and are class tokens.
+    """
+
+    kernels: tuple[Tensor, ...]
+    constraint: str
+    grid: tuple[int, int]
+
+
+class LinearRefiner(NamedTuple):
+    """The paper's refiner (section 3): expansion, distributed local attention, reduction.
+
+    Args:
+        expand_EH: [E, H], or ``None`` for local attention on the heads' own maps (then E = H).
+        local: the kernels.
+        reduce_HE: [H, E], or ``None``: every r expanded maps in turn then multiply one head's values.
+    """
+
+    expand_EH: Tensor | None
+    local: LocalKernels
+    reduce_HE: Tensor | None
+
+
+class BottleneckRefiner(NamedTuple):
+    """The released models' refiner: an inverted bottleneck with an identity, and a norm behind it.
+
+    Args:
+        expand_EH, project_HE: the 1×1 convolutions, [E, H] and [H, E].
+        local: the depthwise kernels between them.
+        norm1_E, norm2_E, norm3_H: behind each of the three; the first two are followed by ReLU6.
+        adapt_H: the norm behind the sum with the identity.
+    """
+
+    expand_EH: Tensor
+    norm1_E: Norm
+    local: LocalKernels
+    norm2_E: Norm
+    project_HE: Tensor
+    norm3_H: Norm
+    adapt_H: Norm
+
+
+class FoldedRefiner(NamedTuple):
+    """A :class:`BottleneckRefiner` with running statistics, every norm folded into its neighbour.
+
+    The refined map is project·relu6(local(relu6(expand·A + bias1)) + bias2) + gain·A + shift.
+
+    Args:
+        expand_EH, bias1_E, bias2_E, project_HE: weights and biases, [E, H], [E], [E], [H, E].
+        local: the depthwise kernels, scaled.
+        gain_H, shift_H: what the identity is multiplied with, and the constant, [H].
+    """
+
+    expand_EH: Tensor
+    bias1_E: Tensor
+    local: LocalKernels
+    bias2_E: Tensor
+    project_HE: Tensor
+    gain_H: Tensor
+    shift_H: Tensor
+
+
+Refiner = LinearRefiner | BottleneckRefiner | FoldedRefiner
+
+
+def kernel_shapes(constraint: str, kernel_size: int) -> dict[str, tuple[int, int]]:
+    """The kernels a constraint needs, by name and in the order :class:`LocalKernels` takes them.
+
+    Raises:
+        ValueError: the constraint is unknown, or the kernel size is even or not positive.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; it must be odd, such as 1, 3 or 5")
+    square, row, column = (kernel_size, kernel_size), (1, kernel_size), (kernel_size, 1)
+    shapes = {
+        "none": {"plane": square},
+        "spatial": {"keys": square, "queries": square},
+        "row+col": {"key_rows": row, "key_columns": column, "query_rows": row, "query_columns": column},
+    }
+    if constraint not in shapes:
+        raise ValueError(f"constraint is {constraint!r}; it must be one of {', '.join(CONSTRAINTS)}")
+    return shapes[constraint]

@@ -1,0 +1,198 @@
+"""The four kinds of attention a block can have; all take (x, map handed on) and give (out, map to hand on).
+
+    MapAttention      makes a map from Q, K and the one handed on, uses it, hands it on       released, even blocks
+    SharedAttention   has V alone; refines the map handed on, uses that, hands on the original   released, odd blocks
+    RefinedAttention  makes its own map, refines it, uses that; hands nothing on               the paper's
+    PlainAttention    softmax attention by PyTorch's fused kernels; hands nothing on             a plain ViT
+
+Axes: B batch, H heads, E maps that multiply values (H unless reduction is off), N tokens, D width, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refiner_ds import attention
+from refiner_ds.attention import BatchNorm, Refiner, Scores, reference
+from refiner_ds.models.refiners import DLA, FoldedDLA, MapRefiner
+
+__all__ = ["AttentionOptions", "MapAttention", "PlainAttention", "RefinedAttention", "SharedAttention"]
+
+Handed = Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What every block's attention is built from.
+
+    Args:
+        dim, num_heads, qkv_bias: width, heads, and whether Q, K and V have biases.
+        grid: rows and columns of the patch grid.
+        refiner: "none", "linear" or "bottleneck".
+        expansion_ratio, kernel_size, constraint, expand, reduce: see ``RefinedViT``.
+        attn_drop, proj_drop: dropout on a freshly made map, and behind the output projection.
+    """
+
+    dim: int
+    num_heads: int
+    grid: tuple[int, int]
+    qkv_bias: bool = True
+    refiner: str = "bottleneck"
+    expansion_ratio: float = 3
+    kernel_size: int = 3
+    constraint: str = "none"
+    expand: bool = True
+    reduce: bool = True
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+
+class _Attention(nn.Module):
+    """The frame: projections in and out, and heads split and joined."""
+
+    def __init__(self, options: AttentionOptions, projections: int, maps_per_head: int = 1) -> None:
+        super().__init__()
+        self.num_heads = options.num_heads
+        self.grid = options.grid
+        self.scale = (options.dim // options.num_heads) ** -0.5
+        self.qkv = nn.Linear(options.dim, projections * options.dim, bias=options.qkv_bias)
+        self.attn_drop = options.attn_drop
+        self.proj = nn.Linear(maps_per_head * options.dim, options.dim)
+        self.proj_drop = nn.Dropout(options.proj_drop)
+
+    def _heads(self, x_BND: Tensor) -> tuple[Tensor, ...]:
+        """One [B, H, N, d] for each projection that ``qkv`` makes."""
+        batch, tokens, width = x_BND.shape
+        qkv = self.qkv(x_BND).reshape(batch, tokens, -1, self.num_heads, width // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _scores(self, q_BHNd: Tensor, k_BHNd: Tensor) -> Scores:
+        return Scores(q_BHNd, k_BHNd, self.scale, self.attn_drop if self.training else 0.0)
+
+    def _join(self, out_BENd: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(out_BENd.transpose(1, 2).flatten(2)))
+
+
+class PlainAttention(_Attention):
+    """Softmax attention."""
+
+    def __init__(self, options: AttentionOptions) -> None:
+        super().__init__(options, projections=3)
+
+    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+        """[B, N, D] and nothing to hand on."""
+        q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        return self._join(attention.plain(self._scores(q_BHNd, k_BHNd), v_BHNd)), None
+
+    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+        """As ``forward``, and the map that multiplied the values."""
+        q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        map_BHNN = attention.make_map(self._scores(q_BHNd, k_BHNd))
+        return self._join(reference.attend(map_BHNN, v_BHNd)), None, map_BHNN
+
+
+class MapAttention(_Attention):
+    """Attention with residual maps: softmax(QKᵀ/√d) + A_before/√d, which it uses and hands on (released models)."""
+
+    def __init__(self, options: AttentionOptions) -> None:
+        super().__init__(options, projections=3)
+
+    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+        """[B, N, D], and the map [B, H, N, N] to hand on."""
+        out_BND, map_BHNN, _ = self.forward_with_map(x_BND, handed_BHNN)
+        return out_BND, map_BHNN
+
+    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+        """As ``forward``, and the map that multiplied the values: the same one."""
+        q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        out_BHNd, map_BHNN = attention.attend(self._scores(q_BHNd, k_BHNd), v_BHNd, handed_BHNN)
+        return self._join(out_BHNd), map_BHNN, map_BHNN
+
+
+class _Refining(_Attention):
+    """The frame of both that refine: the refiner's modules, and its recomputation."""
+
+    def __init__(self, options: AttentionOptions, projections: int) -> None:
+        refiner, maps_out = _build_refiner(options)
+        super().__init__(options, projections, maps_out // options.num_heads)
+        if isinstance(refiner, DLA):
+            self.DLA, self.adapt_bn = refiner, BatchNorm(options.num_heads)
+        else:
+            self.refiner = refiner
+        self.refined_scale = self.scale if isinstance(refiner, DLA) else 1.0
+        # A checkpoint function for the refiner alone, set by set_grad_checkpointing(unit="refiner").
+        self.checkpoint: Callable[..., Any] | None = None
+
+    def _refiner(self) -> Refiner:
+        if hasattr(self, "refiner"):
+            return self.refiner.tensors(self.grid)
+        if isinstance(self.DLA, FoldedDLA):
+            return self.DLA.tensors(self.grid)
+        return self.DLA.tensors(self.grid, self.adapt_bn)
+
+    def _refine(self, *tensors: Tensor) -> Tensor:
+        """Map and values, or queries, keys and values, to refined maps times values."""
+        *sources, v_BHNd = tensors
+        source = sources[0] if len(sources) == 1 else self._scores(*sources)
+        return attention.refine(source, v_BHNd, self._refiner(), self.refined_scale)
+
+    def _refine_or_recompute(self, *tensors: Tensor) -> Tensor:
+        if self.checkpoint is None or not (self.training and torch.is_grad_enabled()):
+            return self._refine(*tensors)
+        return self.checkpoint(attention.recompute_aware(self._refine), *tensors)
+
+    def _refined_map(self, map_BHNN: Tensor) -> Tensor:
+        return attention.refined_map(map_BHNN, self._refiner(), self.refined_scale)
+
+
+class SharedAttention(_Refining):
+    """Values alone: refines the map of the block before and hands that map on unrefined (released models)."""
+
+    def __init__(self, options: AttentionOptions) -> None:
+        super().__init__(options, projections=1)
+
+    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+        """[B, N, D], and the map as it came."""
+        assert handed_BHNN is not None
+        (v_BHNd,) = self._heads(x_BND)
+        return self._join(self._refine_or_recompute(handed_BHNN, v_BHNd)), handed_BHNN
+
+    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+        """As ``forward``, and the refined map that multiplied the values."""
+        assert handed_BHNN is not None
+        (v_BHNd,) = self._heads(x_BND)
+        map_BENN = self._refined_map(handed_BHNN.to(v_BHNd.dtype))
+        return self._join(reference.attend(map_BENN, v_BHNd)), handed_BHNN, map_BENN
+
+
+class RefinedAttention(_Refining):
+    """Attention whose own map is refined before it multiplies the values (the paper's)."""
+
+    def __init__(self, options: AttentionOptions) -> None:
+        super().__init__(options, projections=3)
+
+    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+        """[B, N, D] and nothing to hand on."""
+        q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        return self._join(self._refine_or_recompute(q_BHNd, k_BHNd, v_BHNd)), None
+
+    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+        """As ``forward``, and the refined map that multiplied the values."""
+        q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        map_BENN = self._refined_map(attention.make_map(self._scores(q_BHNd, k_BHNd)))
+        return self._join(reference.attend(map_BENN, v_BHNd)), None, map_BENN
+
+
+def _build_refiner(options: AttentionOptions) -> tuple[DLA | MapRefiner, int]:
+    o = options
+    refiner: DLA | MapRefiner
+    if o.refiner == "bottleneck":
+        refiner = DLA(o.num_heads, o.expansion_ratio, o.kernel_size, o.constraint)
+    else:
+        refiner = MapRefiner(o.num_heads, o.expansion_ratio, o.kernel_size, o.constraint, o.expand, o.reduce)
+    return refiner, refiner.maps_out

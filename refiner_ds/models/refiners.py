@@ -1,0 +1,133 @@
+"""The refiners as modules: they hold the weights under their released names and hand them to ``attention.refine``.
+
+    MapRefiner (linear)      conv_exp ─ depth_sep_conv ─ conv_pro
+    DLA (bottleneck)         conv_exp ─ bn1 ─ depth_sep_conv ─ bn2 ─ conv_pro ─ bn3, and adapt_bn outside
+    FoldedDLA                the bottleneck for inference, norms folded
+
+Axes: H heads, E expanded maps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from refiner_ds.attention import (
+    BatchNorm,
+    BottleneckRefiner,
+    FoldedRefiner,
+    LinearRefiner,
+    LocalKernels,
+    kernel_shapes,
+)
+
+__all__ = ["DLA", "FoldedDLA", "LocalConv", "MapRefiner", "expanded_maps"]
+
+
+def expanded_maps(num_heads: int, expansion_ratio: float) -> int:
+    """How many maps expansion makes of ``num_heads``.
+
+    Raises:
+        ValueError: the ratio is below 1, or makes no whole number of maps.
+    """
+    if expansion_ratio < 1:
+        raise ValueError(f"expansion_ratio is {expansion_ratio}; it must be 1 or more")
+    if (maps := num_heads * expansion_ratio) != int(maps):
+        raise ValueError(f"expansion_ratio {expansion_ratio} makes {maps:g} maps of {num_heads} heads, no whole number")
+    return int(maps)
+
+
+class LocalConv(nn.Module):
+    """The kernels of distributed local attention: ``weight`` on the map's plane, otherwise one a grid axis."""
+
+    def __init__(self, maps: int, kernel_size: int, constraint: str) -> None:
+        super().__init__()
+        self.constraint = constraint
+        self.names = []
+        for name, (rows, columns) in kernel_shapes(constraint, kernel_size).items():
+            self.names.append("weight" if constraint == "none" else name)
+            self.register_parameter(self.names[-1], nn.Parameter(torch.empty(maps, 1, rows, columns)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the kernels as ``torch.nn.Conv2d`` draws its own."""
+        for kernel in self.parameters():
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+
+    def kernels(self, grid: tuple[int, int]) -> LocalKernels:
+        """The kernels as the operator takes them."""
+        return LocalKernels(tuple(getattr(self, name) for name in self.names), self.constraint, grid)
+
+
+def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, bias=False)
+
+
+class MapRefiner(nn.Module):
+    """The paper's linear refiner; without expansion it is distributed local attention alone."""
+
+    def __init__(
+        self, num_heads: int, expansion_ratio: float, kernel_size: int, constraint: str, expand: bool, reduce: bool
+    ) -> None:
+        super().__init__()
+        maps = expanded_maps(num_heads, expansion_ratio) if expand else num_heads
+        if maps % num_heads and not reduce:
+            raise ValueError(f"without reduction expansion_ratio must be a whole number, not {expansion_ratio}")
+        self.maps_out = num_heads if reduce else maps
+        self.conv_exp = _conv1x1(num_heads, maps) if expand else None
+        self.depth_sep_conv = LocalConv(maps, kernel_size, constraint)
+        self.conv_pro = _conv1x1(maps, num_heads) if reduce and expand else None
+
+    def tensors(self, grid: tuple[int, int]) -> LinearRefiner:
+        """The weights as ``attention.refine`` takes them."""
+        expand_EH = None if self.conv_exp is None else self.conv_exp.weight.flatten(1)
+        reduce_HE = None if self.conv_pro is None else self.conv_pro.weight.flatten(1)
+        return LinearRefiner(expand_EH, self.depth_sep_conv.kernels(grid), reduce_HE)
+
+
+class DLA(nn.Module):
+    """The released refiner's inverted bottleneck. The norm behind its identity, ``adapt_bn``, is its owner's."""
+
+    def __init__(self, num_heads: int, expansion_ratio: float, kernel_size: int, constraint: str) -> None:
+        super().__init__()
+        maps = expanded_maps(num_heads, expansion_ratio)
+        self.maps_out = num_heads
+        self.conv_exp = _conv1x1(num_heads, maps)
+        self.bn1 = BatchNorm(maps)
+        self.depth_sep_conv = LocalConv(maps, kernel_size, constraint)
+        self.bn2 = BatchNorm(maps)
+        self.conv_pro = _conv1x1(maps, num_heads)
+        self.bn3 = BatchNorm(num_heads)
+
+    def tensors(self, grid: tuple[int, int], adapt_bn: BatchNorm) -> BottleneckRefiner:
+        """The weights and norms as ``attention.refine`` takes them."""
+        return BottleneckRefiner(
+            self.conv_exp.weight.flatten(1),
+            self.bn1.parameters_now(),
+            self.depth_sep_conv.kernels(grid),
+            self.bn2.parameters_now(),
+            self.conv_pro.weight.flatten(1),
+            self.bn3.parameters_now(),
+            adapt_bn.parameters_now(),
+        )
+
+
+class FoldedDLA(nn.Module):
+    """A refiner whose norms have been folded away; for inference."""
+
+    def __init__(self, folded: FoldedRefiner) -> None:
+        super().__init__()
+        self.constraint = folded.local.constraint
+        for name, value in zip(folded._fields, folded, strict=True):
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+        for index, kernel in enumerate(folded.local.kernels):
+            self.register_buffer(f"kernel{index}", kernel)
+
+    def tensors(self, grid: tuple[int, int]) -> FoldedRefiner:
+        """The weights as ``attention.refine`` takes them."""
+        buffers = dict(self.named_buffers())
+        kernels = tuple(buffers.pop(name) for name in list(buffers) if name.startswith("kernel"))
+        return FoldedRefiner(local=LocalKernels(kernels, self.constraint, grid), **buffers)
