@@ -208,9 +208,7 @@ def local_over_grid(map_BENN: Tensor, kernel_E1kk: Tensor, grid: tuple[int, int]
     return torch.cat((map_BENN[..., :classes], patches_BENP), -1)
 
 
-def spatial_local_attention(
-    map_BENN: Tensor, keys_E1kk: Tensor, queries_E1kk: Tensor, grid: tuple[int, int]
-) -> Tensor:
+def spatial_local_attention(map_BENN: Tensor, keys_E1kk: Tensor, queries_E1kk: Tensor, grid: tuple[int, int]) -> Tensor:
     """Local attention under the constraint "spatial" (paper, section 4.2): k×k on the keys' grid, then the queries'."""
     return local_over_grid(local_over_grid(map_BENN, keys_E1kk, grid, "keys"), queries_E1kk, grid, "queries")
 
