@@ -1,0 +1,224 @@
+"""Turns a tree of images into a shard set.
+
+    python data_tools/shard.py imagenet/train shards/train
+    python data_tools/shard.py imagenet/val shards/val --labels ground_truth.txt --classes synsets.txt
+
+Samples are shuffled once by a seed and cut into tars; image files are kept byte for byte. The same source and settings
+give the same bytes whatever the number of processes, and a killed run goes on where it was when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+
+from data_tools.looking import look_at
+from data_tools.sources import Source, SourceImage, class_folders, flat_files
+from refiner_ds.data.index import MEMBER, Shard, ShardIndex
+from refiner_ds.data.writer import (
+    FinishedShard,
+    ShardWriter,
+    cannot_write,
+    publish,
+    shard_name,
+    write_index,
+    write_whole,
+)
+from refiner_ds.errors import DataError, RefinerError
+
+KEY_STEM = 70  # bytes of a file name that go into its key; number, ending and a margin fill a tar header's 100
+PLAN_NAME = "plan.json"
+NOTES_NAME = "notes.txt"
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: its number, and key and source of its samples in order."""
+
+    number: int
+    partial: Path
+    folder: Path
+    samples: list[tuple[str, SourceImage]]
+    decode: bool
+
+
+def key_of(position: int, image: SourceImage) -> str:
+    """A key that no other sample has, and that still tells a person which file it was."""
+    stem = os.path.splitext(os.path.basename(image.path))[0]
+    return f"{position:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:KEY_STEM]}"
+
+
+def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
+    """Write one shard, or take it from an earlier run; returns it and a line for every file worth a note."""
+    done = task.partial / f"{shard_name(task.number)}.json"
+    if done.is_file():
+        earlier = json.loads(done.read_bytes())
+        members = np.array([tuple(row) for row in earlier["members"]], dtype=MEMBER)
+        return FinishedShard(Shard(**earlier["shard"]), members), earlier["notes"]
+    writer = ShardWriter(task.partial / shard_name(task.number))
+    notes = []
+    try:
+        for key, image in task.samples:
+            path = task.folder / image.path
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from None
+            look = look_at(data, image.path, task.decode)
+            if look.fault:
+                notes.append(f"left out: {image.path}: {look.fault}")
+                continue
+            if look.note:
+                notes.append(f"kept: {image.path}: {look.note}")
+            writer.add(key, data, look.ending, image.label)
+        finished = writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    record = {"shard": asdict(finished.shard), "members": finished.members.tolist(), "notes": notes}
+    write_whole(done, json.dumps(record).encode())
+    return finished, notes
+
+
+def cut(source: Source, seed: int, shard_bytes: int) -> list[list[tuple[str, SourceImage]]]:
+    """Shuffle all samples by the seed and part them into shards of nearly equal count and about ``shard_bytes``."""
+    count = len(source.images)
+    shards = max(1, -(-sum(image.size for image in source.images) // shard_bytes))
+    shuffled = [source.images[number] for number in np.random.RandomState(seed).permutation(count)]
+    edges = [count * number // shards for number in range(shards + 1)]
+    return [
+        [(key_of(position, shuffled[position]), shuffled[position]) for position in range(start, end)]
+        for start, end in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+@contextmanager
+def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
+    """Hold the partial folder for this process alone; refuse one that was begun for something else.
+
+    Raises:
+        DataError: another process works there, it belongs to another plan, or it cannot be written.
+    """
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(cannot_write(partial, error)) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wanted = (json.dumps(plan, indent=1) + "\n").encode()
+        try:
+            same = (partial / PLAN_NAME).read_bytes() == wanted
+        except FileNotFoundError:
+            same = True
+            write_whole(partial / PLAN_NAME, wanted)
+        if not same:
+            raise DataError(f"{partial}: begun from other files or settings; repeat those, or remove the folder")
+        for leftover in partial.glob("*.tmp"):
+            leftover.unlink()
+        yield
+    except BlockingIOError:
+        raise DataError(f"{partial}: another process is writing this set; wait for it, or end it") from None
+    finally:
+        os.close(handle)
+
+
+def write_set(source: Source, out: Path, seed: int, shard_bytes: int, processes: int, decode: bool) -> list[str]:
+    """Write the whole set; returns the notes. See the module's docstring for what is promised.
+
+    Raises:
+        DataError: the target exists or cannot be written, a file cannot be read, no image is left.
+    """
+    if out.exists():
+        raise DataError(f"{out}: already exists; choose another folder or remove it")
+    shards = cut(source, seed, shard_bytes)
+    listing = hashlib.sha256(repr([(image.path, image.label, image.size) for image in source.images]).encode())
+    plan = {"samples": listing.hexdigest(), "seed": seed, "shards": len(shards), "decode": decode}
+    partial = out.with_name(out.name + ".partial")
+    with workshop(partial, plan):
+        tasks = [
+            ShardTask(number, partial, source.folder, samples, decode) for number, samples in enumerate(shards)
+        ]
+        finished, notes = [], [f"ignored: {path}: not an image by its name" for path in source.ignored]
+        with tqdm(total=len(source.images), unit="img", desc=out.name, disable=None) as bar:
+            for task, (shard, shard_notes) in zip(tasks, _results(tasks, processes), strict=True):
+                finished.append(shard)
+                notes += shard_notes
+                bar.update(len(task.samples))
+        if not sum(shard.shard.count for shard in finished):
+            raise DataError(f"{source.folder}: not one image can be read; see {partial}")
+        if notes:
+            write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
+        write_index(partial, finished, source.classes)
+        for shard in finished:
+            (partial / f"{shard.shard.name}.json").unlink()
+        (partial / PLAN_NAME).unlink()
+        publish(partial, out)
+    return notes
+
+
+def _results(tasks: list[ShardTask], processes: int) -> Iterator[tuple[FinishedShard, list[str]]]:
+    if processes == 1:
+        yield from map(write_shard, tasks)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        try:
+            yield from pool.map(write_shard, tasks)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shard.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="folder with a folder of images for every class, or flat files")
+    parser.add_argument("out", type=Path, help="folder of the shard set; must not exist yet")
+    parser.add_argument("--labels", type=Path, help="for flat files: '<file> <class>' lines, or one class a line")
+    parser.add_argument("--classes", type=Path, help="class names in the order of labels, one a line (with --labels)")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
+    parser.add_argument("--shard-mb", type=float, default=256, help="size of a tar in MB, about (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
+    parser.add_argument("--decode", action="store_true", help="decode every image to find broken pixels; far slower")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = _arguments().parse_args(argv)
+    try:
+        if given.shard_mb <= 0 or given.processes < 1:
+            raise DataError("--shard-mb and --processes must be above 0")
+        if given.labels:
+            source = flat_files(given.source, given.labels, given.classes)
+        else:
+            source = class_folders(given.source)
+        notes = write_set(source, given.out, given.seed, int(given.shard_mb * 1e6), given.processes, given.decode)
+        print(ShardIndex.load(given.out).describe())
+        if notes:
+            print(f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "
+                  f"{given.out / NOTES_NAME}")
+        return 0
+    except RefinerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

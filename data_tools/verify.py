@@ -1,0 +1,139 @@
+"""Checks a shard set against its index: sizes, checksums, keys, and that every image decodes. One line a fault.
+
+    python data_tools/verify.py shards/train
+
+Exit code 0: no fault; 1: faults were printed; 2: there is no set to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+
+from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, padded
+from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.errors import DataError, RefinerError
+
+
+@dataclass
+class ShardReport:
+    """What checking one shard found: a sentence a fault, and a 64-bit hash of every key."""
+
+    faults: list[str]
+    keys: np.ndarray
+
+
+def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
+    """Compare one tar with the index, byte by byte and sample by sample."""
+    shard, path = index.shards[number], index.folder / index.shards[number].name
+    try:
+        faults, keys = _check_file(path, shard.sha256)
+    except OSError as error:
+        return ShardReport([f"{path}: cannot be read ({error.strerror})"], np.zeros(0, np.uint64))
+    if len(keys) != shard.count:
+        faults.append(f"{path}: {len(keys)} samples where the index says {shard.count}")
+    elif hashlib.sha256("\n".join(keys).encode()).hexdigest() != shard.keys_sha256:
+        faults.append(f"{path}: its keys are not those the index was written with")
+    reader = SampleReader(index)
+    for sample in range(int(index.starts[number]), int(index.starts[number + 1])):
+        try:
+            raw = reader.read(sample)
+            if not 0 <= raw.label < len(index.classes):
+                faults.append(f"{raw.place}: label {raw.label}, but there are {len(index.classes)} classes")
+            if decode:
+                decode_image(raw)
+        except DataError as error:
+            faults.append(str(error))
+    return ShardReport(faults, np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
+
+
+def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
+    """Faults of a tar as a file, and its keys in order."""
+    data = path.read_bytes()
+    faults = [] if hashlib.sha256(data).hexdigest() == sha256 else [f"{path}: checksum differs from the index"]
+    keys: list[str] = []
+    place = 0
+    while place + BLOCK <= len(data) and data[place] != 0:
+        header = data[place : place + BLOCK]
+        try:
+            size = int(header[124:135], 8)
+        except ValueError:
+            faults.append(f"{path}: no tar header at byte {place}, where one should be")
+            break
+        key = header[:100].partition(b"\0")[0].decode("ascii", "replace").partition(".")[0]
+        if not keys or keys[-1] != key:
+            keys.append(key)
+        place += BLOCK + padded(size)
+    if data[place : place + 2 * BLOCK] != bytes(2 * BLOCK):
+        faults.append(f"{path}: does not end as a tar does; it was cut")
+    return faults, keys
+
+
+def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
+    """Every fault of a set, as one sentence each."""
+    members = index.members
+    order = np.flatnonzero(np.diff(members["offset"].astype(np.int64)) <= 0) + 1
+    if set(order.tolist()) - set(index.starts.tolist()):
+        yield f"{index.folder / MEMBERS_NAME}: offsets do not grow within a shard"
+    seen: list[np.ndarray] = []
+    with tqdm(total=index.count, unit="img", desc=index.folder.name, disable=None) as bar:
+        for number, report in enumerate(_reports(index, processes, decode)):
+            for fault in report.faults:
+                bar.clear()
+                yield fault
+            seen.append(report.keys)
+            bar.update(index.shards[number].count)
+    keys, times = np.unique(np.concatenate(seen) if seen else np.zeros(0), return_counts=True)
+    if len(keys) and times.max() > 1:
+        yield f"{index.folder}: {int((times > 1).sum())} keys occur more than once; make the set again"
+
+
+def _reports(index: ShardIndex, processes: int, decode: bool) -> Iterable[ShardReport]:
+    numbers = range(len(index.shards))
+    if processes == 1:
+        yield from (check_shard(index, number, decode) for number in numbers)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(check_shard, [index] * len(numbers), numbers, [decode] * len(numbers))
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="verify.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("set", type=Path, help="folder of a shard set")
+    parser.add_argument("--no-decode", action="store_true", help="check bytes only; leaves pixels undecoded")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = _arguments().parse_args(argv)
+    try:
+        index = ShardIndex.load(given.set, check_files=False)
+    except RefinerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    faults = 0
+    for fault in check_set(index, max(1, given.processes), not given.no_decode):
+        faults += 1
+        print(fault)
+    print(f"{index.describe()}: {faults or 'no'} fault{'s' * (faults != 1)}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Random views of an image, and where in the image each view came from.
+
+    image [y, x, 3] → random-resized-crop → flip → RandAugment or colour jitter → random erasing → view [S, S, 3] uint8
+                            │                 │              │
+                            └─────────────────┴── matrices ──┘ so that labels can follow the pixels
+
+Coordinates are fractions of the picture: (0, 0) its top left corner, (1, 1) its bottom right. A view is described by
+2×3 matrices to be applied, in order, to a point of the view: through every rotation, shear and translation back to the
+crop, and from there to the image. Randomness is a function of (seed, epoch, sample) alone.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import auto_augment_transform
+from torch import Tensor
+from torchvision.transforms import ColorJitter
+
+from refiner_ds.errors import ConfigError
+
+Matrix = np.ndarray  # [2, 3] float64
+IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+MAX_STEPS = 4  # matrices a view may carry: the crop, and three geometric operations of one image
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How training views are drawn; the recipe's keys of the same names."""
+
+    img_size: int
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str = ""
+    color_jitter: float = 0.0
+    interpolation: str = "random"
+    random_erasing: float = 0.0
+    random_erasing_mode: str = "pixel"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How images are looked at in evaluation.
+
+    The shorter side becomes ``img_size / crop_ratio`` and the centre is cut out; with a ratio above 1 the image is
+    smaller than the view and black surrounds it.
+    """
+
+    img_size: int
+    crop_ratio: float = 0.9
+    interpolation: str = "bicubic"
+
+
+@dataclass
+class View:
+    """A view and the way back from it: pixels [S, S, 3] uint8 and matrices from view to image."""
+
+    pixels_SS3: np.ndarray
+    steps: list[Matrix] = field(default_factory=list)
+
+
+@contextmanager
+def undisturbed_randomness() -> Iterator[None]:
+    """Give the global generators (python, numpy, torch's CPU one) back as they were found.
+
+    timm's and torchvision's transforms draw from them; the training process, which shares them when the loader has no
+    workers, must not notice.
+    """
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def seed_sample(seed: int, epoch: int, sample: int) -> None:
+    """Set the global generators to the state that belongs to one view of one sample."""
+    number = hash_numbers(seed, epoch, sample)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(number)  # not torch.manual_seed: that would reseed the GPUs too
+
+
+def hash_numbers(*numbers: int) -> int:
+    """A 63-bit number that depends on all of the given ones (splitmix64, chained)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class TrainView:
+    """Draws training views. Seed the generators first (`seed_sample`).
+
+    Raises:
+        ConfigError: timm does not know the auto-augment string, or it blends several views so that no map can follow.
+    """
+
+    def __init__(self, settings: AugmentSettings) -> None:
+        self.settings = settings
+        self._moved: list[Matrix] = []
+        self._auto_augment = self._make_auto_augment() if settings.auto_augment else None
+        jitter = settings.color_jitter
+        self._jitter = ColorJitter(jitter, jitter, jitter) if jitter and not settings.auto_augment else None
+
+    def __call__(self, image_yx3: np.ndarray) -> View:
+        """One view of an image, [height, width, 3] uint8."""
+        settings = self.settings
+        height, width = image_yx3.shape[:2]
+        x, y, crop_width, crop_height = draw_crop(width, height, settings.crop_scale, settings.crop_ratio)
+        name = settings.interpolation if settings.interpolation != "random" else random.choice(INTERPOLATIONS)
+        crop = image_yx3[y : y + crop_height, x : x + crop_width]
+        pixels = resize(crop, settings.img_size, settings.img_size, name)
+        to_image = np.array([[crop_width / width, 0.0, x / width], [0.0, crop_height / height, y / height]])
+        if random.random() < settings.hflip:
+            pixels = pixels[:, ::-1]
+            to_image = compose(to_image, np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+        steps = [to_image]
+        if self._auto_augment or self._jitter:
+            self._moved.clear()
+            picture = Image.fromarray(np.ascontiguousarray(pixels))
+            picture = self._auto_augment(picture) if self._auto_augment else self._jitter(picture)  # type: ignore[misc]
+            pixels = np.asarray(picture)
+            steps = [*reversed(self._moved), to_image]
+        if settings.random_erasing and random.random() < settings.random_erasing:
+            pixels = erase(pixels, settings)
+        return View(np.ascontiguousarray(pixels), steps)
+
+    def _make_auto_augment(self) -> Callable[[Image.Image], Image.Image]:
+        """timm's transform, with every operation that moves pixels made to report how."""
+        settings = self.settings
+        if settings.auto_augment.startswith("augmix"):
+            raise ConfigError("refiner.recipe.auto_augment: augmix blends views and labels cannot follow; use rand-…")
+        hparams: dict[str, Any] = {
+            "translate_const": int(settings.img_size * 0.45),
+            "img_mean": tuple(min(255, round(255 * mean)) for mean in settings.mean),
+        }
+        if settings.interpolation != "random":
+            hparams["interpolation"] = Image.Resampling[settings.interpolation.upper()]
+        try:
+            transform = auto_augment_transform(settings.auto_augment, hparams)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise ConfigError(
+                f"refiner.recipe.auto_augment: {settings.auto_augment!r} is not one of timm's ({error!r}); "
+                "try rand-m9-mstd0.5-inc1"
+            ) from None
+        policies = transform.policy if hasattr(transform, "policy") else [transform.ops]
+        for operation in {id(operation): operation for policy in policies for operation in policy}.values():
+            if operation.name in GEOMETRIC:
+                operation.aug_fn = self._reporting(operation.aug_fn, GEOMETRIC[operation.name])
+        return transform
+
+    def _reporting(self, apply: Callable[..., Image.Image], matrix_of: Callable[..., Matrix]) -> Callable[..., Any]:
+        def apply_and_report(picture: Image.Image, amount: float, **options: Any) -> Image.Image:
+            self._moved.append(matrix_of(amount, picture.size[0]))
+            return apply(picture, amount, **options)
+
+        return apply_and_report
+
+
+def _rotate(degrees: float, side: int) -> Matrix:
+    """Pillow turns the picture counter-clockwise about its centre; this is the way back."""
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[cosine, -sine, 0.5 - 0.5 * cosine + 0.5 * sine], [sine, cosine, 0.5 - 0.5 * sine - 0.5 * cosine]])
+
+
+# For timm's names: amount and side in pixels → matrix from a point of the result to the point it was taken from.
+GEOMETRIC: dict[str, Callable[[float, int], Matrix]] = {
+    "Rotate": _rotate,
+    "ShearX": lambda factor, side: np.array([[1.0, factor, 0.0], [0.0, 1.0, 0.0]]),
+    "ShearY": lambda factor, side: np.array([[1.0, 0.0, 0.0], [factor, 1.0, 0.0]]),
+    "TranslateX": lambda pixels, side: np.array([[1.0, 0.0, pixels / side], [0.0, 1.0, 0.0]]),
+    "TranslateY": lambda pixels, side: np.array([[1.0, 0.0, 0.0], [0.0, 1.0, pixels / side]]),
+    "TranslateXRel": lambda share, side: np.array([[1.0, 0.0, share], [0.0, 1.0, 0.0]]),
+    "TranslateYRel": lambda share, side: np.array([[1.0, 0.0, 0.0], [0.0, 1.0, share]]),
+}
+
+
+def compose(outer: Matrix, inner: Matrix) -> Matrix:
+    """The matrix that applies ``inner`` first and ``outer`` to its result."""
+    return np.hstack([outer[:, :2] @ inner[:, :2], outer[:, :2] @ inner[:, 2:] + outer[:, 2:]])
+
+
+def draw_crop(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Random-resized-crop's box (x, y, width, height) in pixels, drawn from python's generator as timm draws it."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = random.uniform(*scale) * width * height
+        aspect = math.exp(random.uniform(low, high))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            y = random.randint(0, height - crop_height)
+            return random.randint(0, width - crop_width), y, crop_width, crop_height
+    crop_width = min(width, round(height * ratio[1]))
+    crop_height = min(height, round(width / ratio[0]))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def resize(image_yx3: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
+    """Antialiased resampling of uint8 pixels to [height, width, 3], to within a grey level of Pillow's."""
+    if image_yx3.shape[:2] == (height, width):
+        return image_yx3
+    if not image_yx3.flags.writeable:
+        image_yx3 = image_yx3.copy()  # torch warns about memory it must not write to
+    pixels_13yx = torch.from_numpy(image_yx3).permute(2, 0, 1)[None]
+    resized: Tensor = torch.nn.functional.interpolate(
+        pixels_13yx, (height, width), mode=interpolation, antialias=True, align_corners=False
+    )
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def erase(pixels_SS3: np.ndarray, settings: AugmentSettings) -> np.ndarray:
+    """Random erasing (Zhong et al., 2017) with timm's shapes: one box of 2 to 33 % of the view.
+
+    "pixel" fills with normal noise a pixel, "rand" with one random colour, "const" with the mean. Noise is clipped to
+    what a uint8 can hold.
+    """
+    side = pixels_SS3.shape[0]
+    for _ in range(10):
+        area = random.uniform(0.02, 1 / 3) * side * side
+        aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < height < side and 0 < width < side:
+            break
+    else:
+        return pixels_SS3
+    top, left = random.randint(0, side - height), random.randint(0, side - width)
+    shape = {"pixel": (height, width, 3), "rand": (1, 1, 3), "const": (0,)}[settings.random_erasing_mode]
+    noise = np.random.standard_normal(shape) if shape != (0,) else np.zeros(3)
+    filling = np.clip(255 * (np.array(settings.mean) + np.array(settings.std) * noise), 0, 255)
+    erased = pixels_SS3.copy()
+    erased[top : top + height, left : left + width] = filling.round().astype(np.uint8)
+    return erased
+
+
+def eval_view(image_yx3: np.ndarray, settings: EvalSettings) -> np.ndarray:
+    """The centre of an image, [S, S, 3] uint8."""
+    side = settings.img_size
+    height, width = image_yx3.shape[:2]
+    factor = math.floor(side / settings.crop_ratio) / min(height, width)
+    resized = resize(image_yx3, round(width * factor), round(height * factor), settings.interpolation)
+    return centre(resized, side)
+
+
+def centre(image_yx3: np.ndarray, side: int) -> np.ndarray:
+    """Cut the middle ``side`` × ``side`` pixels out, with black around an image that is smaller."""
+    for axis in (0, 1):
+        spare = image_yx3.shape[axis] - side
+        if spare > 0:
+            start = round(spare / 2)
+            image_yx3 = np.take(image_yx3, range(start, start + side), axis=axis)
+        elif spare < 0:
+            before = -spare // 2
+            padding = [(0, 0)] * 3
+            padding[axis] = (before, -spare - before)
+            image_yx3 = np.pad(image_yx3, padding)
+    return np.ascontiguousarray(image_yx3)

@@ -1,0 +1,224 @@
+"""What a shard set is: tars, a members table and an index, and the refusal of everything that is not one.
+
+    <set>/
+      shard-000000.tar …   WebDataset tars: <key>.jpg, then <key>.map where there are maps, else <key>.cls
+      members.npy          one MEMBER record a sample, in the order of the tars; read through the page cache
+      index.json           format, version, classes, and name, count, size and checksums of every shard
+
+The members table is mapped, not loaded: a rank's own memory does not grow with the number of samples. ``index.json`` is
+written last, so a set without one is not a set. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refiner_ds.errors import DataError
+
+FORMAT = "refiner_ds shard set"
+VERSION = 1
+INDEX_NAME = "index.json"
+MEMBERS_NAME = "members.npy"
+MEMBERS_HASHED_UP_TO = 64 << 20  # bytes; a larger table is left to data_tools/verify.py, start-up must stay short
+
+MEMBER = np.dtype(
+    [
+        ("offset", "<u8"),  # of the image's tar header in its shard
+        ("image_bytes", "<u4"),
+        ("map_bytes", "<u4"),  # 0: no map
+        ("label", "<i4"),
+        ("check", "<u4"),  # low half of xxh3_64 over the sample's span, see `span_bytes`
+    ]
+)
+BLOCK = 512
+
+
+def padded(size: int) -> int:
+    """Bytes a tar keeps for a payload of ``size`` bytes: whole 512-byte blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def span_bytes(image_bytes: int, map_bytes: int) -> int:
+    """Bytes from an image's tar header to the end of its map (of itself, without one): what one read fetches."""
+    if not map_bytes:
+        return BLOCK + image_bytes
+    return BLOCK + padded(image_bytes) + BLOCK + map_bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar as the index knows it: file name, samples, size in bytes, sha256 of the file and of its keys in order."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    keys_sha256: str
+
+
+@dataclass(frozen=True)
+class MapFormat:
+    """What every score map of a set looks like: top ``k`` classes at each of ``rows`` × ``columns`` locations."""
+
+    k: int
+    rows: int
+    columns: int
+
+
+class ShardIndex:
+    """A shard set, opened for reading.
+
+    Attributes:
+        folder: where the set lies.
+        shards: its tars, in order.
+        classes: class names; a label is a position in this list.
+        maps: the format of its score maps, or None.
+        members: [count] MEMBER records, mapped from disk.
+        starts: [len(shards) + 1] number of the first sample of each shard.
+    """
+
+    def __init__(
+        self, folder: Path, shards: list[Shard], classes: list[str], maps: MapFormat | None, members: np.ndarray
+    ) -> None:
+        self.folder = folder
+        self.shards = shards
+        self.classes = classes
+        self.maps = maps
+        self.members = members
+        self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in shards], dtype=np.int64)])
+
+    @classmethod
+    def load(cls, folder: str | Path, check_files: bool = True) -> ShardIndex:
+        """Open the set in ``folder``.
+
+        Args:
+            folder: holds ``index.json``, ``members.npy`` and the tars.
+            check_files: also compare every tar's size with the index. A run that may skip damaged samples does
+                without; among many ranks one need check.
+        Raises:
+            DataError: there is no usable set; says what is wrong and what would be right.
+        """
+        folder = Path(folder)
+        described = _read_description(folder)
+        try:
+            shards = [Shard(**entry) for entry in described["shards"]]
+            classes = list(described["classes"])
+            maps = MapFormat(**described["maps"]) if described["maps"] else None
+            members_sha256 = described["members_sha256"]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder / INDEX_NAME}: not a complete index ({error}); make the set again") from None
+        members = _map_members(folder / MEMBERS_NAME, sum(shard.count for shard in shards), members_sha256)
+        index = cls(folder, shards, classes, maps, members)
+        if check_files:
+            for fault in index.file_faults():
+                raise DataError(fault)
+        return index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to a worker as a folder name: the other side maps the same table."""
+        return ShardIndex.load, (self.folder, False)
+
+    @property
+    def count(self) -> int:
+        """Samples in the set."""
+        return int(self.starts[-1])
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether score maps lie beside the images."""
+        return self.maps is not None
+
+    def shard_of(self, sample: int) -> int:
+        """Number of the shard that holds sample number ``sample``."""
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
+    def file_faults(self) -> list[str]:
+        """One sentence for every tar that is missing or not as long as the index says."""
+        faults = []
+        for shard in self.shards:
+            path = self.folder / shard.name
+            try:
+                found = path.stat().st_size
+            except OSError:
+                faults.append(f"{path}: named by {INDEX_NAME} but missing; copy it here again or make the set again")
+                continue
+            if found != shard.bytes:
+                faults.append(
+                    f"{path}: {found} bytes where {INDEX_NAME} says {shard.bytes}; "
+                    "it was cut, or the index belongs to another set"
+                )
+        return faults
+
+    def describe(self) -> str:
+        """The set in one line, for logs."""
+        total = sum(shard.bytes for shard in self.shards)
+        maps = f"{self.maps.rows}×{self.maps.columns} top-{self.maps.k} score maps" if self.maps else "no score maps"
+        return (
+            f"{self.folder}: {self.count:,} samples, {len(self.classes)} classes, {len(self.shards)} shards, "
+            f"{total / 2**20:,.1f} MiB, {maps}"
+        )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """``index.json`` as a dictionary of the right format and version."""
+    path = folder / INDEX_NAME
+    try:
+        described = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_why_no_index(folder)) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise DataError(f"{path}: not JSON; the set is damaged, make it again with data_tools/shard.py") from None
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise DataError(f"{path}: not the index of a shard set; make one with data_tools/shard.py")
+    if described.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {described.get('version')}; this release reads version {VERSION}, "
+            "make the set again with data_tools/shard.py"
+        )
+    return described
+
+
+def _why_no_index(folder: Path) -> str:
+    """The most helpful thing to say about a folder without an index."""
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        if partial.is_dir():
+            return f"{folder}: not finished, {partial.name} is there; run the same data_tools/shard.py command again"
+        return f"{folder}: no such folder; make a shard set there with data_tools/shard.py"
+    if not folder.is_dir():
+        return f"{folder}: a file, where the folder of a shard set is wanted"
+    entries = sorted(folder.iterdir())
+    if not entries:
+        return f"{folder}: empty; make a shard set with data_tools/shard.py"
+    tars = sum(entry.suffix == ".tar" for entry in entries)
+    if tars:
+        return f"{folder}: {tars} tar files but no {INDEX_NAME}; make the set again with data_tools/shard.py"
+    if any((entry / INDEX_NAME).is_file() for entry in entries if entry.is_dir()):
+        inside = next(entry for entry in entries if (entry / INDEX_NAME).is_file())
+        return f"{folder}: no shard set, but {inside} is one; name that folder"
+    if any(entry.is_dir() for entry in entries):
+        return f"{folder}: folders but no {INDEX_NAME}; turn class folders into shards with data_tools/shard.py"
+    return f"{folder}: no {INDEX_NAME}; make a shard set with data_tools/shard.py"
+
+
+def _map_members(path: Path, count: int, sha256: str) -> np.ndarray:
+    """The members table, mapped read-only and checked against the index."""
+    try:
+        members = np.load(path, mmap_mode="r" if count else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing beside {INDEX_NAME}; copy it here again or make the set again") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a members table ({error}); copy it here again or make the set again") from None
+    if members.dtype != MEMBER or members.shape != (count,):
+        raise DataError(f"{path}: {members.shape[0]} records where {INDEX_NAME} counts {count}; of another set")
+    if path.stat().st_size <= MEMBERS_HASHED_UP_TO and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise DataError(f"{path}: not the table that {INDEX_NAME} was written with; it is damaged or of another set")
+    return members

@@ -1,0 +1,109 @@
+"""The bytes of one sample, read at its indexed place and decoded.
+
+A read fetches image and map together and is checked against the index before anything is decoded: a cut shard, swapped
+bytes or the shard of another set is an error that names shard and sample, never a wrong picture.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from refiner_ds.data.index import BLOCK, ShardIndex, padded, span_bytes
+from refiner_ds.data.writer import check_of
+from refiner_ds.errors import DataError
+
+OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limit of 1,024
+JPEG_START = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as stored: image file bytes, map record (empty without one), label and where it came from."""
+
+    image: memoryview
+    score_map: memoryview
+    label: int
+    place: str
+
+
+class SampleReader:
+    """Reads samples of a set by number; keeps the most recently used shards open.
+
+    Reads are positioned (``os.pread``), so processes forked from this one may share its descriptors.
+    """
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "_open": OrderedDict()}  # descriptors mean nothing to another process
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every shard."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[shard] = os.open(self.index.folder / self.index.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[shard]
+
+    def read(self, sample: int) -> RawSample:
+        """The stored bytes of sample number ``sample``.
+
+        Raises:
+            DataError: the shard is missing, cut or damaged at this sample; names both.
+        """
+        shard = self.index.shard_of(sample)
+        offset, image_bytes, map_bytes, label, check = self.index.members[sample].item()
+        place = f"{self.index.folder / self.index.shards[shard].name}: sample {sample - self.index.starts[shard]}"
+        wanted = span_bytes(image_bytes, map_bytes)
+        try:
+            span = os.pread(self._descriptor(shard), wanted, offset)
+        except OSError as error:
+            raise DataError(f"{place} (number {sample} of the set) cannot be read ({error.strerror})") from None
+        name = span[:100].partition(b"\0")[0].decode("ascii", "replace")
+        if len(span) < wanted:
+            raise DataError(f"{place} (number {sample} of the set) is cut off; copy the shard here again")
+        if check_of(span) != check:
+            raise DataError(
+                f"{place} (number {sample} of the set, found as {name!r}) is damaged or of another set; "
+                "copy the shard here again, data_tools/verify.py lists every fault"
+            )
+        view = memoryview(span)
+        map_start = BLOCK + padded(image_bytes) + BLOCK
+        return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, f"{place} ({name})")
+
+
+def decode_image(raw: RawSample) -> np.ndarray:
+    """Pixels of a sample, [height, width, 3] uint8 RGB; grey is repeated, CMYK and transparency are flattened.
+
+    Raises:
+        DataError: the bytes are no image that can be decoded.
+    """
+    if raw.image[:3] == JPEG_START:
+        try:
+            return simplejpeg.decode_jpeg(raw.image, "RGB")
+        except ValueError:
+            pass  # CMYK, and files with recoverable faults: Pillow decides
+    try:
+        with Image.open(io.BytesIO(raw.image)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{raw.place}: the image cannot be decoded ({error})") from None

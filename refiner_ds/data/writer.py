@@ -1,0 +1,289 @@
+"""Writes shard sets: the same samples give the same bytes, and a set is complete or not there.
+
+    <set>.partial/            while it is being made
+      shard-000000.tar.tmp    a shard being written: fsync, then renamed to shard-000000.tar
+    <set>/                    the partial folder, renamed once index.json is in it
+
+Headers are USTAR with every field that could vary (time, owner, mode) fixed. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import xxhash
+
+from refiner_ds.data.index import (
+    BLOCK,
+    FORMAT,
+    INDEX_NAME,
+    MEMBER,
+    MEMBERS_NAME,
+    VERSION,
+    MapFormat,
+    Shard,
+    padded,
+    span_bytes,
+)
+from refiner_ds.errors import DataError
+
+NAME_BYTES = 100  # of USTAR's name field
+END_OF_TAR = bytes(2 * BLOCK)
+
+
+def shard_name(number: int) -> str:
+    """File name of the ``number``-th shard of a set."""
+    return f"shard-{number:06d}.tar"
+
+
+def check_of(span: bytes | memoryview) -> int:
+    """The checksum a MEMBER record keeps of its sample's span."""
+    return xxhash.xxh3_64_intdigest(span) & 0xFFFFFFFF
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A 512-byte USTAR header of a regular file.
+
+    Raises:
+        ValueError: the name is not ASCII or longer than 100 bytes.
+    """
+    encoded = name.encode("ascii")
+    if len(encoded) > NAME_BYTES:
+        raise ValueError(f"{name}: {len(encoded)} bytes; a key and its ending have room for {NAME_BYTES}")
+    mode_and_owner = b"0000644\0" + b"0000000\0" * 2
+    before_sum = encoded.ljust(NAME_BYTES, b"\0") + mode_and_owner + b"%011o\0" % size + b"0" * 11 + b"\0"
+    after_sum = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 156, b"\0")
+    checksum = sum(before_sum) + 8 * ord(" ") + sum(after_sum)
+    return before_sum + b"%06o\0 " % checksum + after_sum
+
+
+def _member(name: str, payload: bytes) -> bytes:
+    return tar_header(name, len(payload)) + payload + bytes(padded(len(payload)) - len(payload))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` survive a power cut, as fsync of a file does for its bytes."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is either absent, as it was, or complete.
+
+    Raises:
+        DataError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(cannot_write(path, error)) from None
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """The sentence for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path}: no room left on its disk; free some or choose another folder"
+    return f"{path}: cannot be written ({error.strerror}); choose a folder that can"
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard on disk: its line of the index and its MEMBER records."""
+
+    shard: Shard
+    members: np.ndarray
+
+
+class ShardWriter:
+    """One tar, written under a temporary name until `finish`.
+
+    Args:
+        path: the tar's final path; its folder exists.
+    Raises:
+        DataError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        try:
+            self._file = open(self._temporary, "wb", buffering=1 << 20)
+        except OSError as error:
+            raise DataError(cannot_write(path, error)) from None
+        self._sha256 = hashlib.sha256()
+        self._keys: list[str] = []
+        self._members: list[tuple[int, int, int, int, int]] = []
+        self._offset = 0
+
+    def add(self, key: str, image: bytes, ending: str, label: int, score_map: bytes | None = None) -> None:
+        """Append one sample.
+
+        Args:
+            key: unique in the whole set, ASCII without a dot.
+            image: the image file's bytes, kept as they are.
+            ending: "jpg" or "png".
+            label: position in the set's class list.
+            score_map: a map record (`score_maps.encode`); without one the label gets a ``.cls`` member of its own.
+        Raises:
+            DataError: the disk is full.
+            ValueError: the key does not fit a tar header.
+        """
+        span = _member(f"{key}.{ending}", image)
+        if score_map is not None:
+            span += _member(f"{key}.map", score_map)
+        map_bytes = len(score_map) if score_map is not None else 0
+        check = check_of(memoryview(span)[: span_bytes(len(image), map_bytes)])
+        if score_map is None:
+            span += _member(f"{key}.cls", b"%d" % label)
+        self._members.append((self._offset, len(image), map_bytes, label, check))
+        self._keys.append(key)
+        self._write(span)
+
+    def _write(self, data: bytes) -> None:
+        self._sha256.update(data)
+        self._offset += len(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise DataError(cannot_write(self.path, error)) from None
+
+    def finish(self) -> FinishedShard:
+        """End the tar, make it durable and give it its name.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        self._write(END_OF_TAR)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise DataError(cannot_write(self.path, error)) from None
+        keys_sha256 = hashlib.sha256("\n".join(self._keys).encode()).hexdigest()
+        shard = Shard(self.path.name, len(self._keys), self._offset, self._sha256.hexdigest(), keys_sha256)
+        return FinishedShard(shard, np.array(self._members, dtype=MEMBER))
+
+    def abandon(self) -> None:
+        """Forget the tar: nothing of it stays on disk."""
+        try:
+            self._file.close()
+        except OSError:
+            pass  # a full disk fails the last flush too, and the file goes anyway
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_index(
+    folder: Path, shards: Sequence[FinishedShard], classes: Sequence[str], maps: MapFormat | None = None
+) -> None:
+    """Write the members table and, last, the index that makes the tars in ``folder`` a set.
+
+    Raises:
+        DataError: the folder cannot be written, or the disk is full.
+    """
+    members = np.concatenate([finished.members for finished in shards]) if shards else np.zeros(0, MEMBER)
+    buffer = io.BytesIO()
+    np.save(buffer, members, allow_pickle=False)
+    table = buffer.getvalue()
+    write_whole(folder / MEMBERS_NAME, table)
+    described = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": len(members),
+        "maps": asdict(maps) if maps else None,
+        "members_sha256": hashlib.sha256(table).hexdigest(),
+        "classes": list(classes),
+        "shards": [asdict(finished.shard) for finished in shards],
+    }
+    write_whole(folder / INDEX_NAME, (json.dumps(described, indent=1) + "\n").encode())
+    fsync_folder(folder)
+
+
+class SetWriter:
+    """A whole set, written sample after sample by one process; the folder appears when the ``with`` block ends well.
+
+    Args:
+        folder: the set's final folder; must not exist yet.
+        classes: class names in the order of the labels.
+        per_shard: samples a tar.
+        maps: the format of the score maps, where samples have them.
+    Raises:
+        DataError: the folder exists, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str], per_shard: int, maps: MapFormat | None = None) -> None:
+        self.folder = folder
+        self._partial = folder.with_name(folder.name + ".partial")
+        self._classes = classes
+        self._per_shard = per_shard
+        self._maps = maps
+        self._finished: list[FinishedShard] = []
+        self._current: ShardWriter | None = None
+        self._in_current = 0
+        if folder.exists():
+            raise DataError(f"{folder}: already exists; choose another folder or remove it")
+        try:
+            self._partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(cannot_write(self._partial, error)) from None
+
+    def add(self, key: str, image: bytes, ending: str, label: int, score_map: bytes | None = None) -> None:
+        """Append one sample; arguments as in `ShardWriter.add`."""
+        if self._current is None:
+            self._current = ShardWriter(self._partial / shard_name(len(self._finished)))
+            self._in_current = 0
+        self._current.add(key, image, ending, label, score_map)
+        self._in_current += 1
+        if self._in_current == self._per_shard:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        if self._current is not None:
+            self._finished.append(self._current.finish())
+            self._current = None
+
+    def __enter__(self) -> SetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            if self._current is not None:
+                self._current.abandon()
+            return
+        self._finish_shard()
+        write_index(self._partial, self._finished, self._classes, self._maps)
+        publish(self._partial, self.folder)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a finished set its name, in one step.
+
+    Raises:
+        DataError: something else took the name meanwhile.
+    """
+    try:
+        os.rename(partial, folder)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise DataError(f"{folder}: the finished set stays in {partial} ({error.strerror})") from None

@@ -1,0 +1,192 @@
+"""Batches: every sample once, in one order, whatever the ranks, the workers and the place where a run was stopped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.loader import Batch, eval_batches, train_batches
+from refiner_ds.data.order import samples_at
+from refiner_ds.errors import DataError
+
+PLAIN = AugmentSettings(img_size=8, crop_scale=(0.5, 1.0))
+
+
+def global_batches(
+    index: ShardIndex, steps: int, world: int, *, size: int = 24, micro: int = 3, start: int = 0, workers: int = 0
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Sample numbers and pixels of whole steps, put together from all ranks."""
+    per_step = size // (world * micro)
+    ranks = [
+        list(
+            islice(
+                train_batches(
+                    index, PLAIN, global_batch=size, micro_batch=micro, rank=rank, world_size=world, seed=5,
+                    position=start * size, workers=workers,
+                ),
+                steps * per_step,
+            )
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    joined = []
+    for step in range(steps):
+        parts = [batch for batches in ranks for batch in batches[step * per_step : (step + 1) * per_step]]
+        joined.append((torch.cat([p.sample_B for p in parts]).tolist(), torch.cat([p.images_BHWC for p in parts])))
+    return joined
+
+
+def same(one: list[tuple[list[int], torch.Tensor]], other: list[tuple[list[int], torch.Tensor]]) -> bool:
+    return [o[0] for o in one] == [o[0] for o in other] and all(
+        torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("world, workers", [(1, 1), (1, 3), (2, 0), (2, 3), (3, 1), (8, 0), (8, 1)])
+def test_global_batches_do_not_depend_on_ranks_or_workers(
+    make_set: Callable[..., ShardIndex], world: int, workers: int
+) -> None:
+    index = make_set(100)
+    reference = global_batches(index, 7, 1, micro=24)
+    micro = 24 // world if world in (3, 8) else 4
+    assert same(global_batches(index, 7, world, micro=micro, workers=workers), reference)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 9])
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 1), (8, 0)])
+def test_stopping_anywhere_and_going_on_changes_nothing(
+    make_set: Callable[..., ShardIndex], stop: int, world: int, workers: int
+) -> None:
+    """An epoch of 100 samples has 5 steps of 24; stop 4 lies before its padded last one."""
+    index = make_set(100)
+    reference = global_batches(index, 11, 1)
+    assert same(global_batches(index, 2, world, start=stop, workers=workers), reference[stop : stop + 2])
+
+
+def test_each_epoch_has_each_sample_once_and_counts_its_padding(make_set: Callable[..., ShardIndex]) -> None:
+    index = make_set(100)
+    batches = train_batches(index, PLAIN, global_batch=24, micro_batch=8, rank=0, world_size=1, seed=5)
+    assert batches.plan.steps_per_epoch == 5
+    for batches_of_epoch in (list(islice(batches, 15)), list(islice(batches, 15, 30))):
+        samples = torch.cat([batch.sample_B for batch in batches_of_epoch])
+        assert sorted(samples[:100].tolist()) == list(range(100))
+        assert samples[100:].tolist() == samples[:20].tolist()
+        assert [batch.padded for batch in batches_of_epoch] == [0] * 12 + [4, 8, 8]
+
+
+def test_set_smaller_than_a_batch(make_set: Callable[..., ShardIndex]) -> None:
+    batch = next(iter(train_batches(make_set(5), PLAIN, global_batch=12, micro_batch=12, rank=0, world_size=1, seed=0)))
+    assert torch.bincount(batch.sample_B, minlength=5).min() >= 2 and batch.padded == 7
+
+
+def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:
+    index = make_set(100)
+    samples = [number for step in global_batches(index, 6, 2) for number in step[0]]
+    for epoch, part in ((0, samples[:100]), (1, samples[120:144])):
+        wanted = samples_at(np.arange(len(part)), count=100, seed=5, epoch=epoch)
+        assert part == wanted.tolist()
+
+
+def test_views_follow_seed_epoch_and_sample_alone(digits: ShardIndex) -> None:
+    """The same sample gets another view in another epoch, and the same one wherever it lies in a batch."""
+
+    def views(seed: int, epoch: int) -> dict[int, torch.Tensor]:
+        settings = AugmentSettings(img_size=28, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+        batches = train_batches(
+            digits, settings, global_batch=48, micro_batch=48, rank=0, world_size=1, seed=seed, position=30 * 48 * epoch
+        )
+        found = islice(batches, 30)
+        return {int(n): image for batch in found for n, image in zip(batch.sample_B, batch.images_BHWC, strict=True)}
+
+    first, again, later, other = views(0, 0), views(0, 0), views(0, 1), views(1, 0)
+    assert len(first) == digits.count
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    for different in (later, other):
+        assert sum(torch.equal(first[n], different[n]) for n in first) < 0.05 * digits.count
+
+
+def test_the_training_process_keeps_its_randomness(digits: ShardIndex) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
+    settings = AugmentSettings(img_size=28, auto_augment="rand-m9", color_jitter=0.4, random_erasing=1)
+    next(iter(train_batches(digits, settings, global_batch=8, micro_batch=8, rank=0, world_size=1, seed=0)))
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("count, world, batch", [(20, 1, 8), (20, 3, 4), (21, 2, 4), (2, 4, 3), (16, 2, 8), (5, 1, 5)])
+def test_evaluation_sees_every_sample_once(
+    make_set: Callable[..., ShardIndex], count: int, world: int, batch: int
+) -> None:
+    index = make_set(count)
+    ranks = [
+        list(eval_batches(index, EvalSettings(8, 1.0), batch=batch, rank=rank, world_size=world))
+        for rank in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = [number for batches in ranks for b in batches for number in b.sample_B[b.valid_B].tolist()]
+    assert seen == list(range(count))
+    for batches in ranks:
+        for one in batches:
+            assert one.padded == int((~one.valid_B).sum())
+            colours = one.images_BHWC[one.valid_B][:, 0, 0, 0]
+            assert colours.tolist() == one.sample_B[one.valid_B].tolist()
+            assert one.labels_B[one.valid_B].tolist() == (one.sample_B[one.valid_B] % 3).tolist()
+
+
+def damage(index: ShardIndex, sample: int) -> None:
+    """Overwrite a few bytes in the middle of a sample's image."""
+    path = index.folder / index.shards[index.shard_of(sample)].name
+    data = bytearray(path.read_bytes())
+    place = int(index.members[sample]["offset"]) + 530
+    data[place : place + 8] = b"rubbish!"
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_sample_is_an_error_that_names_it(make_set: Callable[..., ShardIndex], workers: int) -> None:
+    index = make_set(20)
+    damage(index, 9)
+    with pytest.raises(DataError, match=r"shard-000001.tar: sample 2 .*00009-set.png.* is damaged") as caught:
+        list(eval_batches(index, EvalSettings(8), batch=8, rank=0, world_size=1, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_sample_is_skipped_and_counted_where_the_run_allows_it(make_set: Callable[..., ShardIndex]) -> None:
+    index = make_set(24)
+    damage(index, 9)
+    damage(index, 21)
+    batches: list[Batch] = list(
+        islice(
+            train_batches(
+                index, PLAIN, global_batch=8, micro_batch=8, rank=0, world_size=1, seed=0, on_bad_sample="skip"
+            ),
+            3,
+        )
+    )
+    assert sum(batch.bad for batch in batches) == 2
+    for batch in batches:
+        missing = batch.sample_B[~batch.valid_B].tolist()
+        assert set(missing) <= {9, 21} and len(missing) == batch.bad
+        colours = batch.images_BHWC[:, 4, 4, 0]
+        assert torch.equal(batch.labels_B, colours % 3)  # a filled place has the label of the image in it
+
+
+@pytest.mark.parametrize("micro, world", [(5, 1), (8, 2), (24, 2)])
+def test_batch_that_does_not_divide_is_refused(make_set: Callable[..., ShardIndex], micro: int, world: int) -> None:
+    with pytest.raises(DataError, match="does not divide"):
+        train_batches(make_set(30), PLAIN, global_batch=24, micro_batch=micro, rank=0, world_size=world, seed=0)
+
+
+def test_position_between_steps_is_refused(make_set: Callable[..., ShardIndex]) -> None:
+    with pytest.raises(DataError, match="position 7"):
+        train_batches(
+            make_set(30), PLAIN, global_batch=24, micro_batch=24, rank=0, world_size=1, seed=0, position=7
+        )
