@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import auto_augment_transform
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
@@ -154,8 +154,9 @@ class TrainView:
         }
         if settings.interpolation != "random":
             hparams["interpolation"] = Image.Resampling[settings.interpolation.upper()]
+        make = rand_augment_transform if settings.auto_augment.startswith("rand") else auto_augment_transform
         try:
-            transform = auto_augment_transform(settings.auto_augment, hparams)
+            transform = make(settings.auto_augment, hparams)
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(
                 f"refiner.recipe.auto_augment: {settings.auto_augment!r} is not one of timm's ({error!r}); "
