@@ -3,8 +3,8 @@
 ``load`` reads and checks one; ``python -m refiner_ds.config`` prints the table of keys. Nothing here imports torch.
 """
 
-from ..errors import ConfigError
-from .batch import BatchPlan
-from .reading import RunFile, load
+from refiner_ds.config.batch import BatchPlan
+from refiner_ds.config.reading import RunFile, load
+from refiner_ds.errors import ConfigError
 
 __all__ = ["BatchPlan", "ConfigError", "RunFile", "load"]

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from .deepspeed_keys import RunFileKeys
-from .reading import section_in
+from refiner_ds.config.deepspeed_keys import RunFileKeys
+from refiner_ds.config.reading import section_in
 
 
 def key_table(section: type[BaseModel] = RunFileKeys, at: str = "") -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from .schema import RefinerKeys, Section
+from refiner_ds.config.schema import RefinerKeys, Section
 
 INSTEAD = {
     "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch and the number of processes",

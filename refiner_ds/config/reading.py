@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import ConfigError
-from .batch import BatchPlan, plan_batch
-from .deepspeed_keys import INSTEAD, RunFileKeys
-from .schema import RefinerKeys
+from refiner_ds.config.batch import BatchPlan, plan_batch
+from refiner_ds.config.deepspeed_keys import INSTEAD, RunFileKeys
+from refiner_ds.config.schema import RefinerKeys
+from refiner_ds.errors import ConfigError
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.json"
 REMOTE = ("package:", "http:", "https:", "pipe:", "s3:", "gs:", "hf:")

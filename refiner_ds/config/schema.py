@@ -42,12 +42,14 @@ class ModelKeys(Section):
         description="released: blocks alternate between making and refining maps; paper: every block refines its own",
     )
     refiner: Literal["none", "linear", "bottleneck"] | None = Field(None, description="how maps are refined")
-    expansion_ratio: int | None = Field(None, gt=0, description="expanded maps over heads, r")
+    expansion_ratio: float | None = Field(None, gt=0, description="expanded maps over heads, r")
     kernel_size: int | None = Field(None, gt=0, description="side k of the kernel of distributed local attention")
     expand: bool | None = Field(None, description="false: distributed local attention alone, without head expansion")
-    reduction: bool | None = Field(None, description="project expanded maps back to H before they meet the values")
+    reduce: bool | None = Field(None, description="project expanded maps back to H before they meet the values")
     constraint: Literal["none", "spatial", "row+col"] | None = Field(None, description="spatial constraint on kernels")
-    cos_reg: bool = Field(False, description="add 0.1·mean cosine similarity of neighbouring blocks' maps to the loss")
+    cos_reg: float = Field(
+        0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps; released: 0.1"
+    )
     checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
         "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"
     )
@@ -57,6 +59,9 @@ class DataKeys(Section):
     """``refiner.data``: where samples come from and how evaluation looks at them."""
 
     train: str = Field(..., description="folder of the training shards, or package:digits/train")
+    images: int | None = Field(
+        None, gt=0, description="training images, for arithmetic where the shards are not at hand; the index must agree"
+    )
     val: str | None = Field(None, description="folder of the validation shards; null: no evaluation")
     score_maps: bool = Field(False, description="train on the relabel score maps stored beside the images")
     workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
@@ -75,7 +80,7 @@ class DataKeys(Section):
 class RecipeKeys(Section):
     """``refiner.recipe``: optimisation, augmentation and labels. Defaults are the released recipe."""
 
-    epochs: float = Field(300, gt=0, description="passes over the data, warm-up and cool-down included")
+    epochs: float = Field(300, gt=0, description="epochs of the schedule, warm-up included; the cool-down comes after")
     lr: float = Field(5e-4, gt=0, description="peak learning rate for a global batch of lr_batch images")
     lr_batch: int | None = Field(
         512, gt=0, description="lr is scaled by global batch / lr_batch; null: lr as it stands"

@@ -1,0 +1,118 @@
+"""Train a Refined-ViT under DeepSpeed.
+
+    deepspeed refiner_ds/train.py                                    real data, minutes on a laptop
+    deepspeed refiner_ds/train.py --config ds_configs/refiner_s.json --set refiner.run.name=mine
+    python refiner_ds/train.py --config F --check --world-size 32    looks at a run file; no data, no GPU
+    torchrun --nproc_per_node 8 refiner_ds/train.py …                python refiner_ds/train.py … (one process)
+
+Exit codes: 0 finished, 2 refused, 3 the loss is not finite, 75 asked to stop: run me again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+if sys.path and Path(sys.path[0]).resolve() == HERE.parent:
+    # Started as a script: this folder's names (data, config …) must not shadow other packages', its parent holds ours.
+    sys.path[0] = str(HERE.parents[1])
+
+import argparse
+import json
+import os
+
+from refiner_ds.config import RunFile, load
+from refiner_ds.errors import DataError, RefinerError
+from refiner_ds.training.console import hush
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code. See the module for what it takes."""
+    hush()
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(arguments)
+    try:
+        run = load(options.config, options.set)
+        if options.print_config:
+            print(json.dumps(run.resolved(), indent=2))
+            return 0
+        if options.check:
+            return check(run, options.world_size)
+        return train(run, arguments)
+    except RefinerError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank meets the same refusal; one says it
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = (__doc__ or "").split("\n")
+    parser = argparse.ArgumentParser(
+        description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="run file (default: ds_configs/quickstart.json)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    parser.add_argument("--check", action="store_true", help="look at the run file and leave")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes to reckon with in --check")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run file and leave")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return parser
+
+
+def check(run: RunFile, world_size: int) -> int:
+    """Say what a run file comes to, without data or GPU: parameters, batch, steps, where the data would be."""
+    import torch
+
+    from refiner_ds.training.build import build_model, parameter_count, training_flops
+    from refiner_ds.training.preparation import load_index
+    from refiner_ds.training.schedule import Schedule
+
+    batch = run.batch(world_size)
+    images, classes = run.refiner.data.images, run.refiner.model.num_classes
+    try:
+        index = load_index(run.refiner.data.train, run)
+        images, classes, data = index.count, classes or len(index.classes), index.describe()
+    except DataError as error:
+        data = f"not here: {error}"
+    if classes is None:
+        raise DataError(f"{run.path}: set refiner.model.num_classes, since the training data is {data}")
+    with torch.device("meta"):
+        parameters = parameter_count(build_model(run, classes))
+    print(f"{run.path}: fine")
+    print(f"model       {run.refiner.model.name} at {run.refiner.model.img_size} px, {parameters:,} parameters")
+    print(f"            {training_flops(run, classes) / 1e9:.1f} GFLOP an image, forward and backward")
+    print(f"batch       {batch}")
+    if images is not None:
+        schedule = Schedule(run.refiner.recipe, batch, images)
+        print(f"steps       {schedule.steps_an_epoch:,} an epoch of {images:,} images, {schedule.total_steps:,} in all")
+        print(f"lr          {schedule.peak:.3g} at its peak")
+    else:
+        print("steps       unknown: set refiner.data.images, or put the shards where refiner.data.train says")
+    print(f"data        {data}")
+    print(f"run folder  {run.folder}")
+    return 0
+
+
+def train(run: RunFile, arguments: list[str]) -> int:
+    """Train one run on the processes that the environment describes, resuming what its run folder holds."""
+    from refiner_ds.training import relaunch
+    from refiner_ds.training.preparation import prepare
+
+    relaunching = relaunch.is_lone_cpu_child_of_deepspeed()
+    world_size = relaunch.CPU_PROCESSES if relaunching else int(os.environ.get("WORLD_SIZE", "1"))
+    ready = prepare(run, world_size)
+    if (finished := ready.finished()) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(finished)
+        return 0
+    if relaunching:
+        return relaunch.run_processes(HERE, arguments)
+
+    from refiner_ds.training import session
+
+    return session.take_part(ready)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Averaged weights: w̄ ← d·w̄ + (1−d)·w after every optimizer step, in fp32, running statistics included.
+
+Each rank averages the part of the fp32 master weights it owns, so averaging costs no communication at any ZeRO stage
+and no more memory than that part. Whole averages are gathered, by DeepSpeed's own means, only to save or to evaluate:
+the averages change places with the masters, are read, and change back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from refiner_ds.training.engine import Engine
+
+
+class Averages:
+    """Exponential moving average of an engine's weights and buffers.
+
+    Args:
+        decay: d above, a step; 0 keeps the averages equal to the weights.
+    """
+
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.decay = decay
+        self._engine = engine
+        self._weights = [master.clone() for master in engine.masters()]
+        self._buffers = {name: buffer.clone() for name, buffer in engine.statistics().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are after a step."""
+        torch._foreach_lerp_(self._weights, self._engine.masters(), 1 - self.decay)
+        for name, buffer in self._engine.statistics().items():
+            if buffer.is_floating_point():
+                self._buffers[name].lerp_(buffer, 1 - self.decay)
+            else:
+                self._buffers[name].copy_(buffer)  # batch counters are counted, not averaged
+
+    @contextmanager
+    def _in_place_of_masters(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for mine, master in zip(self._weights, self._engine.masters(), strict=True):
+            held = master.clone()
+            master.copy_(mine)
+            mine.copy_(held)
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """Averaged weights and buffers, whole, on the CPU, under the model's names. Every rank must call it."""
+        with self._in_place_of_masters():
+            weights = self._engine.full_weights()
+        return {**weights, **{name: buffer.cpu().clone() for name, buffer in self._buffers.items()}}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take averages from what ``state`` gave, on any number of processes. Every rank must call it."""
+        with self._in_place_of_masters():
+            self._engine.set_full_weights(state)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state[name])

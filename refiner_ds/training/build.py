@@ -1,0 +1,73 @@
+"""From a run file to a model, and to what a person wants to know of it before a month of GPU time."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from refiner_ds.config import RunFile
+from refiner_ds.errors import ConfigError
+from refiner_ds.models import RefinedViT  # importing it registers the names with timm
+
+# The run file's words for what timm's models take; every other key of refiner.model has the same name there.
+TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
+
+
+def build_model(run: RunFile, num_classes: int) -> nn.Module:
+    """The run file's model with fresh weights on the current default device.
+
+    Args:
+        num_classes: used where ``refiner.model.num_classes`` is null.
+    Raises:
+        ConfigError: no such model, or options that it does not take.
+    """
+    keys = run.refiner.model
+    if not timm.is_model(keys.name):
+        near = difflib.get_close_matches(keys.name, timm.list_models("refine*") + timm.list_models(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(timm.list_models('refine*'))}"
+        raise ConfigError(f"{run.path}: refiner.model.name {keys.name} does not exist; {hint}")
+    options = {
+        TIMM_NAMES.get(key, key): value
+        for key, value in keys.model_dump(exclude={"name", "checkpointing"}).items()
+        if value is not None and not (isinstance(value, float) and value == 0)
+    }
+    options["num_classes"] = keys.num_classes or num_classes
+    try:
+        model = timm.create_model(keys.name, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{run.path}: refiner.model: {error}") from None
+    if not isinstance(model, RefinedViT):
+        raise ConfigError(
+            f"{run.path}: refiner.model.name {keys.name} has no patch head to train on token labels;"
+            ' for a plain ViT take refined_vit with "refiner": "none"'
+        )
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def training_flops(run: RunFile, num_classes: int) -> int:
+    """Floating-point operations of one image's forward and backward (twice the forward's), counted on shapes alone."""
+    with torch.device("meta"):
+        model = build_model(run, num_classes).train()
+        side = run.refiner.model.img_size
+        # Two images and halving: batch norms and mix-token want more than one.
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(2, 3, side, side))
+    return 3 * counter.get_total_flops() // 2
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a GPU, FLOP/s, from its data sheet; None where it is not known (then no MFU is told)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    sheets = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "V100": 125e12}
+    return next((peak for chip, peak in sheets.items() if chip in name), None)

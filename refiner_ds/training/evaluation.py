@@ -1,0 +1,77 @@
+"""Accuracy over a validation set, exact to the image whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from refiner_ds.data.loader import Batch
+from refiner_ds.data.targets import normalise
+from refiner_ds.training.world import World
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over a whole set.
+
+    Attributes:
+        right1, right5: images whose class is the first, or among the first five, of the model's guesses.
+        loss: mean cross-entropy, nats.
+        images: images that were evaluated.
+        bad: damaged images that were skipped, and are in none of the above.
+    """
+
+    right1: int
+    right5: int
+    loss: float
+    images: int
+    bad: int
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.right1 / max(self.images, 1)
+
+    @property
+    def top5(self) -> float:
+        """Percent."""
+        return 100 * self.right5 / max(self.images, 1)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], world: World, mean: Triple, std: Triple, bf16: bool = False
+) -> Accuracy:
+    """Evaluate ``model`` over this rank's ``batches`` and add up over ranks. Every rank must call it.
+
+    Args:
+        model: in fp32, on ``world.device``.
+        mean, std: of the pixels, as in training.
+        bf16: compute under autocast.
+    """
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.int64, device=world.device)
+    loss = torch.zeros(1, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        batch = batch.to(world.device)
+        valid_B, labels_B = batch.valid_B, batch.labels_B
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            logits_BC = model(normalise(batch.images_BHWC, mean, std, torch.float32)).float()
+        guesses_BK = logits_BC.topk(min(5, logits_BC.shape[1])).indices
+        hits_BK = (guesses_BK == labels_B[:, None]) & valid_B[:, None]
+        counts += torch.stack(
+            [hits_BK[:, 0].sum(), hits_BK.sum(), valid_B.sum(), valid_B.new_tensor(batch.bad, dtype=torch.int64)]
+        )
+        loss += F.cross_entropy(logits_BC, labels_B, reduction="none")[valid_B].double().sum()
+    world.total(counts)
+    world.total(loss)
+    model.train(was_training)
+    right1, right5, images, bad = counts.tolist()
+    return Accuracy(right1, right5, loss.item() / max(images, 1), images, bad)

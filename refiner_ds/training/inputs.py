@@ -1,0 +1,63 @@
+"""From a batch as it was loaded to what the model and the loss take; everything random here follows from (seed, step).
+
+uint8 pixels and labels ─▶ normalise ─▶ mixup or CutMix ─▶ images, targets, and the box of patches mix-token swaps
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refiner_ds.config.schema import RefinerKeys
+from refiner_ds.data.loader import Batch
+from refiner_ds.data.targets import MixSettings, draw_mix, label_targets, mix_images, mix_targets, normalise
+from refiner_ds.models.mixing import NO_BOX, Box, draw_mix_box
+
+
+class Inputs(NamedTuple):
+    """One micro-batch, ready: images, mix-token's box, class target and patch targets (before the box)."""
+
+    images_B3HW: Tensor
+    box: Box
+    target_BC: Tensor
+    target_BPC: Tensor
+
+
+def derived_seed(*parts: int) -> int:
+    """A 63-bit seed that is a function of ``parts`` alone."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class InputMaker:
+    """Makes inputs of one run.
+
+    Args:
+        grid: rows and columns of patches.
+        dtype: of the images, the engine's.
+    """
+
+    def __init__(self, keys: RefinerKeys, num_classes: int, grid: tuple[int, int], dtype: torch.dtype) -> None:
+        self._keys = keys
+        self._classes = num_classes
+        self._grid = grid
+        self._dtype = dtype
+        recipe = keys.recipe
+        self._mix = MixSettings(recipe.mixup, recipe.cutmix, recipe.mix_probability, recipe.mix_switch)
+
+    def __call__(self, batch: Batch, seed: int) -> Inputs:
+        """Prepare ``batch``, which is on the device already; ``seed`` decides all mixing."""
+        data, recipe, side = self._keys.data, self._keys.recipe, self._keys.model.img_size
+        generator = torch.Generator().manual_seed(seed)
+        mix = draw_mix(self._mix, side, generator)
+        images_B3HW = mix_images(normalise(batch.images_BHWC, data.mean, data.std, self._dtype), mix)
+        target_BC, target_BPC = label_targets(
+            batch.labels_B, self._classes, recipe.label_smoothing, mix, side, self._grid
+        )
+        box = draw_mix_box(self._grid, generator) if recipe.mix_token else NO_BOX
+        y0, x0, y1, x1 = box
+        kept = 1 - (y1 - y0) * (x1 - x0) / (self._grid[0] * self._grid[1])
+        return Inputs(images_B3HW, box, mix_targets(target_BC, kept), target_BPC)

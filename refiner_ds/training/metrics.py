@@ -1,0 +1,87 @@
+"""What a run tells about itself: ``metrics.jsonl`` and TensorBoard events, from the leading process only.
+
+metrics.jsonl     {"kind": "train", "step": …, "loss": …, …}   {"kind": "eval", "top1": …, "weights": "ema", …}
+tensorboard/      the same numbers as train/…, eval/ema/…, eval/model/…, and pictures
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Metrics:
+    """Writer of one run folder's metrics; a silent one where ``folder`` is None (every rank but the leading).
+
+    Args:
+        step: optimizer steps already trained. What an earlier process logged beyond that is dropped here and hidden in
+            TensorBoard, since those steps will be trained again.
+    """
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self._file = None
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        file = folder / "metrics.jsonl"
+        _drop_beyond(file, step)
+        self._file = open(file, "a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, epoch: float, samples: int, **values: Any) -> None:
+        """One line, and one scalar for each number in it.
+
+        Args:
+            kind: "train" or "eval".
+        """
+        if self._file is None:
+            return
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 6), "samples": samples, "time": time.time(), **known}
+        self._file.write(json.dumps(line) + "\n")
+        prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{prefix}/{key}", value, step)
+        self._board.flush()
+
+    def picture(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """A uint8 picture [H, W, 3] for TensorBoard."""
+        if self._file is not None:
+            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a run folder's ``metrics.jsonl``, of one kind or all."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def _drop_beyond(file: Path, step: int) -> None:
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the line a killed process was writing
+    beside = file.with_suffix(".writing")
+    beside.write_text("".join(kept))
+    beside.replace(file)

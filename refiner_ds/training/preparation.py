@@ -1,0 +1,130 @@
+"""Everything about a run that can be checked, and refused, before a process group or a file of its own exists."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refiner_ds.config import BatchPlan, RunFile
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.packaged import locate
+from refiner_ds.errors import ConfigError, DataError
+from refiner_ds.training.build import build_model
+from refiner_ds.training.schedule import Schedule
+
+# What may not change between the processes that train one run: another value would be another run under its name.
+FIXED = (
+    "train_batch_size", "refiner.run.seed", "refiner.data.train", "refiner.data.score_maps", "refiner.model.name",
+    "refiner.model.img_size", "refiner.model.depth", "refiner.model.embed_dim", "refiner.model.num_heads",
+    "refiner.model.patch_size", "refiner.model.layout", "refiner.model.refiner", "refiner.model.expansion_ratio",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A run that can start."""
+
+    run: RunFile
+    batch: BatchPlan
+    train: ShardIndex
+    val: ShardIndex | None
+    schedule: Schedule
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the model's heads."""
+        return self.run.refiner.model.num_classes or len(self.train.classes)
+
+    def finished(self) -> str | None:
+        """What to tell a person whose run is complete already; None where there is something left to train."""
+        try:
+            summary = json.loads((self.run.folder / "complete.json").read_text())
+        except (OSError, ValueError):
+            return None
+        if summary["step"] < self.schedule.total_steps:
+            return None
+        reached = f", top-1 {summary['ema']['top1']:.2f} % (averaged weights)" if "ema" in summary else ""
+        return (
+            f"{self.run.folder} is complete: {summary['step']} steps{reached}.\n"
+            "To begin another run, give it a name: --set refiner.run.name=NAME. To train this one further, raise"
+            " refiner.recipe.epochs."
+        )
+
+
+def prepare(run: RunFile, world_size: int) -> Preparation:
+    """Check a run file against this machine, its data and its run folder.
+
+    Raises:
+        ConfigError, DataError: one sentence; nothing has been written.
+    """
+    batch = run.batch(world_size)
+    with torch.device("meta"):
+        build_model(run, run.refiner.model.num_classes or 10)
+    refuse_unwritable(run.folder)
+    refuse_another_run(run)
+    if run.refiner.data.score_maps:
+        raise ConfigError(f"{run.path}: refiner.data.score_maps: this version trains on labels only; set it to false")
+    train = load_index(run.refiner.data.train, run)
+    val = load_index(run.refiner.data.val, run) if run.refiner.data.val else None
+    _refuse_disagreement(run, train, val)
+    return Preparation(run, batch, train, val, Schedule(run.refiner.recipe, batch, train.count))
+
+
+def load_index(place: str, run: RunFile) -> ShardIndex:
+    """The index of a folder or of a ``package:`` set, which is made on first use."""
+    return ShardIndex.load(locate(place, run.refiner.data.cache))
+
+
+def _refuse_disagreement(run: RunFile, train: ShardIndex, val: ShardIndex | None) -> None:
+    said, classes = run.refiner.data.images, run.refiner.model.num_classes
+    if said is not None and said != train.count:
+        raise DataError(f"{train.folder}: holds {train.count} images where {run.path} says refiner.data.images {said}")
+    if classes is not None and classes < len(train.classes):
+        raise DataError(
+            f"{train.folder}: names {len(train.classes)} classes, more than refiner.model.num_classes {classes};"
+            f" set it to {len(train.classes)} or null"
+        )
+    if val is not None and val.classes != train.classes:
+        raise DataError(
+            f"{val.folder}: its classes are not those of {train.folder}; make both with the same class list"
+        )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise ConfigError where a run folder cannot be made or written."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{folder}: {place} is not a folder; set refiner.run.output to one that can be written")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: {place} cannot be written; set refiner.run.output to a folder that can")
+
+
+def refuse_another_run(run: RunFile) -> None:
+    """Raise ConfigError where the run folder holds a run that this run file would not continue."""
+    file = run.folder / "config.json"
+    if not file.is_file():
+        return
+    try:
+        before = json.loads(file.read_text())
+    except ValueError:
+        raise ConfigError(f"{file}: is not JSON; delete the run folder or choose another refiner.run.name") from None
+    now = run.resolved()
+    for key in FIXED:
+        if (old := _at(before, key)) != (new := _at(now, key)):
+            raise ConfigError(
+                f"{run.folder}: holds a run with {key} {json.dumps(old)}, not {json.dumps(new)};"
+                " choose another refiner.run.name to begin a new one"
+            )
+
+
+def _at(keys: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        keys = keys.get(key) if isinstance(keys, dict) else None
+    return keys

@@ -1,0 +1,86 @@
+"""Who takes part in a run: this process's rank, the device it computes on, and the few collectives the loop needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run as one of them sees it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True on the one process that writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        dist.barrier()
+
+    def say(self, value: object) -> object:
+        """Give every process what the leading one holds."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over processes, in place."""
+        return self.total(values).div_(self.size)
+
+
+def join(timeout_minutes: float = 30) -> World:
+    """Join the process group that torchrun, the deepspeed launcher or a Slurm task describes in the environment.
+
+    With nothing described, this is a group of one. NCCL between GPUs, gloo between CPUs.
+    """
+    import deepspeed
+    from deepspeed.comm import comm as deepspeed_comm
+
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    # DeepSpeed would compile a shared-memory all-reduce on first use on CPUs (half a minute with a compiler, a crash
+    # without) and leave its segments in /dev/shm; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not deepspeed_comm.is_initialized():
+        deepspeed.init_distributed(
+            "nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave() -> None:
+    """Close the process group; a later ``join`` may open another."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
