@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import ColorJitter
@@ -166,6 +166,8 @@ class TrainView:
         for operation in {id(operation): operation for policy in policies for operation in policy}.values():
             if operation.name in GEOMETRIC:
                 operation.aug_fn = self._reporting(operation.aug_fn, GEOMETRIC[operation.name])
+            elif operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
         return transform
 
     def _reporting(self, apply: Callable[..., Image.Image], matrix_of: Callable[..., Matrix]) -> Callable[..., Any]:
@@ -174,6 +176,11 @@ class TrainView:
             return apply(picture, amount, **options)
 
         return apply_and_report
+
+
+def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm asks for 0 bits at magnitude 10, which Pillow refuses from version 13 on; one bit is the least that shows."""
+    return ImageOps.posterize(picture, min(8, max(1, bits)))
 
 
 def _rotate(degrees: float, side: int) -> Matrix:

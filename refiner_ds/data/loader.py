@@ -253,6 +253,7 @@ class Batches:
             collate_fn=_as_it_is,
             worker_init_fn=_begin_worker,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
         )
         for batch in batches:
             if isinstance(batch, DataError):
