@@ -1,0 +1,144 @@
+"""What every task of a job does: say who it is to torch, train, and turn the outcome into the job's fate.
+
+submitit unpickles a ``TrainJob`` on each task and calls it. The exit code of training is the exit code of the task:
+
+    0   finished                    75  interrupted and saved: the job requeues itself and goes on from there
+    2   refused                     *   crashed; srun and the local controller then end the other tasks
+
+submitit's own answer to a signal (rank 0 saves alone, requeues, and the others are killed) cannot save a state that is
+spread over all ranks, so its handlers are replaced at once: until training puts up its own, a signal means that there
+is nothing to save yet and the job is requeued as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import submitit
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+AGAIN = 75  # EX_TEMPFAIL: training was interrupted, saved, and wants to be run again
+STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
+PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
+
+log = logging.getLogger("submitit")  # submitit has set it up to write to the task's log
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Training as a job: called once on every task.
+
+    Args:
+        arguments: what ``refiner_ds.train.main`` is given.
+        run_folder: where ``latest`` and ``jobs/`` are.
+        gpus: whether the tasks own GPUs; without, they must not take those they happen to see.
+        requeues: how often the job may requeue itself.
+    """
+
+    arguments: list[str]
+    run_folder: str
+    gpus: bool
+    requeues: int
+
+    def __call__(self) -> None:
+        task = submitit.JobEnvironment()
+        for early in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(early, self._before_training)
+        os.environ.update(environment_of(task, self.gpus))
+        from refiner_ds import train
+
+        code = train.main(self.arguments)
+        if code == AGAIN:
+            self._again(task, decides=task.global_rank == 0)
+        if code:
+            sys.exit(code)
+
+    def _before_training(self, number: int, frame: FrameType | None) -> None:
+        log.warning("%s before training began", signal.Signals(number).name)
+        # No rank has met the others yet, so none is waiting in a collective and any may speak for all.
+        self._again(submitit.JobEnvironment(), decides=True)
+
+    def _again(self, task: submitit.JobEnvironment, decides: bool) -> None:
+        """Leave so that the job starts again, or with 75 if it had better not."""
+        if not decides:
+            sys.exit(0)  # anything else would have srun end rank 0 before it has asked for the requeue
+        refusal = _cancelled(task) or self._spent(task.job_id)
+        if refusal:
+            log.error("not requeued: %s", refusal)
+            sys.exit(AGAIN)
+        log.info("requeueing job %s", task.job_id)
+        if task.cluster == "local":
+            sys.exit(LOCAL_REQUEUE_RETURN_CODE)
+        asked = subprocess.run(("scontrol", "requeue", task.job_id), capture_output=True, text=True, timeout=60)
+        if asked.returncode:
+            log.error("Slurm did not requeue: %s", asked.stderr.strip())
+        sys.exit(AGAIN if asked.returncode else 0)
+
+    def _spent(self, job_id: str) -> str | None:
+        """Count this requeue; why there should not be another, or None."""
+        ledger = Path(self.run_folder, "jobs", f"{job_id}_requeues.json")
+        before: dict[str, Any] = {"requeues": 0, "latest": None, "stuck": 0}
+        if ledger.exists():
+            before = json.loads(ledger.read_text())
+        latest = _latest(Path(self.run_folder))
+        now: dict[str, Any] = {
+            "requeues": before["requeues"] + 1,
+            "latest": latest,
+            "stuck": before["stuck"] + 1 if latest == before["latest"] else 0,
+        }
+        if now["requeues"] > self.requeues:
+            return f"it has requeued itself {self.requeues} times, which is all its profile allows (requeues)"
+        if now["stuck"] >= STUCK:
+            return f"{STUCK} times in a row it got no further than checkpoint {latest or 'none'}"
+        ledger.write_text(json.dumps(now))
+        return None
+
+
+def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:
+    """The variables torchrun would set, for one task of a job."""
+    local_world = task.num_tasks // task.num_nodes
+    several_nodes = task.num_nodes > 1
+    given = {
+        "RANK": str(task.global_rank),
+        "WORLD_SIZE": str(task.num_tasks),
+        "LOCAL_RANK": str(task.local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world),
+        # On one node its name need not resolve, and often does not on a laptop.
+        "MASTER_ADDR": task.hostnames[0] if several_nodes else "127.0.0.1",
+        "MASTER_PORT": str(PORTS[int(task.job_id.partition("_")[0]) % len(PORTS)]),
+    }
+    if "OMP_NUM_THREADS" not in os.environ:
+        # A GPU's process leaves the cores to its loader workers; on CPU the cores are what trains.
+        given["OMP_NUM_THREADS"] = "1" if gpus else str(_cores_of_a_task(local_world))
+    if not gpus:
+        given["CUDA_VISIBLE_DEVICES"] = ""
+    return given
+
+
+def _cores_of_a_task(local_world: int) -> int:
+    asked = os.environ.get("SLURM_CPUS_PER_TASK")
+    return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
+def _cancelled(task: submitit.JobEnvironment) -> str | None:
+    # scancel sends TERM as preemption does, and Slurm requeues a cancelled job as readily as any other.
+    if task.cluster == "local":
+        return None
+    shown = subprocess.run(("scontrol", "show", "job", "-o", task.job_id), capture_output=True, text=True, timeout=60)
+    return "it was cancelled" if "JobState=CANCELLED" in shown.stdout else None
+
+
+def _latest(run_folder: Path) -> str | None:
+    latest = run_folder / "latest"
+    if latest.is_symlink():
+        return latest.readlink().name
+    return latest.read_text().strip() if latest.is_file() else None

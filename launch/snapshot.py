@@ -1,0 +1,50 @@
+"""The code a job will run: a copy beside its results, so that later edits change no job that waits or restarts.
+
+    <run folder>/code/refiner_ds  launch  ds_configs    as they were when the job was submitted
+    <run folder>/code/run.json                          the resolved run file
+    <run folder>/code/commit                            where they came from, if git knows
+
+A snapshot is small: it is source, and holds neither weights nor data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from refiner_ds.config import RunFile
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("refiner_ds", "launch", "ds_configs")
+RUN_FILE = "run.json"
+
+
+def take_snapshot(run: RunFile, root: Path = ROOT) -> Path:
+    """Copy the code under ``root`` into the run folder, in place of an earlier copy, and return its folder."""
+    folder = run.folder / "code"
+    new, old = (run.folder / f".code-{which}-{os.getpid()}" for which in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        for part in PARTS:
+            shutil.copytree(root / part, new / part, ignore=shutil.ignore_patterns("__pycache__", "*.py[co]", ".*"))
+        (new / RUN_FILE).write_text(json.dumps(run.resolved(), indent=2) + "\n")
+        (new / "commit").write_text(_commit(root) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder
+
+
+def _commit(root: Path) -> str:
+    command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,194 @@
+"""Submit a run to Slurm, or run it on this machine, as the job it would be.
+
+    python launch/submit.py --nodes 4 --config ds_configs/refiner_s.json --cluster mycluster.yaml
+    python launch/submit.py --nodes 4 --gpus-per-node 0 --wait           the quickstart, on the CPUs of four nodes
+    python launch/submit.py --local                                      … on this machine
+
+The command checks what can be checked, copies the code into the run folder, submits one task per GPU through submitit
+and prints where things are. Submitting a run again resumes what its folder holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the clone this file is of, not its folder launch/
+
+import submitit
+from pydantic.fields import FieldInfo
+
+from launch import checks, local, slurm
+from launch.cluster import ClusterProfile, load_profile
+from launch.follow import follow
+from launch.job import TrainJob
+from launch.plan import Plan
+from launch.snapshot import RUN_FILE, take_snapshot
+from refiner_ds.config import load
+from refiner_ds.errors import LaunchError, RefinerError
+
+FLAG_TYPES = {"str | None": str, "float | None": float, "int | None": int, "int": int}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Exit code: 0, 2 where it refuses, or with ``--wait`` and ``--local`` the job's."""
+    args = _parser().parse_args(argv)
+    try:
+        return _submit(args)
+    except RefinerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="run file; ds_configs/quickstart.json without")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the run file"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    parser.add_argument("--local", action="store_true", help="run on this machine, all nodes' processes, and wait")
+    parser.add_argument("--wait", action="store_true", help="show the log until the job ends; leave with its exit code")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
+    site = parser.add_argument_group("the site", "keys of the cluster profile, each of which a flag overrides")
+    site.add_argument("--cluster", type=Path, metavar="FILE", help="cluster profile; see launch/clusters/example.yaml")
+    for key, field in _profile_flags().items():
+        flag = f"--{key.replace('_', '-')}"
+        site.add_argument(flag, type=FLAG_TYPES[_type(key)], metavar="X", help=field.description)
+    return parser
+
+
+def _type(key: str) -> str:
+    return str(ClusterProfile.__annotations__[key])
+
+
+def _profile_flags() -> dict[str, FieldInfo]:
+    return {key: field for key, field in ClusterProfile.model_fields.items() if _type(key) in FLAG_TYPES}
+
+
+def _submit(args: argparse.Namespace) -> int:
+    profile = load_profile(args.cluster, {key: getattr(args, key) for key in _profile_flags()})
+    plan = _plan(args, profile)
+    print(f"{plan.run.path}: {plan}; {plan.batch}", file=sys.stderr)
+    checks.check_run_folder(plan.run)
+    checks.check_machines(plan)
+    code = plan.run.folder / "code"
+    batch_script = None if plan.local else slurm.script(_slurm_executor(plan, code))
+    if batch_script:
+        slurm.rehearse(batch_script)
+    print("checking the code and the data …", file=sys.stderr)
+    checks.check_code(plan, args.set)
+    if args.dry_run:
+        print(batch_script or f"{plan}, {' '.join(_arguments(code))}")
+        return 0
+    checks.check_data(plan.run)
+    take_snapshot(plan.run)
+    return _run_here(plan, code) if plan.local else _run_on_slurm(plan, code, args.wait)
+
+
+def _plan(args: argparse.Namespace, profile: ClusterProfile) -> Plan:
+    if args.nodes < 1:
+        raise LaunchError(f"--nodes {args.nodes}: a job has at least one node")
+    run = load(args.config, args.set)
+    gpus = profile.gpus_per_node
+    if not args.local:
+        slurm.require_slurm()
+        gpus = slurm.gpus_of_nodes(profile.partition) if gpus is None else gpus
+    elif gpus is None:
+        gpus = len(local.devices_here()) // args.nodes
+    plan = Plan(run, profile, args.nodes, gpus, args.local)
+    assert plan.batch  # refuses a batch that does not divide
+    return plan
+
+
+def _job(plan: Plan, code: Path) -> TrainJob:
+    return TrainJob(_arguments(code), str(plan.run.folder), plan.gpus > 0, plan.profile.requeues)
+
+
+def _arguments(code: Path) -> list[str]:
+    return ["--config", str(code / RUN_FILE)]
+
+
+def _slurm_executor(plan: Plan, code: Path) -> submitit.SlurmExecutor:
+    return slurm.executor(
+        plan.profile, nodes=plan.nodes, gpus=plan.gpus, tasks=plan.tasks, run_folder=plan.run.folder, code=code
+    )
+
+
+def _run_on_slurm(plan: Plan, code: Path, wait: bool) -> int:
+    try:
+        job = _slurm_executor(plan, code).submit(_job(plan, code))
+    except submitit.core.utils.FailedJobError as error:
+        raise LaunchError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}") from None
+    _say_where(plan, job.job_id, stop=f"scancel {job.job_id}")
+    if not wait:
+        return 0
+    try:
+        state, exit_code = follow(job.paths.stdout, lambda: slurm.ending(job.job_id), sys.stdout)
+    except KeyboardInterrupt:
+        print(f"\njob {job.job_id} goes on; scancel {job.job_id} ends it", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return _say_ending(plan, job.job_id, state, exit_code)
+
+
+def _run_here(plan: Plan, code: Path) -> int:
+    executor = local.LocalExecutor(
+        plan.run.folder / "jobs",
+        tasks=plan.world_size,
+        devices=",".join(local.devices_here()[: plan.world_size]) if plan.gpus else "",
+        environment=plan.profile.environment,
+        code=code,
+        minutes=plan.profile.minutes,
+        signal_seconds=plan.profile.signal_seconds,
+    )
+    signal.signal(signal.SIGTERM, _leave)
+    job = executor.submit(_job(plan, code))
+    _say_where(plan, job.job_id, stop=f"kill {job.job_id}")
+    try:
+        state, exit_code = follow(job.paths.stdout, lambda: _left(executor.controller.poll()), sys.stdout, every=0.2)
+    except KeyboardInterrupt:
+        state, exit_code = "INTERRUPTED", 128 + signal.SIGINT  # Ctrl-C reaches the job's processes too
+    finally:
+        if executor.controller.poll() is None:
+            executor.controller.terminate()
+            executor.controller.wait()
+    return _say_ending(plan, job.job_id, state, exit_code)
+
+
+def _left(exit_code: int | None) -> tuple[str, int] | None:
+    if exit_code is None:
+        return None
+    return ("FAILED" if exit_code else "COMPLETED"), exit_code if exit_code >= 0 else 128 - exit_code
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _say_where(plan: Plan, job_id: str, stop: str) -> None:
+    folder = plan.run.folder
+    rows = {
+        "run folder": str(folder),
+        "log": f"tail -F {folder}/jobs/{job_id}_0_log.out",
+        "curves": f"tensorboard --logdir {folder}/tensorboard",
+        "accuracy": f"python refiner_ds/evaluate.py {folder}",
+        "stop": stop,
+    }
+    print(f"job {job_id}: {plan}")
+    for word, command in rows.items():
+        print(f"  {word:<12}{command}")
+    sys.stdout.flush()
+
+
+def _say_ending(plan: Plan, job_id: str, state: str, exit_code: int) -> int:
+    print(f"job {job_id}: {state}, exit code {exit_code}; logs of all ranks: {plan.run.folder}/jobs/{job_id}_*_log.out")
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Fixtures of the launcher's tests: a Slurm of their own, and a clone whose training is small."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.fixture import slurm, slurm_of_session  # noqa: F401  (fixtures: pytest finds them by name here)
+
+ROOT = Path(__file__).resolve().parents[2]
+Done = subprocess.CompletedProcess[str]
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A fresh clone of the code, whose ``refiner_ds/train.py`` may be the double, and the place its results go."""
+
+    root: Path
+    output: Path
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the quickstart's results go."""
+        return self.output / "quickstart"
+
+    def behave(self, **how: Any) -> None:
+        """Tell the double how to leave; see double_of_train.py. Ranks are spelt r0, r1, …"""
+        self.output.mkdir(exist_ok=True)
+        ranks = {key.removeprefix("r"): value for key, value in how.items() if key != "reduce"}
+        (self.output / "behaviour.json").write_text(json.dumps({**ranks, "reduce": how.get("reduce", False)}))
+
+    def command(self, *words: str) -> tuple[str, ...]:
+        """``python <root>/launch/submit.py …`` with its results under ``output``."""
+        place = ("--set", f"refiner.run.output={self.output}")
+        return (sys.executable, str(self.root / "launch/submit.py"), *place, *words)
+
+    def submit(self, *words: str, env: dict[str, str] | None = None, seconds: float = 120) -> Done:
+        """Type the command in some other folder, and wait for it."""
+        return subprocess.run(
+            self.command(*words),
+            cwd=self.output.parent,
+            env={**os.environ, **(env or {}), "REFINER_DS_CACHE": str(self.output.parent / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+    def seen(self) -> dict[str, dict[str, Any]]:
+        """What the double wrote down: {"<rank>.<attempt>": …}."""
+        files = sorted((self.run_folder / "seen").glob("[0-9]*.json"))
+        return {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in files}
+
+    def wait_for(self, *ranks_and_attempts: str, seconds: float = 60) -> None:
+        """Wait until the double has run as these."""
+        end = time.monotonic() + seconds
+        while not set(ranks_and_attempts) <= set(self.seen()):
+            assert time.monotonic() < end, f"saw {sorted(self.seen())} in {seconds:.0f} s; {self.logs()}"
+            time.sleep(0.1)
+
+    def logs(self) -> str:
+        """Every log of every job."""
+        return "\n".join(f"{file.name}:\n{file.read_text()}" for file in self.run_folder.glob("jobs/*_log.out"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    """A fresh clone with the double for training."""
+    root = tmp_path / "clone"
+    for part in ("refiner_ds", "launch", "ds_configs"):
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).with_name("double_of_train.py"), root / "refiner_ds/train.py")
+    return Clone(root, tmp_path / "runs")
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine on which Slurm was never installed."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    return {"PATH": str(empty)}
+
+
+@pytest.fixture
+def job_id() -> Callable[[Done], str]:
+    """The job that a submission says it made."""
+
+    def read(done: Done) -> str:
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[1].rstrip(":")
+
+    return read

@@ -1,0 +1,70 @@
+"""A cluster profile says what a site needs, and a mistake in it is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cluster import ClusterProfile, load_profile
+from refiner_ds.config import ConfigError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "launch/clusters/example.yaml"
+
+
+@pytest.fixture
+def refused(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """What a profile of this text, or these flags, is refused with, its own path left out."""
+
+    def sentence(text: str, **flags: Any) -> str:
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        with pytest.raises(ConfigError) as found:
+            load_profile(file, flags)
+        assert "\n" not in str(found.value)
+        return str(found.value).replace(f"{tmp_path}/", "")
+
+    return sentence
+
+
+def test_the_example_shows_every_key_at_its_default() -> None:
+    example = load_profile(EXAMPLE, {})
+    assert example == ClusterProfile(hours=24)  # the one key a site must think about
+    assert example.model_fields_set == set(ClusterProfile.model_fields)
+
+
+def test_a_flag_wins_over_the_file_and_an_absent_flag_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("partition: gpu\nhours: 12\n")
+    profile = load_profile(file, {"partition": "debug", "hours": None})
+    assert (profile.partition, profile.hours, profile.minutes) == ("debug", 12, 720)
+
+
+def test_numbers_of_an_environment_become_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("environment: {NCCL_DEBUG: 1, NCCL_SOCKET_IFNAME: ib0}\n")
+    assert load_profile(file, {}).environment == {"NCCL_DEBUG": "1", "NCCL_SOCKET_IFNAME": "ib0"}
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(refused) -> None:  # type: ignore[no-untyped-def]
+    assert refused("partitoin: gpu\n") == "mine.yaml: partitoin is not a key; did you mean partition?"
+    assert "knows partition, account" in refused("colour: blue\n")
+
+
+def test_a_wrong_value_is_refused_with_what_would_be_right(refused) -> None:  # type: ignore[no-untyped-def]
+    assert refused("gpus_per_node: eight\n") == "mine.yaml: gpus_per_node is 'eight'; it must be a valid integer"
+    assert refused("hours: 0\n") == "mine.yaml: hours is 0; it must be greater than 0"
+    assert refused("", cpus_per_task=0) == "--cpus-per-task is 0; it must be greater than 0"
+
+
+def test_what_the_launcher_decides_cannot_be_set_beside_it(refused) -> None:  # type: ignore[no-untyped-def]
+    assert refused("sbatch: {nodes: 3}\n") == "mine.yaml: sbatch cannot set nodes: use --nodes"
+    assert "use hours" in refused("sbatch: {--time: 60}\n")
+
+
+def test_a_file_that_is_no_profile_is_refused(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "line 2 is not YAML" in refused("partition: gpu\n setup: [\n")
+    assert "keys and values" in refused("- gpu\n")
+    with pytest.raises(ConfigError, match="no such cluster profile"):
+        load_profile(tmp_path / "absent.yaml", {})
