@@ -139,6 +139,7 @@ class RunFileKeys(Section):
     """Top level of a run file: the batch and DeepSpeed's sections; ``refiner`` is the project's own."""
 
     extends: str | None = Field(None, description="another run file, relative to this one, that this one changes")
+    about: str | None = Field(None, description="what this recipe was measured to do, on what, by which command")
     refiner: RefinerKeys
     train_batch_size: int = Field(
         1024, gt=0, description="global batch of an optimizer step, images: part of the recipe"

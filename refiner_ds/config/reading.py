@@ -16,10 +16,12 @@ from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from refiner_ds.config.batch import BatchPlan, plan_batch
 from refiner_ds.config.deepspeed_keys import INSTEAD, RunFileKeys
 from refiner_ds.config.schema import RefinerKeys
+from refiner_ds.config.wording import written
 from refiner_ds.errors import ConfigError
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.json"
@@ -194,14 +196,26 @@ def _all_paths(section: type[BaseModel], at: str = "") -> list[str]:
     return paths
 
 
-def _source(path: tuple[str | int, ...], layers: list[Layer]) -> str:
+_ABSENT = object()
+
+
+def _value_in(layer: Layer, path: tuple[str, ...]) -> Any:
+    node: Any = layer.keys
+    for key in path:
+        node = node.get(key, _ABSENT) if isinstance(node, dict) else _ABSENT
+    return node
+
+
+def _value_at(path: tuple[str, ...], layers: list[Layer]) -> Any:
+    """What the last layer that has ``path`` says; ``_ABSENT`` where none does."""
+    return next((value for layer in reversed(layers) if (value := _value_in(layer, path)) is not _ABSENT), _ABSENT)
+
+
+def _source(path: tuple[str, ...], layers: list[Layer]) -> str:
     """The layer that last set ``path``, or the deepest part of it that anything set."""
     for depth in range(len(path), 0, -1):
         for layer in reversed(layers):
-            node: Any = layer.keys
-            for key in path[:depth]:
-                node = node.get(key, _source) if isinstance(node, dict) else _source  # _source: a mark no file can hold
-            if node is not _source:
+            if _value_in(layer, path[:depth]) is not _ABSENT:
                 return layer.name
     return next(layer.name for layer in reversed(layers) if not layer.name.startswith("--set"))
 
@@ -221,18 +235,28 @@ WORDS = {
 
 def _sentence(error: ValidationError, layers: list[Layer]) -> str:
     first = error.errors()[0]
-    loc = tuple(part for part in first["loc"] if not isinstance(part, str) or part in _known_names())
-    key = ".".join(str(part) for part in loc)
-    source = _source(loc, layers)
-    if first["type"] == "missing":
+    loc = tuple(part for part in first["loc"] if isinstance(part, str) and part in _known_names())
+    problem = first["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    if first["type"] == "value_error" and " must " in problem:  # a rule about several keys names its own
+        name, _, problem = problem.partition(" ")
+        loc = (*loc, name)
+    key, source, value = ".".join(loc), _source(loc, layers), _value_at(loc, layers)
+    if first["type"] == "missing" and value is _ABSENT:
         return f"{source}: {key} is missing; it must be given"
-    wanted = WORDS.get(first["type"])
-    if wanted is None:
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-        return f"{source}: {key} is {_shown(first['input'])}; it must {message.removeprefix('must ')}"
-    if first["type"] == "int_type" and len(error.errors()) > 1:
-        wanted += " or null"
-    return f"{source}: {key} is {_shown(first['input'])}; it must be {wanted}"
+    if value is _ABSENT:  # a default that does not go with what was given
+        value = _field(loc).get_default()
+    if len(loc) < len(first["loc"]) and isinstance(value, list):
+        problem = f"be a {written(_field(loc).annotation)}"
+    elif first["type"] in WORDS:
+        problem = f"be {WORDS[first['type']]}"
+    return f"{source}: {key} is {_shown(value)}; it must {problem.removeprefix('must ')}"
+
+
+def _field(loc: tuple[str, ...]) -> FieldInfo:
+    section: type[BaseModel] = RunFileKeys
+    for part in loc[:-1]:
+        section = section_in(section.model_fields[part].annotation) or section
+    return section.model_fields[loc[-1]]
 
 
 def _known_names() -> set[str]:

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[float, float]
+
+
+def _rising(pair: Pair) -> Pair:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("must be two numbers above 0, the smaller first")
+    return pair
+
+
+Range = Annotated[Pair, AfterValidator(_rising)]
 Triple = tuple[float, float, float]
 
 
@@ -100,8 +110,8 @@ class RecipeKeys(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99996, description="decay a step of the averaged weights; 0: no averaging"
     )
-    crop_scale: Pair = Field((0.08, 1.0), description="area range of random-resized-crop")
-    crop_ratio: Pair = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
+    crop_scale: Range = Field((0.08, 1.0), description="area range of random-resized-crop")
+    crop_ratio: Range = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
     auto_augment: str = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; empty: none")
     color_jitter: float = Field(0.4, ge=0, description="colour jitter, inactive when auto_augment is set")
@@ -122,6 +132,12 @@ class RecipeKeys(Section):
     mix_token: bool = Field(False, description="mix patch tokens of two images behind the stem, labels with them")
     dense_weight: float = Field(0.5, ge=0, description="weight of the patch loss")
     cls_weight: float = Field(1.0, ge=0, description="weight of the class loss")
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError("warmup_epochs must be fewer than refiner.recipe.epochs")
+        return self
 
 
 class RunKeys(Section):

@@ -9,7 +9,6 @@ import logging
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -23,7 +22,8 @@ def hush() -> None:
     if not root.handlers:
         root.addHandler(logging.NullHandler())
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
+    # DeepSpeed says this on import, before its records can be given a file, on every rank of a CPU machine.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def write_logs(folder: Path, rank: int) -> None:

@@ -1,0 +1,116 @@
+"""Accuracy of a checkpoint over the validation shards, exact to the image whatever the number of processes.
+
+    python refiner_ds/evaluate.py runs/quickstart                              the run's latest checkpoint
+    python refiner_ds/evaluate.py runs/quickstart/checkpoints/step_00000360 --weights model
+    torchrun --nproc_per_node 8 refiner_ds/evaluate.py RUN --data /data/imagenet/val --crop-ratio 1.13
+
+Prints top-1 and top-5 of the averaged weights. Exit codes: 0 done, 2 refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+if sys.path and Path(sys.path[0]).resolve() == HERE.parent:
+    sys.path[0] = str(HERE.parents[1])  # as in train.py
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING
+
+from refiner_ds.config import load
+from refiner_ds.errors import CheckpointError, DataError, RefinerError
+from refiner_ds.training.console import hush
+
+if TYPE_CHECKING:
+    from refiner_ds.training.evaluation import Accuracy
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code. See the module for what it takes."""
+    hush()
+    options = _parser().parse_args(argv)
+    try:
+        return evaluate_checkpoint(options)
+    except RefinerError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = (__doc__ or "").split("\n")
+    parser = argparse.ArgumentParser(
+        description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("place", metavar="RUN_OR_CHECKPOINT", type=Path, help="run folder, or a checkpoint in it")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged weights or the last ones")
+    parser.add_argument("--data", metavar="FOLDER", help="validation shards (default: the run's refiner.data.val)")
+    parser.add_argument("--crop-ratio", type=float, metavar="R", help="centre crop over resized side; above 1 pads")
+    parser.add_argument("--batch", type=int, metavar="N", help="images a process computes at once")
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes a rank")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return parser
+
+
+def evaluate_checkpoint(options: argparse.Namespace) -> int:
+    """Load what the options name, evaluate it on all processes of the group, and print the result."""
+    from refiner_ds.data.augment import EvalSettings
+    from refiner_ds.data.loader import eval_batches
+    from refiner_ds.training.build import build_model
+    from refiner_ds.training.checkpoints import find_checkpoint, read_state, read_weights
+    from refiner_ds.training.evaluation import evaluate
+    from refiner_ds.training.preparation import load_index
+    from refiner_ds.training.world import join, leave
+
+    checkpoint = find_checkpoint(options.place)
+    run = load(checkpoint / "config.json")
+    place = options.data or run.refiner.data.val
+    if place is None:
+        raise DataError(f"{options.place}: its run file has no refiner.data.val; give --data FOLDER")
+    index = load_index(place, run)
+    model = build_model(run, len(index.classes))
+    try:
+        model.load_state_dict(read_weights(checkpoint, options.weights))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint}: does not fit the model of its own config.json: {error}") from None
+    world = join()
+    data = run.refiner.data
+    view = EvalSettings(run.refiner.model.img_size, options.crop_ratio or data.eval_crop_ratio)
+    batches = eval_batches(
+        index,
+        view,
+        batch=options.batch or data.eval_batch or 64,
+        rank=world.rank,
+        world_size=world.size,
+        workers=data.workers if options.workers is None else options.workers,
+        on_bad_sample=data.on_bad_sample,
+    )
+    accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, world.device.type == "cuda")
+    if world.leads:
+        _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio)
+    leave()
+    return 0
+
+
+def _print(accuracy: Accuracy, options: argparse.Namespace, step: int, crop_ratio: float) -> None:
+    if options.json:
+        found = {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss, "right1": accuracy.right1}
+        found |= {"right5": accuracy.right5, "images": accuracy.images, "bad_samples": accuracy.bad}
+        print(json.dumps({**found, "step": step, "weights": options.weights, "crop_ratio": crop_ratio}))
+        return
+    which = "averaged weights" if options.weights == "ema" else "last weights"
+    print(
+        f"top-1 {accuracy.top1:.3f} %  top-5 {accuracy.top5:.3f} %  ({accuracy.right1} and {accuracy.right5} of"
+        f" {accuracy.images} images; {which} of step {step}, crop ratio {crop_ratio:g})"
+    )
+    if accuracy.bad:
+        print(f"{accuracy.bad} damaged images were skipped and are not counted")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
