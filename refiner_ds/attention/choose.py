@@ -67,7 +67,9 @@ def refine(
         ValueError: no way has that name.
     """
     compute = WAYS[way_chosen(way)]
-    map_BHNN = composed.make_map(attn) if isinstance(attn, Scores) else attn
+    # The view gathers the refiner's own gradients of the map before those of its other users, so that the sum is
+    # rounded in the same order whether or not the refiner is recomputed by itself.
+    map_BHNN = composed.make_map(attn) if isinstance(attn, Scores) else attn.view_as(attn)
     return compute(map_BHNN.to(value_BHNd.dtype), value_BHNd, refiner, scale)[0]
 
 

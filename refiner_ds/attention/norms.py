@@ -110,6 +110,9 @@ class BatchNorm(nn.BatchNorm2d):
     :func:`frozen_statistics` does not count in them.
     """
 
+    # DeepSpeed reads this: zero.Init otherwise makes every tensor created under it half precision, buffers too.
+    _keep_in_fp32_modules_strict = ("running_mean", "running_var")
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""
         return batch_norm(x, self.parameters_now())

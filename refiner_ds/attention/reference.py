@@ -112,7 +112,7 @@ def attend(map_BENN: Tensor, value_BHNd: Tensor) -> Tensor:
         [B, E, N, d], [B, H, N, d] where E = H.
     """
     shares = map_BENN.shape[1] // value_BHNd.shape[1]
-    return map_BENN @ value_BHNd.repeat_interleave(shares, 1)
+    return map_BENN @ (value_BHNd if shares == 1 else value_BHNd.repeat_interleave(shares, 1))
 
 
 def refined_by_shifts(map_BHNN: Tensor, kernel_HHkk: Tensor, value_BHNd: Tensor) -> Tensor:
