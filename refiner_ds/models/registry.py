@@ -54,28 +54,27 @@ def _create(name: str, pretrained: bool, **options: Any) -> RefinedViT:
     )
 
 
-def _released(name: str, pretrained: bool, embed_dim: int, depth: int, num_heads: int, **options: Any) -> RefinedViT:
-    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": 3.0}
-    released = {"layout": "released", "refiner": "bottleneck", "expansion_ratio": 3, "kernel_size": 3}
-    return _create(name, pretrained, **{**sizes, **released, **options})
+def _released(name: str, pretrained: bool, sizes: dict[str, int], options: dict[str, Any]) -> RefinedViT:
+    released = {"mlp_ratio": 3.0, "layout": "released", "refiner": "bottleneck", "expansion_ratio": 3, "kernel_size": 3}
+    return _create(name, pretrained, **{**released, **sizes, **options})
 
 
 @register_model
 def refiner_vit_s(pretrained: bool = False, **options: Any) -> RefinedViT:
     """Refiner-ViT-S as released: 16 blocks of width 384, 12 heads, 25,408,656 parameters; 83.6 % top-1 at 224."""
-    return _released("refiner_vit_s", pretrained, 384, 16, 12, **options)
+    return _released("refiner_vit_s", pretrained, {"embed_dim": 384, "depth": 16, "num_heads": 12}, options)
 
 
 @register_model
 def refiner_vit_m(pretrained: bool = False, **options: Any) -> RefinedViT:
     """Refiner-ViT-M as released: 32 blocks of width 420, 12 heads, 55,450,932 parameters; 84.6 % top-1 at 224."""
-    return _released("refiner_vit_m", pretrained, 420, 32, 12, **options)
+    return _released("refiner_vit_m", pretrained, {"embed_dim": 420, "depth": 32, "num_heads": 12}, options)
 
 
 @register_model
 def refiner_vit_l(pretrained: bool = False, **options: Any) -> RefinedViT:
     """Refiner-ViT-L as released: 32 blocks of width 512, 16 heads, 81,150,192 parameters; 84.9 % top-1 at 224."""
-    return _released("refiner_vit_l", pretrained, 512, 32, 16, **options)
+    return _released("refiner_vit_l", pretrained, {"embed_dim": 512, "depth": 32, "num_heads": 16}, options)
 
 
 @register_model

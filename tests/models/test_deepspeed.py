@@ -1,4 +1,4 @@
-"""Under DeepSpeed: its checkpoint is bit-identical, statistics stay fp32 at every ZeRO stage, initialisation survives."""
+"""Under DeepSpeed: its checkpoint is exact, statistics stay fp32 at every ZeRO stage, initialisation survives."""
 
 from __future__ import annotations
 

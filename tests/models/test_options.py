@@ -1,0 +1,160 @@
+"""Every variant builds and runs; what cannot be built is refused in one sentence; randomness is torch's alone."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from refiner_ds.models import NO_BOX, draw_mix_box
+from tests.models.small import BOX, PAPER, RELEASED, VARIANTS, pictures, small_model
+
+CLASSES, PATCHES, HEADS, TOKENS = 5, 16, 2, 17
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_gives_what_training_and_evaluation_expect(variant):
+    model = small_model(**VARIANTS[variant])
+    class_logits, patch_logits, box = model.train()(pictures(), BOX)
+    assert class_logits.shape == (4, CLASSES) and patch_logits.shape == (4, PATCHES, CLASSES) and box == BOX
+    logits = model.eval()(pictures())
+    tokens = model.forward_features(pictures())
+    expected = model.head(tokens[:, 0]) + 0.5 * model.aux_head(tokens[:, 1:]).max(1).values
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_maps_are_those_that_multiply_the_values(variant):
+    model = small_model(**VARIANTS[variant])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    maps = model.train().attention_maps(pictures())
+    expanded = 3 * HEADS if variant == "paper-no-reduction" else HEADS
+    assert [tuple(one.shape) for one in maps] == [(4, expanded, TOKENS, TOKENS)] * 4
+    assert model.training and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    if variant in ("plain", "twin"):
+        torch.testing.assert_close(maps[0].sum(-1), torch.ones(4, HEADS, TOKENS))
+    attn = model.eval().blocks[0].attn
+    x_BND = model.blocks[0].norm1(model._embed(pictures(), NO_BOX) / model.blocks[0].gain)
+    value_BHNd = attn._heads(x_BND)[-1].repeat_interleave(expanded // HEADS, 1)
+    joined = attn.proj((maps[0] @ value_BHNd).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attn(x_BND, None)[0], joined, rtol=1e-5, atol=1e-5)
+
+
+def test_released_blocks_alternate_and_share_maps():
+    model = small_model(**RELEASED)
+    kinds = [type(block.attn).__name__ for block in model.blocks]
+    assert kinds == ["MapAttention", "SharedAttention"] * 2
+    handed = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, out: handed.append(out[1]))
+    model(pictures())
+    assert torch.equal(handed[0], handed[1]) and torch.equal(handed[2], handed[3])
+    assert not torch.equal(handed[1], handed[2])
+    # residual maps: the second pair's rows hold a row of the first's, scaled by 1/√d, on top of a softmax
+    torch.testing.assert_close(handed[2].sum(-1), 1 + handed[0].sum(-1) * 12**-0.5)
+
+
+def test_mixed_patches_come_from_the_batch_in_reverse_and_are_flipped_back():
+    model = small_model(**VARIANTS["plain"])
+    x = pictures()
+    whole = (0, 0, *model.patch_grid)
+    # A box over the whole grid swaps every patch: the patch logits, flipped back, are those of the flipped batch.
+    plain = model.train()(x.flip(0), NO_BOX)
+    mixed = model.train()(x, whole)
+    torch.testing.assert_close(mixed[1], plain[1].flip(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[0], plain[0], rtol=1e-4, atol=1e-5)
+    part = model(x, BOX)[1]
+    assert part.isfinite().all() and not torch.equal(part, mixed[1])
+
+
+def test_a_box_is_drawn_only_where_mix_token_asks_for_it():
+    off, on = small_model(**RELEASED), small_model(**RELEASED, mix_token=True)
+    assert off.train()(pictures())[2] == NO_BOX
+    torch.manual_seed(3)
+    boxes = {on.train()(pictures())[2] for _ in range(20)}
+    torch.manual_seed(3)
+    assert boxes == {draw_mix_box(on.patch_grid) for _ in range(20)}
+    assert len(boxes) > 3
+    assert on.eval()(pictures()).shape == (4, CLASSES)
+
+
+def test_mix_boxes_lie_in_the_grid_and_take_the_area_they_should():
+    generator = torch.Generator().manual_seed(0)
+    boxes = [draw_mix_box((14, 10), generator) for _ in range(4000)]
+    assert all(0 <= y0 <= y1 <= 14 and 0 <= x0 <= x1 <= 10 for y0, x0, y1, x1 in boxes)
+    share = sum((y1 - y0) * (x1 - x0) for y0, x0, y1, x1 in boxes) / (4000 * 140)
+    assert 0.25 < share < 0.4  # a mean of one half, less what is clipped and rounded down
+    again = torch.Generator().manual_seed(0)
+    assert boxes == [draw_mix_box((14, 10), again) for _ in range(4000)]
+
+
+def test_cos_reg_is_the_mean_similarity_of_neighbouring_maps():
+    model = small_model(**PAPER, cos_reg=0.1)
+    model.train().patch_embed.eval()
+    model(pictures())
+    maps = model.attention_maps(pictures())  # nothing but the stem computes otherwise in training than here
+    similar = [
+        torch.cosine_similarity(one, two, dim=-1).mean() for one, two in zip(maps[:-1], maps[1:], strict=True)
+    ]
+    torch.testing.assert_close(model.cos_reg_loss(), 0.1 * sum(similar) / 3, rtol=1e-4, atol=1e-7)
+    model.cos_reg_loss().backward()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="there is no cos-reg penalty"):
+        small_model(**PAPER).cos_reg_loss()
+
+
+def test_small_pictures_and_patches_work():
+    model = timm.create_model("refined_vit", img_size=28, patch_size=4, stem_chs=(8, 16, 16), embed_dim=24,
+                              num_heads=2, depth=2, num_classes=10)  # fmt: skip
+    assert model.patch_grid == (7, 7)
+    assert model.eval()(torch.randn(2, 3, 28, 28)).shape == (2, 10)
+    wide = timm.create_model("refined_vit", img_size=(16, 32), patch_size=8, embed_dim=24, num_heads=2, depth=1)
+    assert wide.patch_grid == (2, 4)
+
+
+def test_paper_ablation_sizes():
+    """Expansion adds 2·r·H² + 9·r·H weights a block, and nothing else differs from the plain twin."""
+
+    def count(**options) -> int:
+        with torch.device("meta"):
+            model = timm.create_model("refined_vit", **options)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    plain = count(refiner="none")
+    for ratio in (1, 2, 3, 4, 6):
+        assert count(expansion_ratio=ratio) - plain == 16 * (2 * ratio * 144 + 9 * ratio * 12)
+    assert count(expand=False) - plain == 16 * 9 * 12
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"img_size": 30}, "img_size 30x30 is not a multiple of patch_size 8; near are 24 and 32"),
+        ({"patch_size": 7}, "patch_size is 7; the stem halves the picture first, so it must be even"),
+        ({"num_heads": 5}, "embed_dim 24 is not divisible by num_heads 5; 20 would be"),
+        ({"kernel_size": 2}, "kernel_size is 2; it must be odd, such as 1, 3 or 5"),
+        ({"constraint": "grid"}, "constraint is 'grid'; it must be one of none, spatial, row+col"),
+        ({"expansion_ratio": 0.5}, "expansion_ratio is 0.5; it must be 1 or more"),
+        ({"expansion_ratio": 1.3}, "expansion_ratio 1.3 makes 2.6 maps of 2 heads, no whole number"),
+        (
+            {"expansion_ratio": 1.5, "reduce": False},
+            "without reduction expansion_ratio must be a whole number, not 1.5",
+        ),
+        ({"refiner": "deep"}, "refiner is 'deep'; it must be one of none, linear, bottleneck"),
+        ({"layout": "mine"}, "layout is 'mine'; it must be one of released, paper"),
+        ({"depth": 0}, "depth is 0; a model needs at least one block"),
+        (
+            {"refiner": "bottleneck", "expand": False},
+            "expand and reduce can be switched off with refiner 'linear' only, not with 'bottleneck'",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_sentence(options, sentence):
+    with pytest.raises(ValueError) as refusal:
+        small_model(**{**PAPER, **options})
+    assert str(refusal.value) == sentence
+
+
+def test_pictures_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="^pictures are 40x32, but the model was made for 32x32; see set_input_size$"):
+        small_model(**PAPER).eval()(torch.randn(1, 3, 40, 32))
