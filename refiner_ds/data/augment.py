@@ -29,7 +29,6 @@ from refiner_ds.errors import ConfigError
 
 Matrix = np.ndarray  # [2, 3] float64
 IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-MAX_STEPS = 4  # matrices a view may carry: the crop, and three geometric operations of one image
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -143,6 +142,13 @@ class TrainView:
             pixels = erase(pixels, settings)
         return View(np.ascontiguousarray(pixels), steps)
 
+    @property
+    def most_steps(self) -> int:
+        """Matrices a view can carry: its crop's, and one for each operation that auto-augment may apply."""
+        if self._auto_augment is None:
+            return 1
+        return 1 + getattr(self._auto_augment, "num_layers", 2)  # AutoAugment's policies are pairs
+
     def _make_auto_augment(self) -> Callable[[Image.Image], Image.Image]:
         """timm's transform, with every operation that moves pixels made to report how."""
         settings = self.settings
@@ -172,32 +178,30 @@ class TrainView:
 
     def _reporting(self, apply: Callable[..., Image.Image], matrix_of: Callable[..., Matrix]) -> Callable[..., Any]:
         def apply_and_report(picture: Image.Image, amount: float, **options: Any) -> Image.Image:
-            self._moved.append(matrix_of(amount, picture.size[0]))
+            self._moved.append(matrix_of(amount))
             return apply(picture, amount, **options)
 
         return apply_and_report
 
 
 def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm asks for 0 bits at magnitude 10, which Pillow refuses from version 13 on; one bit is the least that shows."""
+    """timm asks for 0 bits at magnitude 10, which Pillow refuses from version 13 on; one bit is the least there is."""
     return ImageOps.posterize(picture, min(8, max(1, bits)))
 
 
-def _rotate(degrees: float, side: int) -> Matrix:
+def _rotate(degrees: float) -> Matrix:
     """Pillow turns the picture counter-clockwise about its centre; this is the way back."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return np.array([[cosine, -sine, 0.5 - 0.5 * cosine + 0.5 * sine], [sine, cosine, 0.5 - 0.5 * sine - 0.5 * cosine]])
 
 
-# For timm's names: amount and side in pixels → matrix from a point of the result to the point it was taken from.
-GEOMETRIC: dict[str, Callable[[float, int], Matrix]] = {
+# For timm's names: amount → matrix from a point of the result to the point it was taken from.
+GEOMETRIC: dict[str, Callable[[float], Matrix]] = {
     "Rotate": _rotate,
-    "ShearX": lambda factor, side: np.array([[1.0, factor, 0.0], [0.0, 1.0, 0.0]]),
-    "ShearY": lambda factor, side: np.array([[1.0, 0.0, 0.0], [factor, 1.0, 0.0]]),
-    "TranslateX": lambda pixels, side: np.array([[1.0, 0.0, pixels / side], [0.0, 1.0, 0.0]]),
-    "TranslateY": lambda pixels, side: np.array([[1.0, 0.0, 0.0], [0.0, 1.0, pixels / side]]),
-    "TranslateXRel": lambda share, side: np.array([[1.0, 0.0, share], [0.0, 1.0, 0.0]]),
-    "TranslateYRel": lambda share, side: np.array([[1.0, 0.0, 0.0], [0.0, 1.0, share]]),
+    "ShearX": lambda factor: np.array([[1.0, factor, 0.0], [0.0, 1.0, 0.0]]),
+    "ShearY": lambda factor: np.array([[1.0, 0.0, 0.0], [factor, 1.0, 0.0]]),
+    "TranslateXRel": lambda share: np.array([[1.0, 0.0, share], [0.0, 1.0, 0.0]]),
+    "TranslateYRel": lambda share: np.array([[1.0, 0.0, 0.0], [0.0, 1.0, share]]),
 }
 
 

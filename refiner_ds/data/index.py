@@ -25,6 +25,7 @@ FORMAT = "refiner_ds shard set"
 VERSION = 1
 INDEX_NAME = "index.json"
 MEMBERS_NAME = "members.npy"
+PARALLEL_SUFFIX = ".maps"
 MEMBERS_HASHED_UP_TO = 64 << 20  # bytes; a larger table is left to data_tools/verify.py, start-up must stay short
 
 MEMBER = np.dtype(
@@ -134,6 +135,27 @@ class ShardIndex:
         """Whether score maps lie beside the images."""
         return self.maps is not None
 
+    @property
+    def only_maps(self) -> bool:
+        """Whether this is a parallel set: score maps without their images, joined to another set by its keys."""
+        return self.has_maps and not self.members["map_bytes"][:1].any()
+
+    def maps_of(self, images: ShardIndex) -> MapFormat:
+        """The format of this set's maps, for use with the images of ``images`` (which may be this set).
+
+        Raises:
+            DataError: there are no maps here, or they are those of other images.
+        """
+        if self.maps is None:
+            raise DataError(
+                f"{self.folder}: no score maps; make some with data_tools/annotate.py, or train on labels alone"
+            )
+        if self is not images and [(s.count, s.keys_sha256) for s in self.shards] != [
+            (s.count, s.keys_sha256) for s in images.shards
+        ]:
+            raise DataError(f"{self.folder}: its maps are not those of {images.folder}; annotate that set again")
+        return self.maps
+
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds sample number ``sample``."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
@@ -163,6 +185,21 @@ class ShardIndex:
             f"{self.folder}: {self.count:,} samples, {len(self.classes)} classes, {len(self.shards)} shards, "
             f"{total / 2**20:,.1f} MiB, {maps}"
         )
+
+
+def find_maps(images: ShardIndex) -> ShardIndex:
+    """The set that holds the score maps of ``images``: itself, or the parallel set ``<folder>.maps`` beside it.
+
+    Raises:
+        DataError: there is neither, or the parallel set belongs to other images.
+    """
+    parallel = images.folder.with_name(images.folder.name + PARALLEL_SUFFIX)
+    if images.has_maps or not parallel.exists():
+        maps = images
+    else:
+        maps = ShardIndex.load(parallel)
+    maps.maps_of(images)
+    return maps
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -42,10 +42,11 @@ class SampleReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
+        self._only_maps = index.only_maps
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "_open": OrderedDict()}  # descriptors mean nothing to another process
+        return self.__dict__ | {"_open": OrderedDict()}  # descriptors mean nothing to another process
 
     def __del__(self) -> None:
         self.close()
@@ -87,6 +88,8 @@ class SampleReader:
                 "copy the shard here again, data_tools/verify.py lists every fault"
             )
         view = memoryview(span)
+        if self._only_maps:
+            return RawSample(view[:0], view[BLOCK:], label, f"{place} ({name})")
         map_start = BLOCK + padded(image_bytes) + BLOCK
         return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, f"{place} ({name})")
 

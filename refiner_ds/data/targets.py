@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refiner_ds.data.batch import MapBatch
+from refiner_ds.data.dense_targets import dense_targets
+
 
 @dataclass(frozen=True)
 class MixSettings:
@@ -122,8 +125,21 @@ def label_targets(
         class target [B, C] and patch targets [B, P, C], both mixed as the images are.
     """
     target_BC = smooth_labels(labels_B, classes, smoothing)
-    target_BPC = target_BC[:, None].expand(-1, grid[0] * grid[1], -1)
+    return mix_both(target_BC, target_BC[:, None].expand(-1, grid[0] * grid[1], -1), mix, side, grid)
+
+
+def map_targets(
+    maps: MapBatch, classes: int, smoothing: float, mix: Mix, side: int, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Targets of a batch with score maps; arguments and results as in `label_targets`."""
+    return mix_both(*dense_targets(maps, classes, grid, smoothing), mix, side, grid)
+
+
+def mix_both(
+    target_BC: Tensor, target_BPC: Tensor, mix: Mix, side: int, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Mix class and patch targets as the images are mixed."""
     if mix == Mix():
         return target_BC, target_BPC
-    keep_P = kept_shares(mix, side, grid, labels_B.device)
+    keep_P = kept_shares(mix, side, grid, target_BC.device)
     return mix_targets(target_BC, kept_share(mix, side)), mix_patch_targets(target_BPC, keep_P)

@@ -133,6 +133,11 @@ class ShardWriter:
         self._members: list[tuple[int, int, int, int, int]] = []
         self._offset = 0
 
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return len(self._keys)
+
     def add(self, key: str, image: bytes, ending: str, label: int, score_map: bytes | None = None) -> None:
         """Append one sample.
 
@@ -154,6 +159,14 @@ class ShardWriter:
         if score_map is None:
             span += _member(f"{key}.cls", b"%d" % label)
         self._members.append((self._offset, len(image), map_bytes, label, check))
+        self._keys.append(key)
+        self._write(span)
+
+    def add_map(self, key: str, score_map: bytes, label: int) -> None:
+        """Append the map of a sample whose image lies under the same key in another set (a parallel set)."""
+        span = _member(f"{key}.map", score_map)
+        check = check_of(memoryview(span)[: span_bytes(len(score_map), 0)])
+        self._members.append((self._offset, len(score_map), 0, label, check))
         self._keys.append(key)
         self._write(span)
 
@@ -238,7 +251,6 @@ class SetWriter:
         self._maps = maps
         self._finished: list[FinishedShard] = []
         self._current: ShardWriter | None = None
-        self._in_current = 0
         if folder.exists():
             raise DataError(f"{folder}: already exists; choose another folder or remove it")
         try:
@@ -248,13 +260,19 @@ class SetWriter:
 
     def add(self, key: str, image: bytes, ending: str, label: int, score_map: bytes | None = None) -> None:
         """Append one sample; arguments as in `ShardWriter.add`."""
+        self._shard().add(key, image, ending, label, score_map)
+
+    def add_map(self, key: str, score_map: bytes, label: int) -> None:
+        """Append a map without its image; arguments as in `ShardWriter.add_map`."""
+        self._shard().add_map(key, score_map, label)
+
+    def _shard(self) -> ShardWriter:
+        """The shard that takes the next sample."""
+        if self._current is not None and self._current.count == self._per_shard:
+            self._finish_shard()
         if self._current is None:
             self._current = ShardWriter(self._partial / shard_name(len(self._finished)))
-            self._in_current = 0
-        self._current.add(key, image, ending, label, score_map)
-        self._in_current += 1
-        if self._in_current == self._per_shard:
-            self._finish_shard()
+        return self._current
 
     def _finish_shard(self) -> None:
         if self._current is not None:
