@@ -82,6 +82,8 @@ def _folded(map_BHNN: Tensor, refiner: FoldedRefiner) -> Tensor:
         return x_C[:, None, None]
 
     wide_BENN = F.relu6(reference.expand(map_BHNN, refiner.expand_EH) + column(refiner.bias1_E))
-    local_BENN = F.relu6(_local(wide_BENN, refiner.local) + column(refiner.bias2_E))
+    local_BENN = _local(wide_BENN, refiner.local)
+    local_BENN = local_BENN if refiner.gain2_E is None else local_BENN * column(refiner.gain2_E)
+    local_BENN = F.relu6(local_BENN + column(refiner.bias2_E))
     narrow_BHNN = reference.reduce(local_BENN, refiner.project_HE)
     return narrow_BHNN + column(refiner.gain_H) * map_BHNN + column(refiner.shift_H)

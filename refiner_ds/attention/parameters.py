@@ -96,17 +96,19 @@ class BottleneckRefiner(NamedTuple):
 class FoldedRefiner(NamedTuple):
     """A :class:`BottleneckRefiner` with running statistics, every norm folded into its neighbour.
 
-    The refined map is project·relu6(local(relu6(expand·A + bias1)) + bias2) + gain·A + shift.
+    The refined map is project·relu6(gain2·local(relu6(expand·A + bias1)) + bias2) + gain·A + shift.
 
     Args:
         expand_EH, bias1_E, bias2_E, project_HE: weights and biases, [E, H], [E], [E], [H, E].
-        local: the depthwise kernels, scaled.
+        local: the depthwise kernels, with the second norm's gain in them where the constraint is "none".
+        gain2_E: that gain where class tokens bypass the kernels, [E]; otherwise ``None``.
         gain_H, shift_H: what the identity is multiplied with, and the constant, [H].
     """
 
     expand_EH: Tensor
     bias1_E: Tensor
     local: LocalKernels
+    gain2_E: Tensor | None
     bias2_E: Tensor
     project_HE: Tensor
     gain_H: Tensor

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refiner_ds.attention import BatchNorm, BottleneckRefiner, FoldedRefiner, LocalKernels, Norm
+from refiner_ds.attention import BatchNorm, BottleneckRefiner, FoldedRefiner, Norm
 from refiner_ds.models.blocks import Block
 from refiner_ds.models.refiners import DLA, FoldedDLA
 from refiner_ds.models.stem import ConvStem
@@ -46,19 +46,22 @@ def fuse_block(block: Block) -> None:
 def fold_refiner(refiner: BottleneckRefiner, scale: float) -> FoldedRefiner:
     """The bottleneck with running statistics as weights and biases, ``scale`` included.
 
-    The second norm goes into the last of the local kernels: the one the norm follows, whatever the constraint.
+    The second norm's gain goes into the local kernel if every entry of a map passes through it; under a constraint
+    the class tokens' entries do not.
     """
     dtype = refiner.expand_EH.dtype
     gain1_E, shift1_E = _affine(refiner.norm1_E)
     gain2_E, shift2_E = _affine(refiner.norm2_E)
     gain3_H, shift3_H = _affine(refiner.norm3_H)
     gain4_H, shift4_H = (scale * x for x in _affine(refiner.adapt_H))
-    *first, last = refiner.local.kernels
-    kernels = (*first, _scaled(last, gain2_E).to(dtype))
+    local, gain2 = refiner.local, None if refiner.local.constraint == "none" else gain2_E.to(dtype)
+    if gain2 is None:
+        local = local._replace(kernels=(_scaled(local.kernels[0], gain2_E).to(dtype),))
     return FoldedRefiner(
         _scaled(refiner.expand_EH, gain1_E).to(dtype),
         shift1_E.to(dtype),
-        LocalKernels(kernels, refiner.local.constraint, refiner.local.grid),
+        local,
+        gain2,
         shift2_E.to(dtype),
         _scaled(refiner.project_HE, gain4_H * gain3_H).to(dtype),
         gain4_H.to(dtype),

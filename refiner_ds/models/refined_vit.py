@@ -99,6 +99,7 @@ class RefinedViT(nn.Module):
         self._checkpoint: Checkpoint | None = None
         self._blocks_a_checkpoint = 0
         self._cos_reg_loss: Tensor | None = None
+        self._fused = False
 
         self.patch_embed = ConvStem(patch_size, in_chans, stem_chs, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -351,7 +352,18 @@ class RefinedViT(nn.Module):
         fuse_stem(self.patch_embed)
         for block in self.blocks:
             fuse_block(cast(Block, block))
+        self._fused = True
         return self
+
+    def train(self, mode: bool = True) -> RefinedViT:
+        """Training or evaluation mode.
+
+        Raises:
+            ValueError: training, of a fused model.
+        """
+        if mode and self._fused:
+            raise ValueError("a fused model has no norms left to train; create the model again and load its weights")
+        return super().train(mode)
 
 
 def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[AttentionOptions], nn.Module]:

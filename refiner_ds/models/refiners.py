@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from refiner_ds.attention import (
     BatchNorm,
@@ -121,13 +121,13 @@ class FoldedDLA(nn.Module):
         super().__init__()
         self.constraint = folded.local.constraint
         for name, value in zip(folded._fields, folded, strict=True):
-            if isinstance(value, Tensor):
+            if not isinstance(value, LocalKernels):
                 self.register_buffer(name, value)
         for index, kernel in enumerate(folded.local.kernels):
             self.register_buffer(f"kernel{index}", kernel)
 
     def tensors(self, grid: tuple[int, int]) -> FoldedRefiner:
         """The weights as ``attention.refine`` takes them."""
-        buffers = dict(self.named_buffers())
-        kernels = tuple(buffers.pop(name) for name in list(buffers) if name.startswith("kernel"))
-        return FoldedRefiner(local=LocalKernels(kernels, self.constraint, grid), **buffers)
+        kernels = tuple(kernel for name, kernel in self.named_buffers() if name.startswith("kernel"))
+        folded = {name: getattr(self, name) for name in FoldedRefiner._fields if name != "local"}
+        return FoldedRefiner(local=LocalKernels(kernels, self.constraint, grid), **folded)

@@ -1,0 +1,96 @@
+"""For inference: folded norms change nothing, ONNX exports run elsewhere, compiled steps compute the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.models import golden
+from tests.models.small import BOX, VARIANTS, pictures, small_model
+
+
+def seasoned(**options) -> nn.Module:
+    """A model whose norms and scales are far from their initial values, as after training."""
+    model = small_model(**options)
+    for name, value in model.state_dict().items():
+        if "running_var" in name or "scale_channel" in name or ("bn" in name and name.endswith("weight")):
+            value.uniform_(0.5, 1.5)
+        elif "running_mean" in name or ("bn" in name and name.endswith("bias")):
+            value.uniform_(-0.2, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_equals_unfused(variant):
+    model = seasoned(**VARIANTS[variant])
+    truth = model(pictures())
+    fused = model.fuse()
+    assert golden.relative_error(fused(pictures()), truth) < 1e-5
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert not any("scale_channel" in name for name, _ in fused.named_parameters())
+    again = fused(pictures())
+    assert torch.equal(fused.fuse()(pictures()), again)
+
+
+@pytest.mark.parametrize("constraint", ["spatial", "row+col"])
+def test_a_bottleneck_under_a_constraint_folds_too(constraint):
+    model = seasoned(layout="released", refiner="bottleneck", constraint=constraint)
+    truth = model(pictures())
+    assert golden.relative_error(model.fuse()(pictures()), truth) < 1e-5
+
+
+def test_a_fused_model_refuses_to_train():
+    model = small_model(**VARIANTS["released"]).fuse()
+    with pytest.raises(ValueError, match="^a fused model has no norms left to train; create the model again"):
+        model.train()
+    assert not model.eval().training
+
+
+def test_golden_logits_survive_fusing():
+    logits = golden.golden_model().fuse()(golden.tensor("input"))
+    assert golden.relative_error(logits, golden.tensor("eval_logits")) < 1e-4
+
+
+def test_fused_half_precision_models_still_agree():
+    model = golden.golden_model().eval()
+    truth = model(golden.tensor("input"))
+    logits = model.fuse().bfloat16()(golden.tensor("input"))
+    assert ((logits.float() - truth).norm() / truth.norm()).item() < 0.02
+
+
+def test_fused_s_exports_to_onnx_and_runs_in_onnxruntime(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = timm.create_model("refiner_vit_s", init_values=0.5).fuse()
+    x = torch.randn(1, 3, 224, 224)
+    path = tmp_path / "refiner_vit_s.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, input_names=["image"], output_names=["logits"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"image": x.numpy()})
+    with torch.no_grad():
+        truth = model(x).numpy()
+    assert np.abs(truth).max() > 0.1
+    np.testing.assert_allclose(logits, truth, rtol=0, atol=1e-4)
+
+
+def test_compiled_training_and_evaluation_steps_compute_the_same():
+    options = {**VARIANTS["released"], "depth": 2}
+    eager, model = small_model(**options), small_model(**options)
+    compiled = torch.compile(model)
+    for one in (eager, compiled):
+        class_logits, patch_logits, box = one.train()(pictures(), BOX)
+        assert box == BOX
+        (class_logits.square().mean() + patch_logits.square().mean()).backward()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+        if not name.endswith("bn3.bias") or name.startswith("patch_embed"):
+            assert golden.relative_error(ours.grad, theirs.grad) < 1e-3, name
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    with torch.no_grad():
+        assert golden.relative_error(compiled.eval()(pictures()), eager.eval()(pictures())) < 1e-4
