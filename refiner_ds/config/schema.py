@@ -110,6 +110,9 @@ class RecipeKeys(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99996, description="decay a step of the averaged weights; 0: no averaging"
     )
+    ema_warmup: bool = Field(
+        True, description="decay of step n is at most (1+n)/(10+n), so that fresh weights and statistics are forgotten"
+    )
     crop_scale: Range = Field((0.08, 1.0), description="area range of random-resized-crop")
     crop_ratio: Range = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")

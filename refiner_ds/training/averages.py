@@ -1,5 +1,8 @@
 """Averaged weights: w̄ ← d·w̄ + (1−d)·w after every optimizer step, in fp32, running statistics included.
 
+With warm-up, d is at most (1+n)/(10+n) in step n. Without it, a batch norm's initial running variance of 1 drowns the
+variance of attention probabilities, some 1e-6, for ln(1e6)/(1−d) steps: the better part of a run at d = 0.99996.
+
 Each rank averages the part of the fp32 master weights it owns, so averaging costs no communication at any ZeRO stage
 and no more memory than that part. Whole averages are gathered, by DeepSpeed's own means, only to save or to evaluate:
 the averages change places with the masters, are read, and change back.
@@ -21,21 +24,28 @@ class Averages:
 
     Args:
         decay: d above, a step; 0 keeps the averages equal to the weights.
+        warmup: begin with a smaller d.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, engine: Engine, decay: float, warmup: bool) -> None:
+        self._decay = decay
+        self._warmup = warmup
         self._engine = engine
         self._weights = [master.clone() for master in engine.masters()]
         self._buffers = {name: buffer.clone() for name, buffer in engine.statistics().items()}
 
+    def decay(self, step: int) -> float:
+        """d of the ``step``-th optimizer step, counted from 0."""
+        return min(self._decay, (1 + step) / (10 + step)) if self._warmup else self._decay
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are after a step."""
-        torch._foreach_lerp_(self._weights, self._engine.masters(), 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Take in the weights as they are after the ``step``-th optimizer step, counted from 0."""
+        new = 1 - self.decay(step)
+        torch._foreach_lerp_(self._weights, self._engine.masters(), new)
         for name, buffer in self._engine.statistics().items():
             if buffer.is_floating_point():
-                self._buffers[name].lerp_(buffer, 1 - self.decay)
+                self._buffers[name].lerp_(buffer, new)
             else:
                 self._buffers[name].copy_(buffer)  # batch counters are counted, not averaged
 

@@ -56,7 +56,7 @@ class Training:
         model = build_model(self.run, ready.num_classes)
         self._set_recompute(model)
         self.engine = Engine(self.run, model, self.batch, world)
-        self.averages = Averages(self.engine, self.keys.recipe.ema_decay)
+        self.averages = Averages(self.engine, self.keys.recipe.ema_decay, self.keys.recipe.ema_warmup)
         self.exchange = StepExchange(self.engine.statistics(), world)
         self.evaluated = build_model(self.run, ready.num_classes).to(
             world.device
@@ -148,7 +148,7 @@ class Training:
             self.engine.backward_and_step(total)
         outcome = self.exchange.finish(bool(self.stop))
         if self.engine.stepped:
-            self.averages.update()
+            self.averages.update(self.step)
         self._losses += outcome[:3]
         self._steps += 1
         self._seconds += time.perf_counter() - began

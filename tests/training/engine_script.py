@@ -1,0 +1,148 @@
+"""On every rank: train a small model at each ZeRO stage and precision beside a plain fp32 loop over the same images.
+
+Writes, for each case and summed over ranks, six distances relative to the way that was come: of weights and statistics
+from the plain loop's, of their averages from the plain loop's, of their averages from averages taken by hand of the
+engine's own weights; and, seventh, how many ranks did not get averages back exactly as they were saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refiner_ds.config import load
+from refiner_ds.training.averages import Averages
+from refiner_ds.training.build import build_model
+from refiner_ds.training.console import hush
+from refiner_ds.training.engine import Engine, build_optimizer
+from refiner_ds.training.exchange import StepExchange
+from refiner_ds.training.losses import token_label_loss
+from refiner_ds.training.world import World, join
+
+STEPS, DECAY = 4, 0.25
+SIZES = ["layout=released", "refiner=bottleneck", "depth=2", "embed_dim=16", "num_heads=2", "stem_chs=[4,4,4]"]
+
+
+def run_file(stage: int, bf16: bool):
+    overrides = [f"refiner.model.{size}" for size in SIZES]
+    overrides += [f"zero_optimization.stage={stage}", f"bf16.enabled={json.dumps(bf16)}", "train_batch_size=16"]
+    return load(
+        None, [*overrides, "train_micro_batch_size_per_gpu=4", "refiner.recipe.lr=2e-3", "refiner.recipe.eps=1e-3"]
+    )
+
+
+def fresh_model(run) -> nn.Module:
+    torch.manual_seed(5)
+    model = build_model(run, 10)
+    for name, weight in model.named_parameters():
+        if "qkv.weight" in name:
+            # Fresh maps are so flat that batch norms magnify rounding into gradients; peaked ones are well-conditioned.
+            weight.data *= 20
+    return model
+
+
+def images_of(step: int, rank: int, micro: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
+    return torch.randn(4, 3, 28, 28, generator=generator), torch.randint(10, (4,), generator=generator)
+
+
+def loss_of(model, images_B3HW: Tensor, labels_B: Tensor):
+    cls_BC, patch_BPC, _ = model(images_B3HW, mix_box=(1, 1, 4, 3))
+    target_BC = nn.functional.one_hot(labels_B, 10).float()
+    return token_label_loss(cls_BC, patch_BPC, target_BC, target_BC[:, None], 1.0, 0.5)
+
+
+def plain_loop(world_size: int, accumulation: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What one process in fp32 gets from the same images: weights and averages, statistics averaged over 'ranks'."""
+    run = run_file(0, False)
+    model = fresh_model(run).train()
+    optimizer = build_optimizer(run, model)
+    averages = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(STEPS):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        after: list[dict[str, Tensor]] = []
+        for rank in range(world_size):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
+            for micro in range(accumulation):
+                (loss_of(model, *images_of(step, rank, micro)).total / (world_size * accumulation)).backward()
+            after.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(torch.stack([part[name] for part in after]).mean(0))
+        nn.utils.clip_grad_norm_(model.parameters(), run.keys.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(DECAY, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            averages[name] = averages[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
+    return {name: value.clone() for name, value in model.state_dict().items()}, averages
+
+
+def engine_loop(
+    stage: int, bf16: bool, world: World
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bool]:
+    run = run_file(stage, bf16)
+    batch = run.batch(world.size)
+    engine = Engine(run, fresh_model(run), batch, world)
+    averages = Averages(engine, DECAY, warmup=True)
+    exchange = StepExchange(engine.statistics(), world)
+    by_hand = {name: value.clone() for name, value in {**engine.full_weights(), **engine.statistics()}.items()}
+    for step in range(STEPS):
+        engine.set_lr(run.refiner.recipe.lr)
+        for micro in range(batch.accumulation):
+            images, labels = images_of(step, world.rank, micro)
+            losses = loss_of(engine, images.to(torch.bfloat16 if bf16 else torch.float32), labels)
+            exchange.add(losses, 1 / batch.accumulation)
+            engine.backward_and_step(losses.total)
+        exchange.finish(False)
+        averages.update(step)
+        decay = min(DECAY, (1 + step) / (10 + step))
+        seen = {**engine.full_weights(), **engine.statistics()}
+        for name, value in seen.items():
+            by_hand[name] = by_hand[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
+    assert engine.grad_norm is not None and engine.grad_norm > 0
+    weights, averaged = engine.full_weights(), averages.state()
+    averages.load(averaged)
+    again = averages.state()
+    exact = all(torch.equal(again[name], averaged[name]) for name in averaged)
+    exact &= all(torch.equal(value, weights[name]) for name, value in engine.full_weights().items())
+    buffers = {name: buffer.clone() for name, buffer in engine.statistics().items()}
+    engine.close()
+    return {**weights, **buffers}, averaged, by_hand, exact
+
+
+def apart(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor]) -> list[float]:
+    """Distance of weights, and of statistics, from what is wanted, over the way these have come from the start."""
+    assert set(found) == set(wanted), set(found) ^ set(wanted)
+    distances = []
+    for kind in (False, True):
+        names = [name for name in wanted if ("running" in name) is kind and wanted[name].is_floating_point()]
+        off = torch.cat([(found[name].float() - wanted[name]).flatten() for name in names]).norm()
+        way = torch.cat([(wanted[name] - start[name]).flatten() for name in names]).norm()
+        distances.append(float(off / way))
+    return distances
+
+
+def main() -> None:
+    hush()
+    torch.set_num_threads(1)
+    world = join()
+    weights, averages = plain_loop(world.size, 16 // 4 // world.size)
+    start = fresh_model(run_file(0, False)).state_dict()
+    found = {}
+    for stage in range(4):
+        for bf16 in (False, True):
+            mine, averaged, by_hand, exact = engine_loop(stage, bf16, world)
+            distances = apart(mine, weights, start) + apart(averaged, averages, start) + apart(averaged, by_hand, start)
+            found[f"{stage} {'bf16' if bf16 else 'fp32'}"] = world.total(torch.tensor([*distances, not exact])).tolist()
+    if world.leads:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""DeepSpeed at every ZeRO stage and precision trains what a plain loop trains, and averages what it trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.training.launched import findings
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    return findings("engine_script.py", tmp_path_factory.mktemp("engine"))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_in_fp32_train_what_one_plain_loop_trains(found: dict[str, list[float]], stage: int) -> None:
+    weights, statistics, *_ = found[f"{stage} fp32"]
+    assert weights < 1e-4 and statistics < 1e-4
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_takes_the_same_way(found: dict[str, list[float]], stage: int) -> None:
+    """Gates of the refiner flip under bf16, so the way differs by a third at most, on each of two ranks."""
+    weights, statistics, *_ = found[f"{stage} bf16"]
+    assert weights < 2 * 0.35 and statistics < 2 * 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_averages_are_fp32_averages_of_weights_and_statistics(
+    found: dict[str, list[float]], stage: int, precision: str
+) -> None:
+    case = found[f"{stage} {precision}"]
+    assert max(case[4:6]) < 1e-5
+    if precision == "fp32":
+        assert max(case[2:4]) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_averages_come_back_to_the_bit(found: dict[str, list[float]], stage: int, precision: str) -> None:
+    assert found[f"{stage} {precision}"][6] == 0
