@@ -55,8 +55,11 @@ def _look_at_jpeg(data: bytes, decode: bool) -> Look:
         return Look("jpg", fault=f"its header cannot be read ({error})")
     note = f"{colours} colours" if colours in UNUSUAL_COLOURS else ""
     if decode or data.rfind(JPEG_END, len(data) // 2) < 0:  # a thumbnail's end may come early, the picture's cannot
-        pixels = _look_with_pillow(data)
-        return Look("jpg", note, pixels.fault)
+        try:
+            simplejpeg.decode_jpeg(data, "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
+        except ValueError as error:  # Pillow forgives more, and what it forgives can be trained on
+            forgiven = f"damaged, though it decodes ({error})"
+            return Look("jpg", f"{note}, {forgiven}" if note else forgiven, _look_with_pillow(data).fault)
     return Look("jpg", note)
 
 

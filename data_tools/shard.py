@@ -1,6 +1,6 @@
 """Turns a tree of images into a shard set.
 
-    python data_tools/shard.py imagenet/train shards/train
+    python data_tools/shard.py imagenet/train shards/train [--maps published_score_maps]
     python data_tools/shard.py imagenet/val shards/val --labels ground_truth.txt --classes synsets.txt
 
 Samples are shuffled once by a seed and cut into tars; image files are kept byte for byte. The same source and settings
@@ -28,8 +28,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
 from data_tools.looking import look_at
-from data_tools.sources import Source, SourceImage, class_folders, flat_files
-from refiner_ds.data.index import MEMBER, Shard, ShardIndex
+from data_tools.sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
+from refiner_ds.data.index import MEMBER, MapFormat, Shard, ShardIndex
+from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import (
     FinishedShard,
     ShardWriter,
@@ -54,6 +55,9 @@ class ShardTask:
     partial: Path
     folder: Path
     samples: list[tuple[str, SourceImage]]
+    maps: Path | None
+    map_format: MapFormat | None
+    classes: int
     decode: bool
 
 
@@ -85,7 +89,7 @@ def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
                 continue
             if look.note:
                 notes.append(f"kept: {image.path}: {look.note}")
-            writer.add(key, data, look.ending, image.label)
+            writer.add(key, data, look.ending, image.label, _score_map(task, image))
         finished = writer.finish()
     except BaseException:
         writer.abandon()
@@ -93,6 +97,17 @@ def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
     record = {"shard": asdict(finished.shard), "members": finished.members.tolist(), "notes": notes}
     write_whole(done, json.dumps(record).encode())
     return finished, notes
+
+
+def _score_map(task: ShardTask, image: SourceImage) -> bytes | None:
+    """The record of an image's published map."""
+    if task.maps is None:
+        return None
+    path = task.maps / map_path(image.path)
+    score_map = read_published(path, image.label, task.classes)
+    if score_map.format != task.map_format:
+        raise DataError(f"{path}: its map is {score_map.format}, others are {task.map_format}; all must be alike")
+    return encode(score_map)
 
 
 def cut(source: Source, seed: int, shard_bytes: int) -> list[list[tuple[str, SourceImage]]]:
@@ -138,21 +153,35 @@ def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
         os.close(handle)
 
 
-def write_set(source: Source, out: Path, seed: int, shard_bytes: int, processes: int, decode: bool) -> list[str]:
+def write_set(
+    source: Source, out: Path, *, seed: int, shard_bytes: int, processes: int, decode: bool, maps: Path | None = None
+) -> list[str]:
     """Write the whole set; returns the notes. See the module's docstring for what is promised.
 
     Raises:
-        DataError: the target exists or cannot be written, a file cannot be read, no image is left.
+        DataError: the target exists or cannot be written, a file cannot be read, images and maps are not each other's,
+            no image is left.
     """
     if out.exists():
         raise DataError(f"{out}: already exists; choose another folder or remove it")
+    map_format = None
+    if maps is not None:
+        check_maps(source, maps)
+        map_format = read_published(maps / map_path(source.images[0].path), 0, len(source.classes)).format
     shards = cut(source, seed, shard_bytes)
     listing = hashlib.sha256(repr([(image.path, image.label, image.size) for image in source.images]).encode())
-    plan = {"samples": listing.hexdigest(), "seed": seed, "shards": len(shards), "decode": decode}
+    plan = {
+        "samples": listing.hexdigest(),
+        "seed": seed,
+        "shards": len(shards),
+        "decode": decode,
+        "maps": asdict(map_format) if map_format else None,
+    }
     partial = out.with_name(out.name + ".partial")
     with workshop(partial, plan):
         tasks = [
-            ShardTask(number, partial, source.folder, samples, decode) for number, samples in enumerate(shards)
+            ShardTask(number, partial, source.folder, samples, maps, map_format, len(source.classes), decode)
+            for number, samples in enumerate(shards)
         ]
         finished, notes = [], [f"ignored: {path}: not an image by its name" for path in source.ignored]
         with tqdm(total=len(source.images), unit="img", desc=out.name, disable=None) as bar:
@@ -164,7 +193,7 @@ def write_set(source: Source, out: Path, seed: int, shard_bytes: int, processes:
             raise DataError(f"{source.folder}: not one image can be read; see {partial}")
         if notes:
             write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
-        write_index(partial, finished, source.classes)
+        write_index(partial, finished, source.classes, map_format)
         for shard in finished:
             (partial / f"{shard.shard.name}.json").unlink()
         (partial / PLAN_NAME).unlink()
@@ -192,6 +221,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="folder of the shard set; must not exist yet")
     parser.add_argument("--labels", type=Path, help="for flat files: '<file> <class>' lines, or one class a line")
     parser.add_argument("--classes", type=Path, help="class names in the order of labels, one a line (with --labels)")
+    parser.add_argument("--maps", type=Path, help="folder of published score maps, <class>/<image>.pt")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a tar in MB, about (default %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
@@ -209,7 +239,15 @@ def main(argv: list[str] | None = None) -> int:
             source = flat_files(given.source, given.labels, given.classes)
         else:
             source = class_folders(given.source)
-        notes = write_set(source, given.out, given.seed, int(given.shard_mb * 1e6), given.processes, given.decode)
+        notes = write_set(
+            source,
+            given.out,
+            seed=given.seed,
+            shard_bytes=int(given.shard_mb * 1e6),
+            processes=given.processes,
+            decode=given.decode,
+            maps=given.maps,
+        )
         print(ShardIndex.load(given.out).describe())
         if notes:
             print(f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from refiner_ds.errors import DataError
 
+MAP_ENDING = ".pt"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
@@ -92,6 +93,38 @@ def flat_files(folder: Path, labels: Path, class_list: Path | None) -> Source:
         if label not in number_of:
             raise DataError(f"{labels}: {name} has class {label}, which is not in {class_list}; correct one of them")
     return Source(folder, [SourceImage(name, number_of[named[name]], sizes[name]) for name in names], classes, ignored)
+
+
+def check_maps(source: Source, maps: Path) -> None:
+    """See that the images and the published maps under ``maps`` are each other's, before anything is written.
+
+    Raises:
+        DataError: there is no such folder, an image has no map or a map no image; names the first and counts the rest.
+    """
+    if not maps.is_dir():
+        raise DataError(f"{maps}: no such folder; name the one that holds <class>/<image>.pt score maps")
+    wanted: set[str] = set()
+    for image in source.images:
+        path = map_path(image.path)
+        if path in wanted:
+            raise DataError(f"{source.folder / image.path}: shares its map {path} with another image; rename one")
+        wanted.add(path)
+    found = {path for path, _ in _files(maps, "") if path.endswith(MAP_ENDING)}
+    for missing in sorted(wanted - found)[:1]:
+        raise DataError(
+            f"{maps / missing}: missing, and {len(wanted - found)} of {len(wanted)} images have no map; "
+            "add their maps or remove those images"
+        )
+    for spare in sorted(found - wanted)[:1]:
+        raise DataError(
+            f"{maps / spare}: has no image in {source.folder}, as {len(found - wanted)} of {len(found)} maps; "
+            "add the images or remove those maps"
+        )
+
+
+def map_path(image_path: str) -> str:
+    """Where an image's published map lies, relative to the folder of maps."""
+    return os.path.splitext(image_path)[0] + MAP_ENDING
 
 
 def _files(folder: Path, below: str) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Checks a shard set against its index: sizes, checksums, keys, and that every image decodes. One line a fault.
+"""Checks a shard set against its index: sizes, checksums, keys, and that every image and map decodes. One line a fault.
 
     python data_tools/verify.py shards/train
 
@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
-from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, padded
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.index import BLOCK, MEMBERS_NAME, PARALLEL_SUFFIX, ShardIndex, find_maps, padded
+from refiner_ds.data.samples import RawSample, SampleReader, decode_image
+from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.errors import DataError, RefinerError
 
 
@@ -52,11 +53,26 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
             raw = reader.read(sample)
             if not 0 <= raw.label < len(index.classes):
                 faults.append(f"{raw.place}: label {raw.label}, but there are {len(index.classes)} classes")
-            if decode:
+            if decode and not index.only_maps:
                 decode_image(raw)
+            if index.has_maps:
+                faults += _map_faults(raw, index)
         except DataError as error:
             faults.append(str(error))
     return ShardReport(faults, np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
+
+
+def _map_faults(raw: RawSample, index: ShardIndex) -> list[str]:
+    """What is wrong with a sample's score map."""
+    score_map = decode_map(raw.score_map, raw.place)
+    faults = []
+    if score_map.format != index.maps:
+        faults.append(f"{raw.place}: its map is {score_map.format} where the set's are {index.maps}")
+    if score_map.label != raw.label:
+        faults.append(f"{raw.place}: its map says label {score_map.label} where the index says {raw.label}")
+    if not 0 <= score_map.classes_Khw.min() <= score_map.classes_Khw.max() < len(index.classes):
+        faults.append(f"{raw.place}: its map names classes that are not among the set's {len(index.classes)}")
+    return faults
 
 
 def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
@@ -95,6 +111,11 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
                 yield fault
             seen.append(report.keys)
             bar.update(index.shards[number].count)
+    try:
+        if index.folder.with_name(index.folder.name + PARALLEL_SUFFIX).exists():
+            find_maps(index)
+    except DataError as error:
+        yield str(error)
     keys, times = np.unique(np.concatenate(seen) if seen else np.zeros(0), return_counts=True)
     if len(keys) and times.max() > 1:
         yield f"{index.folder}: {int((times > 1).sum())} keys occur more than once; make the set again"

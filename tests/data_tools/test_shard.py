@@ -1,0 +1,247 @@
+"""shard.py: the same bytes for any number of processes, nothing half-written, nothing lost unsaid."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools import shard
+from data_tools.verify import main as verify
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.score_maps import decode
+from tests.data_tools.conftest import picture, published_maps
+
+COMMAND = str(Path(shard.__file__))
+
+
+def run(*arguments: object) -> int:
+    return shard.main([str(argument) for argument in ("--shard-mb", 0.005, "--processes", 1, *arguments)])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def contents(folder: Path) -> list[tuple[bytes, str]]:
+    """Bytes and class of every sample of a set."""
+    index = ShardIndex.load(folder)
+    reader = SampleReader(index)
+    return [(bytes(raw.image), index.classes[raw.label]) for raw in map(reader.read, range(index.count))]
+
+
+def test_every_file_arrives_byte_for_byte_with_its_class(tree: Path, tmp_path: Path) -> None:
+    assert run(tree, tmp_path / "out") == 0
+    wanted = sorted((path.read_bytes(), path.parent.name) for path in tree.rglob("*.JPEG"))
+    assert sorted(contents(tmp_path / "out")) == wanted
+    assert len(ShardIndex.load(tmp_path / "out").shards) > 3
+    assert verify([str(tmp_path / "out"), "--processes", "1"]) == 0
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(tree: Path, tmp_path: Path, processes: int) -> None:
+    assert run(tree, tmp_path / "one") == 0
+    assert run(tree, tmp_path / "many", "--processes", processes) == 0
+    assert digest(tmp_path / "one") == digest(tmp_path / "many")
+
+
+def test_seed_decides_the_order(tree: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        assert run(tree, tmp_path / name, "--seed", seed) == 0
+    one, other = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert one != other and sorted(one) == sorted(other)
+    assert [name for _, name in one] != sorted(name for _, name in one)
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    """Killed outright again and again while it writes; the target never shows before it is whole."""
+    assert run(tree, tmp_path / "whole") == 0
+    slow = (
+        "import sys, time; from data_tools import shard; real = shard.write_shard\n"
+        "shard.write_shard = lambda task: (time.sleep(0.03), real(task))[1]\n"
+        "sys.exit(shard.main(sys.argv[1:]))"
+    )
+    arguments = [str(tree), str(tmp_path / "out"), "--shard-mb", "0.002", "--processes", "1"]
+    kills = 0
+    for attempt in range(30):
+        process = subprocess.Popen([sys.executable, "-c", slow, *arguments], stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=0.7 + 0.1 * attempt)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            if (tmp_path / "out").exists():
+                break
+            assert (tmp_path / "out.partial").exists() or kills == 1
+        else:
+            assert process.returncode == 0
+            break
+    assert kills >= 1
+    assert shard.main([str(tree), str(tmp_path / "again"), "--shard-mb", "0.002", "--processes", "1"]) == 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "again")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_run_begun_from_other_files_is_not_mixed_in(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / shard.PLAN_NAME).write_text("{}")
+    assert "begun from other files" in refusal(capsys, tree, tmp_path / "out")
+
+
+def test_two_runs_do_not_write_one_set(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with subprocess.Popen(["flock", str(tmp_path / "out.partial"), "sleep", "20"]) as other:
+        try:
+            time.sleep(0.3)
+            assert "another process" in refusal(capsys, tree, tmp_path / "out")
+        finally:
+            other.kill()
+
+
+def test_unusual_files_are_kept_and_broken_ones_left_out_and_both_are_listed(tree: Path, tmp_path: Path) -> None:
+    """Grey, CMYK, a PNG under a JPEG's name; cut off, empty, text; and a file that is no image by its name."""
+    good = picture(1, size=(64, 48))
+    strange = {
+        "grey.JPEG": picture(1, mode="L"),
+        "cmyk.JPEG": picture(2, mode="CMYK"),
+        "really_png.JPEG": picture(3, kind="PNG"),
+        "trailing.JPEG": good + bytes(9),
+        "cut.JPEG": good[: len(good) * 2 // 3],
+        "empty.JPEG": b"",
+        "text.JPEG": b"<html>404</html>",
+        "readme.txt": b"hello",
+    }
+    for name, data in strange.items():
+        (tree / "n01" / name).write_bytes(data)
+    assert run(tree, tmp_path / "out") == 0
+    notes = (tmp_path / "out" / shard.NOTES_NAME).read_text().splitlines()
+    said = {note.split(": ")[1].rpartition("/")[2]: note for note in notes}
+    assert set(said) == set(strange) - {"trailing.JPEG"}
+    assert {name for name, note in said.items() if note.startswith("left out")} == {
+        "cut.JPEG",
+        "empty.JPEG",
+        "text.JPEG",
+    }
+    assert "named .jpg, is a png" in said["really_png.JPEG"]
+    assert "CMYK" in said["cmyk.JPEG"] and "Gray" in said["grey.JPEG"]
+    assert ShardIndex.load(tmp_path / "out").count == 40 + 4
+    assert verify([str(tmp_path / "out"), "--processes", "1"]) == 0
+    reader = SampleReader(ShardIndex.load(tmp_path / "out"))
+    assert all(decode_image(reader.read(number)).shape[2] == 3 for number in range(44))
+
+
+def test_decode_finds_what_a_quick_look_cannot(tree: Path, tmp_path: Path) -> None:
+    """Pixels missing in the middle, though the end is there."""
+    whole = picture(1, size=(200, 150))
+    (tree / "n01" / "hollow.JPEG").write_bytes(whole[: len(whole) // 2] + whole[-2:])
+    assert run(tree, tmp_path / "out", "--decode") == 0
+    (note,) = (tmp_path / "out" / shard.NOTES_NAME).read_text().splitlines()
+    assert note.startswith("kept: n01/hollow.JPEG: damaged, though it decodes")
+
+
+def test_same_file_names_in_different_classes_keep_keys_unique(tree: Path, tmp_path: Path) -> None:
+    for name in ("n01", "n02"):
+        (tree / name / "same.name.with.dots.JPEG").write_bytes(picture(7))
+    assert run(tree, tmp_path / "out") == 0
+    assert verify([str(tmp_path / "out"), "--processes", "1"]) == 0
+
+
+def test_flat_files_with_a_label_list(tree: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    classes = []
+    for path in sorted(tree.rglob("*.JPEG")):
+        shutil.copy(path, flat)
+        classes.append((path.name, path.parent.name))
+    pairs, numbers, synsets = tmp_path / "pairs.txt", tmp_path / "numbers.txt", tmp_path / "synsets.txt"
+    pairs.write_text("".join(f"{name} {label}\n" for name, label in classes))
+    numbers.write_text("".join(f"{int(label[1:])}\n" for _, label in classes))
+    synsets.write_text("n01 first\nn02 second\nn03 third\n")
+    assert run(tree, tmp_path / "tree") == 0
+    assert run(flat, tmp_path / "a", "--labels", pairs) == 0
+    assert run(flat, tmp_path / "b", "--labels", numbers, "--classes", synsets) == 0
+    assert sorted(contents(tmp_path / "a")) == sorted(contents(tmp_path / "b")) == sorted(contents(tmp_path / "tree"))
+
+
+def test_published_maps_ride_beside_their_images(tree: Path, tmp_path: Path) -> None:
+    maps = published_maps(tree, tmp_path / "maps")
+    assert run(tree, tmp_path / "out", "--maps", maps) == 0
+    index = ShardIndex.load(tmp_path / "out")
+    assert index.maps is not None and (index.maps.k, index.maps.rows, index.maps.columns) == (2, 4, 5)
+    reader = SampleReader(index)
+    files = {path.read_bytes(): number for number, path in enumerate(sorted(tree.rglob("*.JPEG")))}
+    for number in range(index.count):
+        raw = reader.read(number)
+        score_map = decode(raw.score_map, raw.place)
+        assert score_map.values_Khw.max() == files[bytes(raw.image)]
+        assert score_map.label == raw.label == score_map.classes_Khw[0, 0, 0]
+    assert verify([str(tmp_path / "out"), "--processes", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "where, says", [("maps/n01/n01_3.pt", "1 of 40 images have no map"), ("images/n01/n01_3.JPEG", "has no image")]
+)
+def test_image_without_map_or_map_without_image_is_told_before_anything_is_written(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, says: str
+) -> None:
+    maps = published_maps(tree, tmp_path / "maps")
+    (tmp_path / where).unlink()
+    message = refusal(capsys, tree, tmp_path / "out", "--maps", maps)
+    assert says in message and "n01_3.pt" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_map_of_another_grid_is_refused(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = published_maps(tree, tmp_path / "maps")
+    other = published_maps(tree, tmp_path / "other", rows=6)
+    shutil.copy(other / "n02" / "n02_5.pt", maps / "n02" / "n02_5.pt")
+    message = refusal(capsys, tree, tmp_path / "out", "--maps", maps)
+    assert "n02_5.pt" in message and "all must be alike" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such folder" in refusal(capsys, tmp_path / "absent", tmp_path / "out")
+    assert "no class folders" in refusal(capsys, tree / "n01", tmp_path / "out")
+    assert "already exists" in refusal(capsys, tree, tree)
+    (tree / "n04").mkdir()
+    assert "n04: no images" in refusal(capsys, tree, tmp_path / "out")
+    assert "cannot be read" in refusal(capsys, tree, tmp_path / "out", "--labels", tmp_path / "absent.txt")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a.JPEG n01\n")
+    assert "has no line" in refusal(capsys, tree / "n01", tmp_path / "out", "--labels", labels)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_full_disk_is_one_sentence_and_leaves_no_set(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no room left" in refusal(capsys, tree, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_explains_itself() -> None:
+    told = subprocess.run([sys.executable, COMMAND, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert "--shard-mb" in told.stdout and "ground_truth" in told.stdout
