@@ -32,11 +32,11 @@ from refiner_ds.data.index import (
     MapFormat,
     Shard,
     padded,
-    span_bytes,
 )
 from refiner_ds.errors import DataError
 
 NAME_BYTES = 100  # of USTAR's name field
+CHECK_MASK = 0xFFFFFFFF  # the low half is kept
 END_OF_TAR = bytes(2 * BLOCK)
 
 
@@ -47,7 +47,7 @@ def shard_name(number: int) -> str:
 
 def check_of(span: bytes | memoryview) -> int:
     """The checksum a MEMBER record keeps of its sample's span."""
-    return xxhash.xxh3_64_intdigest(span) & 0xFFFFFFFF
+    return xxhash.xxh3_64_intdigest(span) & CHECK_MASK
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -66,8 +66,9 @@ def tar_header(name: str, size: int) -> bytes:
     return before_sum + b"%06o\0 " % checksum + after_sum
 
 
-def _member(name: str, payload: bytes) -> bytes:
-    return tar_header(name, len(payload)) + payload + bytes(padded(len(payload)) - len(payload))
+def _member(name: str, payload: bytes) -> list[bytes]:
+    """A tar member in three parts: header, payload, and zeros up to a whole block."""
+    return [tar_header(name, len(payload)), payload, bytes(padded(len(payload)) - len(payload))]
 
 
 def fsync_folder(folder: Path) -> None:
@@ -151,30 +152,33 @@ class ShardWriter:
             DataError: the disk is full.
             ValueError: the key does not fit a tar header.
         """
-        span = _member(f"{key}.{ending}", image)
-        if score_map is not None:
-            span += _member(f"{key}.map", score_map)
-        map_bytes = len(score_map) if score_map is not None else 0
-        check = check_of(memoryview(span)[: span_bytes(len(image), map_bytes)])
+        parts = _member(f"{key}.{ending}", image)
         if score_map is None:
-            span += _member(f"{key}.cls", b"%d" % label)
-        self._members.append((self._offset, len(image), map_bytes, label, check))
-        self._keys.append(key)
-        self._write(span)
+            self._append(key, len(image), 0, label, parts, _member(f"{key}.cls", b"%d" % label))
+        else:
+            self._append(key, len(image), len(score_map), label, parts + _member(f"{key}.map", score_map))
 
     def add_map(self, key: str, score_map: bytes, label: int) -> None:
         """Append the map of a sample whose image lies under the same key in another set (a parallel set)."""
-        span = _member(f"{key}.map", score_map)
-        check = check_of(memoryview(span)[: span_bytes(len(score_map), 0)])
-        self._members.append((self._offset, len(score_map), 0, label, check))
-        self._keys.append(key)
-        self._write(span)
+        self._append(key, len(score_map), 0, label, _member(f"{key}.map", score_map))
 
-    def _write(self, data: bytes) -> None:
-        self._sha256.update(data)
-        self._offset += len(data)
+    def _append(
+        self, key: str, first_bytes: int, map_bytes: int, label: int, span: list[bytes], beyond: Sequence[bytes] = ()
+    ) -> None:
+        """Record a sample and write it: the parts its check covers, all but the last padding, and those beyond."""
+        check = xxhash.xxh3_64()
+        for part in span[:-1]:
+            check.update(part)
+        self._members.append((self._offset, first_bytes, map_bytes, label, check.intdigest() & CHECK_MASK))
+        self._keys.append(key)
+        self._write([*span, *beyond])
+
+    def _write(self, parts: Sequence[bytes]) -> None:
+        for part in parts:
+            self._sha256.update(part)
+            self._offset += len(part)
         try:
-            self._file.write(data)
+            self._file.writelines(parts)
         except OSError as error:
             raise DataError(cannot_write(self.path, error)) from None
 
@@ -184,7 +188,7 @@ class ShardWriter:
         Raises:
             DataError: the disk is full.
         """
-        self._write(END_OF_TAR)
+        self._write([END_OF_TAR])
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
