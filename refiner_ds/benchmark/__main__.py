@@ -1,0 +1,33 @@
+"""``python -m refiner_ds.benchmark NAME [options]``: run one benchmark and print its table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+# Name -> module with main(argv); imported only when asked for, since each brings its own weight.
+BENCHMARKS = {"model": "refiner_ds.benchmark.model"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark named first; the rest of the line is its own.
+
+    Returns:
+        0, or 2 when the name is unknown or the benchmark refuses its options.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        names = ",".join(BENCHMARKS)
+        print(f"usage: python -m refiner_ds.benchmark {{{names}}} [options]; NAME --help lists its options")
+        return 0
+    if name not in BENCHMARKS:
+        said = f"{name} is not a benchmark" if name else "no benchmark is named"
+        print(f"error: {said}; it must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    run: Callable[[list[str]], int] = import_module(BENCHMARKS[name]).main
+    return run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

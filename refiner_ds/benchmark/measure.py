@@ -1,0 +1,90 @@
+"""Time and memory of a step, on CPU and on GPU, so that several steps can be compared within one run.
+
+    best_seconds  interleaved rounds; CPU time of this process, or elapsed time between two CUDA events
+    kept_bytes    what autograd keeps for backward, storage by storage
+    peak_bytes    highest use above where the step began: CUDA's allocator, or the process's resident set
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["best_seconds", "kept_bytes", "peak_bytes"]
+
+Step = Callable[[], object]
+
+
+def best_seconds(steps: Sequence[Step], rounds: int, device: torch.device) -> list[float]:
+    """The shortest of ``rounds`` for each step, after one round to warm up.
+
+    Rounds are interleaved, so that a busy moment of the machine falls on all alike, and CPU time is counted rather
+    than elapsed time, so that other processes do not count. With one torch thread the two agree on an idle machine.
+    """
+    for step in steps:
+        step()
+    best = [float("inf")] * len(steps)
+    for _ in range(rounds):
+        for index, step in enumerate(steps):
+            best[index] = min(best[index], _seconds(step, device))
+    return best
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.process_time()
+        step()
+        return time.process_time() - begin
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    step()
+    last.record()
+    torch.cuda.synchronize(device)
+    return first.elapsed_time(last) / 1000
+
+
+def kept_bytes(forward: Step, model: nn.Module) -> int:
+    """Bytes autograd keeps for the backward of ``forward``, each storage once, the model's own weights left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor.detach())  # held, or the address could be given to the next tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Most memory in use during ``step`` beyond what was in use before.
+
+    On CPU it is the resident set of the whole process, so call it in a process that has done nothing large before:
+    freed memory that the allocator holds would hide what the step needs.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # 5 resets the high-water mark, see proc(5)
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0

@@ -1,0 +1,76 @@
+"""The model benchmark prints figures that are there, ratios of one run, and refuses in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from refiner_ds.benchmark.__main__ import BENCHMARKS, main
+from refiner_ds.benchmark.measure import best_seconds, kept_bytes, peak_bytes
+from refiner_ds.benchmark.model import MODELS, Row, table
+
+CPU = torch.device("cpu")
+
+
+def test_every_model_gets_every_figure(capsys):
+    assert main(["model", "--depth", "2", "--img-size", "64", "--batch", "2", "--rounds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["model"]: row for row in result["rows"]}
+    assert list(rows) == list(MODELS)
+    assert result["setting"]["img_size"] == 64
+    for row in rows.values():
+        assert 0 < row["forward_ms"] < row["training_ms"]
+        assert row["kept_mib_image"] > 0
+        assert row["peak_mib"] > row["kept_mib_image"]
+    assert rows["released S"]["kept_mib_image"] > rows["plain twin"]["kept_mib_image"]
+
+
+def test_the_table_gives_ratios_to_the_plain_twin():
+    rows = [Row("released S", 10, 3.0, 4.0, 5.0, 6.0), Row("plain twin", 9, 1.5, 1.0, 2.5, 2.0)]
+    lines = table(rows).splitlines()
+    assert len(lines) == 3
+    for ratio in ("2.00 x", "4.00 x", "2.00 x", "3.00 x"):
+        assert ratio in lines[1]
+    assert lines[2].count("1.00 x") == 4
+
+
+def test_kept_bytes_count_each_storage_once_and_no_weight():
+    layer = nn.Linear(64, 64, bias=False)
+    x = torch.randn(32, 64)
+
+    def forward():
+        hidden = layer(x).relu()  # relu keeps its output, the next layer its input: one storage
+        return layer(hidden)
+
+    assert kept_bytes(forward, layer) == 2 * x.numel() * 4
+
+
+def test_peak_bytes_see_what_a_step_needs():
+    size = 64 * 2**20
+    peak = peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    assert 0.98 * size < peak < 1.2 * size + 8 * 2**20
+
+
+def test_the_best_of_interleaved_rounds_counts():
+    calls: list[str] = []
+    a, b = torch.randn(64, 64), torch.randn(512, 512)
+    short, long = best_seconds([lambda: calls.append("a") or a @ a, lambda: calls.append("b") or b @ b], 3, CPU)
+    assert calls == ["a", "b"] * 4  # one round to warm up
+    assert 0 <= short < long
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ([], f"no benchmark is named; it must be one of {', '.join(BENCHMARKS)}"),
+        (["speed"], f"speed is not a benchmark; it must be one of {', '.join(BENCHMARKS)}"),
+        (["model", "--rounds", "0"], "--batch and --rounds must be 1 or more"),
+        (["model", "--img-size", "100"], "img_size 100x100 is not a multiple of patch_size 16; near are 96 and 112"),
+    ],
+)
+def test_refusals_are_one_sentence(line, sentence, capsys):
+    assert main(line) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
