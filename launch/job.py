@@ -12,13 +12,14 @@ is nothing to save yet and the job is requeued as it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,12 +55,20 @@ class TrainJob:
         for early in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(early, self._before_training)
         os.environ.update(environment_of(task, self.gpus))
-        from refiner_ds import train
+        failure = Failure.file(self.run_folder, task.job_id)
+        if task.global_rank == 0:
+            failure.unlink(missing_ok=True)  # of an earlier life of this job
+        try:
+            from refiner_ds import train
 
-        code = train.main(self.arguments)
+            code = train.main(self.arguments)
+        except Exception:
+            Failure(task.global_rank, task.hostname, 1).note(failure)
+            raise
         if code == AGAIN:
             self._again(task, decides=task.global_rank == 0)
         if code:
+            Failure(task.global_rank, task.hostname, code).note(failure)
             sys.exit(code)
 
     def _before_training(self, number: int, frame: FrameType | None) -> None:
@@ -71,7 +80,7 @@ class TrainJob:
         """Leave so that the job starts again, or with 75 if it had better not."""
         if not decides:
             sys.exit(0)  # anything else would have srun end rank 0 before it has asked for the requeue
-        refusal = _cancelled(task) or self._spent(task.job_id)
+        refusal = _ending(task) or self._spent(task.job_id)
         if refusal:
             log.error("not requeued: %s", refusal)
             sys.exit(AGAIN)
@@ -103,6 +112,33 @@ class TrainJob:
         return None
 
 
+@dataclass(frozen=True)
+class Failure:
+    """The first task of a job to fail. Slurm reports the highest exit code, which is that of a task it killed after."""
+
+    rank: int
+    host: str
+    exit_code: int
+
+    @staticmethod
+    def file(run_folder: str | Path, job_id: str) -> Path:
+        """Where a job notes its failure."""
+        return Path(run_folder, "jobs", f"{job_id}_failure.json")
+
+    def note(self, file: Path) -> None:
+        """Write this down unless another task came first."""
+        with contextlib.suppress(FileExistsError), file.open("x") as note:
+            json.dump(asdict(self), note)
+
+    @staticmethod
+    def noted(file: Path) -> Failure | None:
+        """What a job noted, if it did."""
+        try:
+            return Failure(**json.loads(file.read_text()))
+        except (FileNotFoundError, ValueError):  # none, or a task that was killed while it wrote
+            return None
+
+
 def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:
     """The variables torchrun would set, for one task of a job."""
     local_world = task.num_tasks // task.num_nodes
@@ -129,12 +165,16 @@ def _cores_of_a_task(local_world: int) -> int:
     return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // local_world)
 
 
-def _cancelled(task: submitit.JobEnvironment) -> str | None:
-    # scancel sends TERM as preemption does, and Slurm requeues a cancelled job as readily as any other.
+def _ending(task: submitit.JobEnvironment) -> str | None:
+    """Why Slurm is already ending this job for good, or None."""
+    # scancel sends TERM as preemption does, and Slurm would requeue a cancelled job as readily as any other. Until the
+    # tasks have left, the job is COMPLETING either way; past its time limit it is too, and should go on.
     if task.cluster == "local":
         return None
     shown = subprocess.run(("scontrol", "show", "job", "-o", task.job_id), capture_output=True, text=True, timeout=60)
-    return "it was cancelled" if "JobState=CANCELLED" in shown.stdout else None
+    fields = set(shown.stdout.split())
+    ending = fields & {"JobState=CANCELLED", "JobState=COMPLETING"} and "Reason=TimeLimit" not in fields
+    return "it was cancelled" if ending else None
 
 
 def _latest(run_folder: Path) -> str | None:

@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from launch import checks, local, slurm
 from launch.cluster import ClusterProfile, load_profile
 from launch.follow import follow
-from launch.job import TrainJob
+from launch.job import Failure, TrainJob
 from launch.plan import Plan
 from launch.snapshot import RUN_FILE, take_snapshot
 from refiner_ds.config import load
@@ -186,7 +186,12 @@ def _say_where(plan: Plan, job_id: str, stop: str) -> None:
 
 
 def _say_ending(plan: Plan, job_id: str, state: str, exit_code: int) -> int:
-    print(f"job {job_id}: {state}, exit code {exit_code}; logs of all ranks: {plan.run.folder}/jobs/{job_id}_*_log.out")
+    failure = Failure.noted(Failure.file(plan.run.folder, job_id)) if exit_code else None
+    if failure:
+        exit_code = failure.exit_code
+    where = f", first on rank {failure.rank} ({failure.host})" if failure else ""
+    log = plan.run.folder / "jobs" / f"{job_id}_{failure.rank if failure else '*'}_log.out"
+    print(f"job {job_id}: {state}, exit code {exit_code}{where}; log {log}")
     return exit_code
 
 

@@ -35,7 +35,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire: a requeued job starts again only when its old credential is dead, two minutes by default
+# a requeued job starts again only when its old credential has expired, after two minutes by default
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
 MpiDefault=none
 StateSaveLocation={folder}/state
@@ -57,7 +57,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 KillWait=3
-SlurmdTimeout=10
+SlurmdTimeout=5
 InactiveLimit=0
 MinJobAge=300
 GresTypes=gpu
