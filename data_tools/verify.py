@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
-from refiner_ds.data.index import BLOCK, MEMBERS_NAME, PARALLEL_SUFFIX, ShardIndex, find_maps, padded
+from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.errors import DataError, RefinerError
@@ -112,7 +112,7 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
             seen.append(report.keys)
             bar.update(index.shards[number].count)
     try:
-        if index.folder.with_name(index.folder.name + PARALLEL_SUFFIX).exists():
+        if parallel_folder(index.folder).exists():
             find_maps(index)
     except DataError as error:
         yield str(error)

@@ -187,13 +187,18 @@ class ShardIndex:
         )
 
 
+def parallel_folder(images: Path) -> Path:
+    """Where the score maps of a set lie that has none itself: a set of maps alone, joined by its keys."""
+    return images.with_name(images.name + PARALLEL_SUFFIX)
+
+
 def find_maps(images: ShardIndex) -> ShardIndex:
     """The set that holds the score maps of ``images``: itself, or the parallel set ``<folder>.maps`` beside it.
 
     Raises:
         DataError: there is neither, or the parallel set belongs to other images.
     """
-    parallel = images.folder.with_name(images.folder.name + PARALLEL_SUFFIX)
+    parallel = parallel_folder(images.folder)
     if images.has_maps or not parallel.exists():
         maps = images
     else:

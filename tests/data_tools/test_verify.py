@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,8 +67,6 @@ def test_damaged_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind:
     change(tmp_path / "set" / SHARD, int(index.members[5]["offset"]))
     found = faults(tmp_path / "set", capsys)
     assert any(SHARD in fault for fault in found) and all("shard-000000" not in fault for fault in found)
-    import re
-
     assert any(re.search(says, fault) for fault in found)
 
 

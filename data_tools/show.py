@@ -1,0 +1,197 @@
+"""Draws a contact sheet of augmented samples, so that a person can see that labels follow pixels.
+
+    python data_tools/show.py shards/train sheet.png --auto-augment rand-m9-mstd0.5-inc1
+
+Each sample is a pair: the stored image with the outline of the view, and the view. With score maps, every map cell is
+tinted by its first class, and every patch of the view by the first class of its target: the tints must lie on the same
+things, and the names of the commonest classes stand below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+
+from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sample
+from refiner_ds.data.batch import MapBatch
+from refiner_ds.data.dense_targets import dense_targets
+from refiner_ds.data.index import ShardIndex, find_maps, parallel_folder
+from refiner_ds.data.order import samples_at
+from refiner_ds.data.packaged import locate
+from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.score_maps import ScoreMap, decode
+from refiner_ds.data.writer import cannot_write
+from refiner_ds.errors import DataError, RefinerError
+
+TILE = 224  # pixels a picture
+LINE = 14  # pixels a line of text
+NAMED = 3  # classes named below a pair
+TINT = 0.45
+OUTLINE = (255, 230, 0)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample of the sheet."""
+
+    caption: str
+    image_yx3: np.ndarray
+    view: View
+    score_map: ScoreMap | None
+
+
+def colour_of(number: int) -> tuple[int, int, int]:
+    """A colour for a class, far from those of its neighbours in number."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.9, 1)
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def outline(view: View) -> np.ndarray:
+    """The edge of a view as points of the image, [n, 2] (x, y) fractions."""
+    along = np.linspace(0, 1, 20)
+    zero, one = np.zeros(20), np.ones(20)
+    points = np.concatenate(
+        [np.stack(side, 1) for side in ((along, zero), (one, along), (1 - along, one), (zero, 1 - along))]
+    )
+    for step in view.steps:
+        points = points @ step[:, :2].T + step[:, 2]
+    return points
+
+
+def tinted(picture: Image.Image, numbers_yx: np.ndarray) -> Image.Image:
+    """A picture with a colour laid over each cell of a grid of class numbers; −1 leaves it as it is."""
+    colours = np.array([[colour_of(int(n)) if n >= 0 else (0, 0, 0) for n in row] for row in numbers_yx], np.uint8)
+    over = Image.fromarray(colours).resize(picture.size, Image.Resampling.NEAREST)
+    mask = Image.fromarray(np.where(numbers_yx >= 0, int(255 * TINT), 0).astype(np.uint8))
+    return Image.composite(over, picture, mask.resize(picture.size, Image.Resampling.NEAREST))
+
+
+def patch_classes(shown: Shown, classes: int, grid: int) -> np.ndarray:
+    """First class of the target of every patch of a view, [grid, grid]; −1 where nothing of the image is."""
+    assert shown.score_map is not None
+    maps = MapBatch(
+        torch.from_numpy(shown.score_map.values_Khw.copy())[None],
+        torch.from_numpy(shown.score_map.classes_Khw.copy())[None],
+        torch.from_numpy(np.stack(shown.view.steps)).float()[None],
+    )
+    _, target_BPC = dense_targets(maps, classes, (grid, grid))
+    best, number = target_BPC[0].max(-1)
+    number[best < 1.001 / classes] = -1
+    return number.reshape(grid, grid).numpy()
+
+
+def draw_pair(shown: Shown, names: list[str], grid: int) -> Image.Image:
+    """Stored image with outline, view, caption and the commonest classes: one cell of the sheet."""
+    cell = Image.new("RGB", (2 * TILE + 12, TILE + LINE * (2 + NAMED)), "white")
+    height, width = shown.image_yx3.shape[:2]
+    scale = TILE / max(height, width)
+    stored = Image.fromarray(shown.image_yx3).resize((round(width * scale), round(height * scale)))
+    view = Image.fromarray(shown.view.pixels_SS3).resize((TILE, TILE))
+    legend: list[tuple[int, str]] = []
+    if shown.score_map is not None:
+        numbers = patch_classes(shown, len(names), grid)
+        stored = tinted(stored, shown.score_map.classes_Khw[0].astype(int))
+        view = tinted(view, numbers)
+        common = np.bincount(numbers[numbers >= 0].ravel(), minlength=1).argsort()[::-1][:NAMED]
+        legend = [(int(n), names[n]) for n in common if (numbers == n).any()]
+    edge = [(x * stored.width, y * stored.height) for x, y in outline(shown.view)]
+    ImageDraw.Draw(stored).line([*edge, edge[0]], fill=OUTLINE, width=2)
+    cell.paste(stored, (4, LINE))
+    cell.paste(view, (TILE + 8, LINE))
+    draw = ImageDraw.Draw(cell)
+    font = ImageFont.load_default(11)
+    draw.text((4, 0), shown.caption, "black", font=font)
+    for line, (number, name) in enumerate(legend):
+        top = TILE + LINE * (line + 1) + 2
+        draw.rectangle((TILE + 8, top + 2, TILE + 18, top + 11), fill=colour_of(number))
+        draw.text((TILE + 22, top), name[:36], "black", font=font)
+    return cell
+
+
+def draw_sheet(pairs: list[Image.Image], columns: int) -> Image.Image:
+    """All pairs on one sheet."""
+    width, height = pairs[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pairs) // columns) * height), "white")
+    for number, pair in enumerate(pairs):
+        sheet.paste(pair, (number % columns * width, number // columns * height))
+    return sheet
+
+
+def choose(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, epoch: int) -> list[Shown]:
+    """The first samples of an epoch's order, augmented as training would."""
+    maps = find_maps(index) if index.has_maps or parallel_folder(index.folder).exists() else None
+    reader = SampleReader(index)
+    map_reader = SampleReader(maps) if maps else None
+    view_of = TrainView(settings)
+    chosen = []
+    positions = np.arange(min(count, index.count))
+    for sample in samples_at(positions, count=index.count, seed=seed, epoch=epoch).tolist():
+        raw = reader.read(sample)
+        image = decode_image(raw)
+        seed_sample(seed, epoch, sample)
+        score_map = None
+        if map_reader:
+            map_raw = map_reader.read(sample)
+            score_map = decode(map_raw.score_map, map_raw.place)
+        chosen.append(Shown(f"{sample}: {index.classes[raw.label]}", image, view_of(image), score_map))
+    return chosen
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="show.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("set", help="folder of a shard set, or package:digits/train")
+    parser.add_argument("out", type=Path, help="picture to write, .png")
+    parser.add_argument("--count", type=int, default=12, help="samples (default %(default)s)")
+    parser.add_argument("--columns", type=int, default=3, help="pairs a row (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=224, help="side of a view (default %(default)s)")
+    parser.add_argument("--grid", type=int, default=14, help="patches a side (default %(default)s)")
+    parser.add_argument("--auto-augment", default="", help="timm's string, e.g. rand-m9-mstd0.5-inc1")
+    parser.add_argument("--random-erasing", type=float, default=0.0, help="its probability (default %(default)s)")
+    parser.add_argument("--hflip", type=float, default=0.5, help="probability of a flip (default %(default)s)")
+    parser.add_argument("--min-crop", type=float, default=0.08, help="smallest crop's share of the image")
+    parser.add_argument("--seed", type=int, default=42, help="the run's (default %(default)s)")
+    parser.add_argument("--epoch", type=int, default=0, help="counted from 0 (default %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = _arguments().parse_args(argv)
+    settings = AugmentSettings(
+        given.img_size,
+        crop_scale=(given.min_crop, 1.0),
+        hflip=given.hflip,
+        auto_augment=given.auto_augment,
+        random_erasing=given.random_erasing,
+    )
+    try:
+        if given.count < 1 or given.columns < 1:
+            raise DataError("--count and --columns must be above 0")
+        index = ShardIndex.load(locate(given.set))
+        shown = choose(index, settings, given.count, given.seed, given.epoch)
+        sheet = draw_sheet([draw_pair(one, index.classes, given.grid) for one in shown], given.columns)
+        try:
+            sheet.save(given.out)
+        except (OSError, ValueError) as error:
+            reason = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
+            raise DataError(cannot_write(given.out, reason)) from None
+        print(f"{given.out}: {len(shown)} of {index.count:,} samples of {index.folder}")
+        return 0
+    except RefinerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
