@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from refiner_ds.training.checkpoints import write_atomically
-from refiner_ds.training.console import Console, write_logs
+from refiner_ds.training.console import Console, log, write_logs
 from refiner_ds.training.loop import FINISHED, Training
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.signals import stop_flag
@@ -18,6 +19,7 @@ def take_part(ready: Preparation) -> int:
     with stop_flag() as stop:
         world = join()
         write_logs(ready.run.folder, world.rank)
+        log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
         _greet(ready, world)
         training = Training(ready, world, stop)
         try:

@@ -1,0 +1,129 @@
+"""What the README promises of its first command: it learns real data in minutes and leaves a run folder as designed.
+
+One run of the plain command serves every test here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.training.checkpoints import faults
+from refiner_ds.training.metrics import read_metrics
+from tests.training.launched import ROOT, environment, run
+
+BIN = Path(sys.executable).parent
+
+
+class Quickstart:
+    """The finished command and where it ran."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        # A user's shell: no PYTHONPATH, no thread count; only the caches are kept apart.
+        self.env = {name: value for name, value in environment().items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        self.env |= {"REFINER_DS_CACHE": str(place / "cache"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+        self.shared_memory_before = set(os.listdir("/dev/shm"))
+        self.done = self.type("deepspeed", ROOT / "refiner_ds" / "train.py", timeout=400)
+        self.folder = place / "runs" / "quickstart"
+
+    def type(self, *command: str | Path, timeout: float = 120) -> subprocess.CompletedProcess:
+        return run(*command, cwd=self.place, env=self.env, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    return Quickstart(tmp_path_factory.mktemp("quickstart"))
+
+
+pytestmark = pytest.mark.timeout(500)
+
+
+def test_the_plain_command_learns_digits_to_97_percent(quickstart: Quickstart) -> None:
+    assert quickstart.done.returncode == 0, quickstart.done.stdout[-2000:] + quickstart.done.stderr[-4000:]
+    last = {line["weights"]: line for line in read_metrics(quickstart.folder, "eval")}
+    assert last["ema"]["top1"] >= 97 and last["model"]["top1"] >= 97
+    held_out = ShardIndex.load(quickstart.place / "cache" / "digits-v1" / "val").count
+    assert held_out >= 1797 / 5
+
+
+def test_it_says_what_it_does_and_what_to_type_next(quickstart: Quickstart) -> None:
+    out = quickstart.done.stdout
+    assert "2 processes on" in out
+    assert sum(line.startswith("epoch") and "images/s" in line and "left" in line for line in out.splitlines()) == 39
+    for hint in ("tensorboard --logdir", "evaluate.py", "run folder", "go on"):
+        assert hint in out
+    ours = ("epoch", "refined_vit", "48 images", "run folder", "finished", "watch", "evaluate", "go on")
+    strangers = [line for line in out.splitlines() if line and not line.startswith(ours) and "[INFO]" not in line]
+    assert len(strangers) <= 3, strangers
+    assert "Warning" not in quickstart.done.stderr
+
+
+def test_the_run_folder_is_as_designed(quickstart: Quickstart) -> None:
+    folder = quickstart.folder
+    for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "latest", "logs/rank_0.log", "logs/rank_1.log"):
+        assert (folder / name).exists(), name
+    config = json.loads((folder / "config.json").read_text())
+    assert config["refiner"]["recipe"]["lr"] == 3e-3 and config["zero_optimization"] == {"stage": 1}
+    newest = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    assert not faults(newest)
+    assert len(list((folder / "checkpoints").iterdir())) == config["refiner"]["run"]["keep_checkpoints"]
+    keys = {"kind", "step", "epoch", "samples", "time", "loss", "loss_cls", "loss_patch", "lr", "grad_norm"}
+    keys |= {"images_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "mfu", "skipped_steps"}
+    for line in read_metrics(folder, "train"):
+        assert set(line) == keys | {"bad_samples"}
+        assert line["samples"] == 48 * line["step"] and line["grad_norm"] > 0
+
+
+def test_tensorboard_holds_the_same_numbers_and_a_picture(quickstart: Quickstart) -> None:
+    events = EventAccumulator(str(quickstart.folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    for name in ("loss", "loss_cls", "loss_patch", "lr", "grad_norm", "images_per_second", "peak_memory_gib"):
+        drawn = [(point.step, pytest.approx(point.value, rel=1e-5)) for point in events.Scalars(f"train/{name}")]
+        assert drawn == [(line["step"], line[name]) for line in read_metrics(quickstart.folder, "train")]
+    drawn = [point.value for point in events.Scalars("eval/ema/top1")]
+    wanted = [line["top1"] for line in read_metrics(quickstart.folder, "eval") if line["weights"] == "ema"]
+    assert drawn == pytest.approx(wanted, rel=1e-5)
+    pictures = events.Images("attention")
+    assert pictures and pictures[-1].width > 300 and len(pictures[-1].encoded_image_string) > 3000
+
+
+def test_the_same_command_again_says_that_the_run_is_complete(quickstart: Quickstart) -> None:
+    before = sorted(quickstart.folder.rglob("*"))
+    again = quickstart.type("deepspeed", ROOT / "refiner_ds" / "train.py")
+    assert again.returncode == 0
+    assert "quickstart is complete: 390 steps, top-1" in again.stdout
+    assert "--set refiner.run.name=" in again.stdout
+    assert sorted(quickstart.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_evaluation_is_exact_to_the_image_for_any_number_of_processes(quickstart: Quickstart, processes: int) -> None:
+    evaluate = [ROOT / "refiner_ds" / "evaluate.py", quickstart.folder, "--json", "--batch", "50"]
+    start = [BIN / "torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [BIN / "python"]
+    done = quickstart.type(*start, *evaluate)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    last = [line for line in read_metrics(quickstart.folder, "eval") if line["weights"] == "ema"][-1]
+    assert found["images"] == ShardIndex.load(quickstart.place / "cache" / "digits-v1" / "val").count
+    assert found["top1"] == last["top1"] == pytest.approx(100 * found["right1"] / found["images"])
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-4)
+
+
+def test_nothing_is_left_behind_in_shared_memory(quickstart: Quickstart) -> None:
+    assert set(os.listdir("/dev/shm")) <= quickstart.shared_memory_before
+
+
+def test_a_checkpoint_folder_can_be_evaluated_on_its_own(quickstart: Quickstart, tmp_path: Path) -> None:
+    newest = quickstart.folder / "checkpoints" / (quickstart.folder / "latest").read_text().strip()
+    shutil.copytree(newest, tmp_path / "mine")
+    done = quickstart.type(BIN / "python", ROOT / "refiner_ds" / "evaluate.py", tmp_path / "mine", "--weights", "model")
+    assert done.returncode == 0 and "last weights of step 390" in done.stdout, done.stderr

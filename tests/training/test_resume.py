@@ -1,0 +1,128 @@
+"""A run stopped anywhere and started again takes the course it would have taken, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from refiner_ds.training.checkpoints import faults, read_state
+from refiner_ds.training.metrics import read_metrics
+from tests.training.launched import ROOT, environment, torchrun
+
+TRAIN = ROOT / "refiner_ds" / "train.py"
+# Dropout, drop-path, mixing and random crops on: all of it has to come back.
+TINY = {
+    "refiner.model.depth": 2, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
+    "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1, "refiner.model.drop_path": 0.1,
+    "refiner.recipe.mixup": 0.8, "refiner.recipe.cutmix": 1.0, "refiner.recipe.epochs": 1,
+    "refiner.recipe.warmup_epochs": 0.1, "refiner.recipe.cooldown_epochs": 0, "refiner.run.log_steps": 1,
+    "refiner.run.checkpoint_epochs": 0.2, "refiner.run.eval_epochs": 1, "refiner.run.keep_checkpoints": 9,
+}  # fmt: skip
+
+
+def arguments(output: Path, **more: object) -> list[str]:
+    keys = {**TINY, "refiner.run.output": str(output), **more}
+    return [part for key, value in keys.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    done = torchrun(TRAIN, *arguments(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output / "quickstart"
+
+
+def same_course(run: Path, whole: Path) -> None:
+    assert read_state(newest(run)).step == 30
+    for weights in ("model.safetensors", "ema.safetensors"):
+        assert (newest(run) / weights).read_bytes() == (newest(whole) / weights).read_bytes()
+    numbers = [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in read_metrics(run, "train")]
+    assert numbers == [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in read_metrics(whole, "train")]
+    assert [line["step"] for line in read_metrics(run, "train")] == list(range(1, 31))
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / (run / "latest").read_text().strip()
+
+
+def test_one_signalled_rank_makes_all_save_and_leave_and_the_same_command_goes_on(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "quickstart"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN]
+    process = subprocess.Popen(
+        [str(part) for part in start] + arguments(tmp_path),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run, "train")) >= 3, process)
+        os.kill(pid_of_rank(run, 1), signal.SIGUSR2)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert "asked to stop: saved step" in out and "exitcode  : 75" in err, out + err
+    stopped_at = read_state(newest(run)).step
+    assert 3 <= stopped_at < 30
+    again = torchrun(TRAIN, *arguments(tmp_path))
+    assert again.returncode == 0 and f"(step {stopped_at}," in again.stdout
+    same_course(run, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_continues(whole: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path)], check=True)
+    run = tmp_path / "quickstart"
+    (run / "complete.json").unlink()
+    for step, damage in ((30, "cut"), (24, "flip"), (18, "lose")):
+        spoil(run / "checkpoints" / f"step_{step:08d}", damage)
+    (run / "checkpoints" / ".writing_step_00000036").mkdir()  # as a process killed while saving leaves it
+    again = torchrun(TRAIN, *arguments(tmp_path))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "step_00000012 (step 12," in again.stdout
+    same_course(run, whole)
+    assert not list((run / "checkpoints").glob(".writing_*"))
+
+
+def test_another_number_of_processes_is_refused_in_one_sentence(whole: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path)], check=True)
+    (tmp_path / "quickstart" / "complete.json").unlink()
+    done = torchrun(TRAIN, *arguments(tmp_path), processes=1)
+    assert re.search(r"error: .*step_00000030: was written by 2 processes and this run has 1; start it with 2", done.stderr)
+
+
+def spoil(checkpoint: Path, damage: str) -> None:
+    assert not faults(checkpoint)
+    part = next((checkpoint / "deepspeed").glob("*optim_states.pt"))
+    if damage == "cut":
+        part.write_bytes(part.read_bytes()[:-1])
+    elif damage == "flip":
+        raw = bytearray(part.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        part.write_bytes(raw)
+    else:
+        part.unlink()
+    assert len(faults(checkpoint)) == 1
+
+
+def pid_of_rank(run: Path, rank: int) -> int:
+    found = re.search(r"process (\d+)", (run / "logs" / f"rank_{rank}.log").read_text())
+    assert found
+    return int(found[1])
+
+
+def wait_for(true, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)
+        time.sleep(0.05)
