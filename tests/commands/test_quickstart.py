@@ -29,7 +29,9 @@ class Quickstart:
     def __init__(self, place: Path) -> None:
         self.place = place
         # A user's shell: no PYTHONPATH, no thread count; only the caches are kept apart.
-        self.env = {name: value for name, value in environment().items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        self.env = {
+            name: value for name, value in environment().items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")
+        }
         self.env |= {"REFINER_DS_CACHE": str(place / "cache"), "PATH": f"{BIN}:{os.environ['PATH']}"}
         self.shared_memory_before = set(os.listdir("/dev/shm"))
         self.done = self.type("deepspeed", ROOT / "refiner_ds" / "train.py", timeout=400)
@@ -69,7 +71,15 @@ def test_it_says_what_it_does_and_what_to_type_next(quickstart: Quickstart) -> N
 
 def test_the_run_folder_is_as_designed(quickstart: Quickstart) -> None:
     folder = quickstart.folder
-    for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints", "latest", "logs/rank_0.log", "logs/rank_1.log"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "latest",
+        "logs/rank_0.log",
+        "logs/rank_1.log",
+    ):
         assert (folder / name).exists(), name
     config = json.loads((folder / "config.json").read_text())
     assert config["refiner"]["recipe"]["lr"] == 3e-3 and config["zero_optimization"] == {"stage": 1}
