@@ -2,9 +2,9 @@
 
     <run folder>/seen/<rank>.<attempt>.json     environment, arguments, where the code came from, sum over ranks
 
-``<output>/behaviour.json`` says how. {"reduce": true} has the ranks meet in an all-reduce first. {"<rank>": […]} has one
-entry an attempt, 0 beyond the list: a number to leave with, or a word: "raise", "hang" (until it is killed), "saved" (75
-once it was signalled), "early" (a signal finds no handlers of training yet) or "step" (a new checkpoint, then 75).
+``<output>/behaviour.json`` says how. {"reduce": true}: the ranks meet in an all-reduce first. {"<rank>": […]}:
+one entry an attempt, 0 beyond the list: a number to leave with, or a word: "raise", "hang" (until killed), "saved"
+(75 once it was signalled), "early" (a signal finds no handlers of training yet) or "step" (a new checkpoint, then 75).
 """
 
 from __future__ import annotations

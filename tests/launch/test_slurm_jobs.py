@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,9 +168,12 @@ def test_waiting_can_be_left_and_the_job_goes_on(clone: Clone, slurm: SlurmClust
     command = clone.command(*CPU, "--wait")
     env = slurm.env | {"REFINER_DS_CACHE": str(clone.output.parent / "cache")}
     with subprocess.Popen(command, env=env, cwd=clone.output.parent, stderr=subprocess.PIPE, text=True) as waiting:
-        clone.wait_for("0.0")
-        waiting.send_signal(2)  # Ctrl-C
-        _, said = waiting.communicate(timeout=30)
+        try:
+            clone.wait_for("0.0")
+            waiting.send_signal(signal.SIGINT)
+            _, said = waiting.communicate(timeout=30)
+        finally:
+            waiting.kill()
     assert waiting.returncode == 130
     assert "goes on; scancel" in said
     assert "RUNNING" in slurm.squeue().values()
