@@ -38,6 +38,9 @@ def test_attention_maps_are_those_that_multiply_the_values(variant):
     value_BHNd = attn._heads(x_BND)[-1].repeat_interleave(expanded // HEADS, 1)
     joined = attn.proj((maps[0] @ value_BHNd).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attn(x_BND, None)[0], joined, rtol=1e-5, atol=1e-5)
+    # Further on, what a block hands on and puts out must not depend on whether its map is kept.
+    tokens_BND, _ = model._run_blocks(model._embed(pictures(), NO_BOX), keep_maps=True)
+    torch.testing.assert_close(model.norm(tokens_BND), model.forward_features(pictures()), rtol=1e-5, atol=1e-5)
 
 
 def test_released_blocks_alternate_and_share_maps():

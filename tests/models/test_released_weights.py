@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 
 import pytest
@@ -36,6 +37,23 @@ def test_weights_load_with_and_without_the_usual_wrappings(tmp_path, wrapping, s
     model = golden.tiny_model()
     assert load_released_weights(model, content) == []
     assert golden.relative_error(logits(model), golden.tensor("eval_logits")) < 1e-4
+
+
+def test_a_checkpoint_that_carries_its_command_line_loads(tmp_path):
+    content = {"state_dict": golden.section("state"), "args": argparse.Namespace(lr=5e-4), "epoch": 299}
+    torch.save(content, tmp_path / "checkpoint.pth.tar")
+    model = golden.tiny_model()
+    load_released_weights(model, tmp_path / "checkpoint.pth.tar")
+    assert golden.relative_error(logits(model), golden.tensor("eval_logits")) < 1e-4
+
+
+def test_timms_own_loading_takes_released_checkpoints(tmp_path):
+    torch.save({"state_dict": golden.section("state")}, tmp_path / "weights.pth")
+    model = golden.tiny_model(
+        img_size=96, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth"), "num_classes": 10}
+    )
+    assert torch.equal(model.pos_embed[:, 0], golden.tensor("state/pos_embed")[:, 0])
+    assert torch.equal(model.aux_head.weight, golden.tensor("state/aux_head.weight"))
 
 
 def test_weights_load_from_safetensors(tmp_path):

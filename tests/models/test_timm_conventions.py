@@ -109,7 +109,10 @@ def test_input_size_can_be_changed_after_creation():
     model.set_input_size((48, 64))
     assert model.patch_grid == (6, 8) and model.pos_embed.shape == (1, 49, 24)
     assert torch.equal(model.pos_embed[:, 0], class_entry)
-    assert model(torch.randn(1, 3, 48, 64)).shape == (1, 5)
+    fresh = small_model(**VARIANTS["paper-spatial"], seed=1, img_size=(48, 64)).eval()
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 48, 64)
+    assert torch.equal(model(x), fresh(x))
 
 
 def test_other_channels_are_taken():
