@@ -107,6 +107,6 @@ def decode_image(raw: RawSample) -> np.ndarray:
             pass  # CMYK, and files with recoverable faults: Pillow decides
     try:
         with Image.open(io.BytesIO(raw.image)) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))  # a copy: torch warns about memory it must not write to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{raw.place}: the image cannot be decoded ({error})") from None
