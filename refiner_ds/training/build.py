@@ -17,7 +17,7 @@ from refiner_ds.models import RefinedViT  # importing it registers the names wit
 TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
 
 
-def build_model(run: RunFile, num_classes: int) -> nn.Module:
+def build_model(run: RunFile, num_classes: int) -> RefinedViT:
     """The run file's model with fresh weights on the current default device.
 
     Args:

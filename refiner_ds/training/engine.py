@@ -12,6 +12,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from refiner_ds.config import BatchPlan, RunFile
+from refiner_ds.models import RefinedViT
 from refiner_ds.training.world import World
 
 
@@ -35,10 +36,10 @@ def deepspeed_config(run: RunFile, batch: BatchPlan, bf16: bool) -> dict[str, An
     return config
 
 
-def build_optimizer(run: RunFile, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(run: RunFile, model: RefinedViT) -> torch.optim.Optimizer:
     """AdamW with timm's groups: no decay on 1-D parameters and on what the model names in ``no_weight_decay``."""
     recipe = run.refiner.recipe
-    groups = param_groups_weight_decay(model, recipe.weight_decay, model.no_weight_decay())
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
     settings: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
     offload = run.keys.zero_optimization.offload_optimizer
     if offload is not None and offload.device not in (None, "none"):
@@ -53,7 +54,7 @@ class Engine:
     them wherever they are, ``full_weights`` and ``set_full_weights`` see them whole, under the model's names.
     """
 
-    def __init__(self, run: RunFile, model: nn.Module, batch: BatchPlan, world: World) -> None:
+    def __init__(self, run: RunFile, model: RefinedViT, batch: BatchPlan, world: World) -> None:
         self.bf16 = computes_in_bf16(run, world)
         self.batch = batch
         config = deepspeed_config(run, batch, self.bf16)

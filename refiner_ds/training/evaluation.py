@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refiner_ds.data.loader import Batch
+from refiner_ds.data.batch import Batch
 from refiner_ds.data.targets import normalise
 from refiner_ds.training.world import World
 

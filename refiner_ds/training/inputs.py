@@ -1,6 +1,6 @@
 """From a batch as it was loaded to what the model and the loss take; everything random here follows from (seed, step).
 
-uint8 pixels and labels ─▶ normalise ─▶ mixup or CutMix ─▶ images, targets, and the box of patches mix-token swaps
+uint8 pixels, labels or score maps ─▶ normalise ─▶ mixup or CutMix ─▶ images, targets, the box mix-token swaps
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from refiner_ds.config.schema import RefinerKeys
-from refiner_ds.data.loader import Batch
-from refiner_ds.data.targets import MixSettings, draw_mix, label_targets, mix_images, mix_targets, normalise
+from refiner_ds.data.batch import Batch
+from refiner_ds.data.targets import (
+    MixSettings,
+    draw_mix,
+    label_targets,
+    map_targets,
+    mix_images,
+    mix_targets,
+    normalise,
+)
 from refiner_ds.models.mixing import NO_BOX, Box, draw_mix_box
 
 
@@ -54,9 +62,9 @@ class InputMaker:
         generator = torch.Generator().manual_seed(seed)
         mix = draw_mix(self._mix, side, generator)
         images_B3HW = mix_images(normalise(batch.images_BHWC, data.mean, data.std, self._dtype), mix)
-        target_BC, target_BPC = label_targets(
-            batch.labels_B, self._classes, recipe.label_smoothing, mix, side, self._grid
-        )
+        how = (self._classes, recipe.label_smoothing, mix, side, self._grid)
+        targets = label_targets(batch.labels_B, *how) if batch.maps is None else map_targets(batch.maps, *how)
+        target_BC, target_BPC = targets
         box = draw_mix_box(self._grid, generator) if recipe.mix_token else NO_BOX
         y0, x0, y1, x1 = box
         kept = 1 - (y1 - y0) * (x1 - x0) / (self._grid[0] * self._grid[1])

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
-from refiner_ds.data.loader import Batch, Batches, eval_batches, train_batches
+from refiner_ds.data.batch import Batch
+from refiner_ds.data.loader import Batches, eval_batches, train_batches
 from refiner_ds.data.targets import normalise
+from refiner_ds.models import RefinedViT
 from refiner_ds.training.averages import Averages
 from refiner_ds.training.build import build_model, peak_flops, training_flops
 from refiner_ds.training.checkpoints import Checkpoints, State, write_atomically
@@ -68,7 +69,7 @@ class Training:
         self.metrics = Metrics(self.folder if world.leads else None, self.step)
         self.last: dict[str, Accuracy] = {}
 
-    def _set_recompute(self, model: nn.Module) -> None:
+    def _set_recompute(self, model: RefinedViT) -> None:
         unit = self.keys.model.checkpointing
         if unit == "none":
             return
@@ -296,6 +297,7 @@ class Training:
                 position=position,
                 workers=data.workers,
                 on_bad_sample=data.on_bad_sample,
+                maps=self.ready.maps,
             )
         )
 

@@ -5,20 +5,19 @@ Upper row: where the class token looks, over the patch grid. Lower row: the whol
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("agg")  # before pyplot; training has no screen
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor, nn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from refiner_ds.models import RefinedViT
 
 MOST_BLOCKS = 8
 
 
 @torch.inference_mode()
-def attention_picture(model: nn.Module, image_3HW: Tensor, pixels_HWC: np.ndarray) -> np.ndarray:
+def attention_picture(model: RefinedViT, image_3HW: Tensor, pixels_HWC: np.ndarray) -> np.ndarray:
     """Draw the attention maps of one image.
 
     Args:
@@ -28,12 +27,10 @@ def attention_picture(model: nn.Module, image_3HW: Tensor, pixels_HWC: np.ndarra
     Returns:
         uint8 [H, W, 3].
     """
-    was_training = model.training
-    model.eval()
     maps = model.attention_maps(image_3HW[None])
-    model.train(was_training)
     chosen = sorted({round(i) for i in np.linspace(0, len(maps) - 1, min(len(maps), MOST_BLOCKS))})
-    figure, axes = plt.subplots(2, len(chosen) + 1, figsize=(1.7 * (len(chosen) + 1), 3.6), squeeze=False, dpi=110)
+    figure = Figure(figsize=(1.7 * (len(chosen) + 1), 3.6), dpi=110)  # no pyplot: no screen, nothing global
+    axes = figure.subplots(2, len(chosen) + 1, squeeze=False)
     axes[0, 0].imshow(pixels_HWC)
     axes[0, 0].set_title("image", fontsize=8)
     axes[1, 0].text(
@@ -47,7 +44,6 @@ def attention_picture(model: nn.Module, image_3HW: Tensor, pixels_HWC: np.ndarra
     for axis in axes.flat:
         axis.set_axis_off()
     figure.tight_layout(pad=0.4)
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-    plt.close(figure)
-    return pixels
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from refiner_ds.config import BatchPlan, RunFile
-from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.packaged import locate
 from refiner_ds.errors import ConfigError, DataError
 from refiner_ds.training.build import build_model
@@ -32,6 +32,7 @@ class Preparation:
     run: RunFile
     batch: BatchPlan
     train: ShardIndex
+    maps: ShardIndex | None
     val: ShardIndex | None
     schedule: Schedule
 
@@ -67,12 +68,11 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
         build_model(run, run.refiner.model.num_classes or 10)
     refuse_unwritable(run.folder)
     refuse_another_run(run)
-    if run.refiner.data.score_maps:
-        raise ConfigError(f"{run.path}: refiner.data.score_maps: this version trains on labels only; set it to false")
     train = load_index(run.refiner.data.train, run)
+    maps = find_maps(train) if run.refiner.data.score_maps else None
     val = load_index(run.refiner.data.val, run) if run.refiner.data.val else None
     _refuse_disagreement(run, train, val)
-    return Preparation(run, batch, train, val, Schedule(run.refiner.recipe, batch, train.count))
+    return Preparation(run, batch, train, maps, val, Schedule(run.refiner.recipe, batch, train.count))
 
 
 def load_index(place: str, run: RunFile) -> ShardIndex:

@@ -47,7 +47,9 @@ def same_course(run: Path, whole: Path) -> None:
     for weights in ("model.safetensors", "ema.safetensors"):
         assert (newest(run) / weights).read_bytes() == (newest(whole) / weights).read_bytes()
     numbers = [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in read_metrics(run, "train")]
-    assert numbers == [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in read_metrics(whole, "train")]
+    assert numbers == [
+        (line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in read_metrics(whole, "train")
+    ]
     assert [line["step"] for line in read_metrics(run, "train")] == list(range(1, 31))
 
 
@@ -98,7 +100,9 @@ def test_another_number_of_processes_is_refused_in_one_sentence(whole: Path, tmp
     subprocess.run(["cp", "-r", str(whole), str(tmp_path)], check=True)
     (tmp_path / "quickstart" / "complete.json").unlink()
     done = torchrun(TRAIN, *arguments(tmp_path), processes=1)
-    assert re.search(r"error: .*step_00000030: was written by 2 processes and this run has 1; start it with 2", done.stderr)
+    assert re.search(
+        r"error: .*step_00000030: was written by 2 processes and this run has 1; start it with 2", done.stderr
+    )
 
 
 def spoil(checkpoint: Path, damage: str) -> None:
