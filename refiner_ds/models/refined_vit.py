@@ -180,12 +180,15 @@ class RefinedViT(nn.Module):
     def cos_reg_loss(self) -> Tensor:
         """The penalty of the last training forward, a scalar to be added to the loss: weight · mean cosine similarity.
 
+        It is handed over once, so that the model never holds on to a graph.
+
         Raises:
-            ValueError: ``cos_reg`` is 0, or no training forward has run.
+            ValueError: ``cos_reg`` is 0, or no training forward has run since the last call.
         """
-        if self._cos_reg_loss is None:
+        penalty, self._cos_reg_loss = self._cos_reg_loss, None
+        if penalty is None:
             raise ValueError("there is no cos-reg penalty: create the model with cos_reg=0.1 and run it in training")
-        return self._cos_reg_loss
+        return penalty
 
     def _embed(self, x_B3HW: Tensor, mix_box: Box) -> Tensor:
         height, width = (cells * self.patch_size for cells in self.patch_grid)

@@ -55,9 +55,7 @@ def local(maps: Array, kernel: Array) -> Array:
 def dense(maps: Array, kernel: Array) -> Array:
     out = np.zeros_like(maps)
     size = kernel.shape[-1]
-    for (b, o, i, j), (h, y, x) in product(
-        _indices(maps), product(range(maps.shape[1]), range(size), range(size))
-    ):
+    for (b, o, i, j), (h, y, x) in product(_indices(maps), product(range(maps.shape[1]), range(size), range(size))):
         source_i, source_j = i + y - size // 2, j + x - size // 2
         if 0 <= source_i < maps.shape[2] and 0 <= source_j < maps.shape[3]:
             out[b, o, i, j] += kernel[o, h, y, x] * maps[b, h, source_i, source_j]

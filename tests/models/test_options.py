@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -96,14 +98,15 @@ def test_cos_reg_is_the_mean_similarity_of_neighbouring_maps():
     model.train().patch_embed.eval()
     model(pictures())
     maps = model.attention_maps(pictures())  # nothing but the stem computes otherwise in training than here
-    similar = [
-        torch.cosine_similarity(one, two, dim=-1).mean() for one, two in zip(maps[:-1], maps[1:], strict=True)
-    ]
-    torch.testing.assert_close(model.cos_reg_loss(), 0.1 * sum(similar) / 3, rtol=1e-4, atol=1e-7)
-    model.cos_reg_loss().backward()
+    similar = [torch.cosine_similarity(one, two, dim=-1).mean() for one, two in zip(maps[:-1], maps[1:], strict=True)]
+    penalty = model.cos_reg_loss()
+    torch.testing.assert_close(penalty, 0.1 * sum(similar) / 3, rtol=1e-4, atol=1e-7)
+    penalty.backward()
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="there is no cos-reg penalty"):
-        small_model(**PAPER).cos_reg_loss()
+    for without in (model, small_model(**PAPER)):  # it is handed over once
+        with pytest.raises(ValueError, match="there is no cos-reg penalty"):
+            without.cos_reg_loss()
+    assert copy.deepcopy(model).cos_reg == 0.1
 
 
 def test_small_pictures_and_patches_work():
