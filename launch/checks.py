@@ -5,6 +5,7 @@ A job may wait in the queue for a day; a typing mistake found then has cost a da
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from refiner_ds.config import RunFile
 from refiner_ds.config.reading import REMOTE
-from refiner_ds.errors import DataError, LaunchError
+from refiner_ds.errors import LaunchError
 
 from . import local, slurm
 from .plan import Plan
@@ -23,9 +24,7 @@ CODE_SECONDS = 300  # importing torch from a cold shared file system takes its t
 
 
 def check_run_folder(run: RunFile) -> None:
-    """Refuse a run that is complete, or a run folder that cannot be made or written."""
-    if (run.folder / "complete.json").exists():
-        raise LaunchError(f"{run.folder}: this run is complete; begin another with --set refiner.run.name=NAME")
+    """Refuse a run folder that cannot be made or written."""
     standing = run.folder
     while not standing.exists() and standing != standing.parent:
         standing = standing.parent
@@ -55,21 +54,37 @@ def check_machines(plan: Plan) -> None:
         )
 
 
-def check_data(run: RunFile) -> None:
-    """Refuse a shard set that is missing, empty or without its index. Packaged sets are made if they are not there."""
-    from refiner_ds.data.index import ShardIndex
+def check_data(plan: Plan) -> None:
+    """Refuse shard sets that are missing, empty or without an index, and a run that has seen all its data already.
+
+    Packaged sets are made if they are not there.
+    """
+    from refiner_ds.data.index import ShardIndex, find_maps
     from refiner_ds.data.packaged import locate
 
-    data = run.refiner.data
+    data = plan.run.refiner.data
     cache = Path(data.cache) if data.cache else None
     for place in filter(None, (data.train, data.val)):
         if place.startswith(REMOTE) and not place.startswith("package:"):
             continue  # only the nodes can say whether they reach it
         index = ShardIndex.load(locate(place, cache=cache))
-        if data.score_maps and place == data.train and not index.has_maps:
-            raise DataError(
-                f"{place}: holds no score maps, and refiner.data.score_maps asks for them; annotate it first"
-            )
+        if place == data.train:
+            _refuse_complete(plan, index.count)
+            if data.score_maps:
+                find_maps(index)
+
+
+def _refuse_complete(plan: Plan, images: int) -> None:
+    try:
+        trained = json.loads((plan.run.folder / "complete.json").read_text())["step"]
+    except FileNotFoundError:
+        return
+    recipe = plan.run.refiner.recipe
+    if trained >= round((recipe.epochs + recipe.cooldown_epochs) * plan.batch.steps(images)):
+        raise LaunchError(
+            f"{plan.run.folder}: this run is complete, {trained} steps; begin another with --set refiner.run.name=NAME,"
+            " or train it further with a larger refiner.recipe.epochs"
+        )
 
 
 def check_code(plan: Plan, overrides: list[str], root: Path = ROOT) -> None:

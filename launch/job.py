@@ -29,6 +29,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 AGAIN = 75  # EX_TEMPFAIL: training was interrupted, saved, and wants to be run again
 STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
 
 log = logging.getLogger("submitit")  # submitit has set it up to write to the task's log
@@ -52,7 +53,7 @@ class TrainJob:
 
     def __call__(self) -> None:
         task = submitit.JobEnvironment()
-        for early in (signal.SIGUSR2, signal.SIGTERM):
+        for early in SIGNALS:
             signal.signal(early, self._before_training)
         os.environ.update(environment_of(task, self.gpus))
         failure = Failure.file(self.run_folder, task.job_id)
@@ -65,6 +66,8 @@ class TrainJob:
         except Exception:
             Failure(task.global_rank, task.hostname, 1).note(failure)
             raise
+        for late in SIGNALS:
+            signal.signal(late, signal.SIG_IGN)  # training has put the early handlers back, and they no longer apply
         if code == AGAIN:
             self._again(task, decides=task.global_rank == 0)
         if code:

@@ -82,11 +82,11 @@ def _submit(args: argparse.Namespace) -> int:
     if batch_script:
         slurm.rehearse(batch_script)
     print("checking the code and the data …", file=sys.stderr)
+    checks.check_data(plan)
     checks.check_code(plan, args.set)
     if args.dry_run:
-        print(batch_script or f"{plan}, {' '.join(_arguments(code))}")
+        print(batch_script or f"{plan}: refiner_ds.train {' '.join(_arguments(code))}")
         return 0
-    checks.check_data(plan.run)
     take_snapshot(plan.run)
     return _run_here(plan, code) if plan.local else _run_on_slurm(plan, code, args.wait)
 

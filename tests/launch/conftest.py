@@ -27,6 +27,7 @@ class Clone:
 
     root: Path
     output: Path
+    cache: Path
 
     @property
     def run_folder(self) -> Path:
@@ -49,7 +50,7 @@ class Clone:
         return subprocess.run(
             self.command(*words),
             cwd=self.output.parent,
-            env={**os.environ, **(env or {}), "REFINER_DS_CACHE": str(self.output.parent / "cache")},
+            env={**os.environ, **(env or {}), "REFINER_DS_CACHE": str(self.cache)},
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -72,14 +73,20 @@ class Clone:
         return "\n".join(f"{file.name}:\n{file.read_text()}" for file in self.run_folder.glob("jobs/*_log.out"))
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where packaged sets are made, once for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def clone(tmp_path: Path) -> Clone:
+def clone(tmp_path: Path, cache: Path) -> Clone:
     """A fresh clone with the double for training."""
     root = tmp_path / "clone"
     for part in ("refiner_ds", "launch", "ds_configs"):
         shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).with_name("double_of_train.py"), root / "refiner_ds/train.py")
-    return Clone(root, tmp_path / "runs")
+    return Clone(root, tmp_path / "runs", cache)
 
 
 @pytest.fixture

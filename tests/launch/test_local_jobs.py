@@ -83,7 +83,10 @@ def test_a_profile_bounds_how_often_a_run_begins_again(clone: Clone) -> None:
 def test_ending_the_command_ends_its_processes_after_they_saved(clone: Clone, number: signal.Signals) -> None:
     clone.behave(r0=["saved"] if number == signal.SIGTERM else ["hang"], r1=["saved"])
     command = clone.command("--nodes", "2", *LOCAL)
-    with subprocess.Popen(command, cwd=clone.output.parent, stdout=subprocess.DEVNULL, start_new_session=True) as here:
+    env = {**os.environ, "REFINER_DS_CACHE": str(clone.cache)}
+    with subprocess.Popen(
+        command, env=env, cwd=clone.output.parent, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as here:
         try:
             clone.wait_for("0.0", "1.0")
             if number == signal.SIGINT:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from refiner_ds.config import load
+from refiner_ds.training.schedule import Schedule
 from tests.slurm.cluster import SlurmCluster
 
 from .conftest import Clone
@@ -67,9 +70,13 @@ def test_an_output_folder_that_cannot_be_written(refusal, tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_complete(refusal, clone: Clone) -> None:  # type: ignore[no-untyped-def]
+    run = load(clone.root / "ds_configs/quickstart.json")
+    total = Schedule(run.refiner.recipe, run.batch(1), images=1433).total_steps
     clone.run_folder.mkdir(parents=True)
-    (clone.run_folder / "complete.json").write_text("{}")
+    (clone.run_folder / "complete.json").write_text(json.dumps({"step": total}))
     assert "refiner.run.name" in (said := refusal(*LOCAL)) and str(clone.run_folder) in said
+    further = clone.submit(*LOCAL, "--dry-run", "--set", "refiner.recipe.epochs=21")
+    assert further.returncode == 0, further.stderr
 
 
 def test_code_that_does_not_run(refusal, clone: Clone) -> None:  # type: ignore[no-untyped-def]

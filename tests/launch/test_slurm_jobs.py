@@ -166,7 +166,7 @@ def test_a_lost_node_brings_the_job_back_on_the_others(
 def test_waiting_can_be_left_and_the_job_goes_on(clone: Clone, slurm: SlurmCluster) -> None:
     clone.behave(r0=["hang"])
     command = clone.command(*CPU, "--wait")
-    env = slurm.env | {"REFINER_DS_CACHE": str(clone.output.parent / "cache")}
+    env = slurm.env | {"REFINER_DS_CACHE": str(clone.cache)}
     with subprocess.Popen(command, env=env, cwd=clone.output.parent, stderr=subprocess.PIPE, text=True) as waiting:
         try:
             clone.wait_for("0.0")
