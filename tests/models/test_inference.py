@@ -94,3 +94,20 @@ def test_compiled_training_and_evaluation_steps_compute_the_same():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     with torch.no_grad():
         assert golden.relative_error(compiled.eval()(pictures()), eager.eval()(pictures())) < 1e-4
+
+
+def test_a_new_box_does_not_compile_the_step_again():
+    compiled_graphs = []
+
+    def counting_backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(small_model(**{**VARIANTS["released"], "depth": 2}).train(), backend=counting_backend)
+    for box in (BOX, (0, 2, 2, 4)):
+        step(pictures(), box)
+    assert len(compiled_graphs) == 2  # once with the first box's numbers, once with any
+    for box in ((0, 1, 2, 3), (1, 0, 4, 2), (2, 2, 4, 4), (0, 0, 2, 4), (3, 3, 4, 4), (0, 0, 4, 4)):
+        assert step(pictures(), box)[2] == box
+    assert len(compiled_graphs) == 2
