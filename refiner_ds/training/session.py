@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 
+import refiner_ds
 from refiner_ds.training.checkpoints import write_atomically
 from refiner_ds.training.console import Console, log, write_logs
 from refiner_ds.training.loop import FINISHED, Training
@@ -55,10 +58,15 @@ def _farewell(ready: Preparation) -> None:
     else:
         print(f"finished after {summary['step']} steps")
     print(f"run folder   {folder}")
-    print(f"watch        tensorboard --logdir {folder.parent}")
-    print(f"evaluate     {_python()} refiner_ds/evaluate.py {folder}")
+    bin_folder = Path(sys.executable).parent
+    evaluate = Path(refiner_ds.__file__).with_name("evaluate.py")
+    print(f"watch        {_typed(bin_folder / 'tensorboard')} --logdir {_typed(folder.parent)}")
+    print(f"evaluate     {_typed(sys.executable)} {_typed(evaluate)} {_typed(folder)}")
     print("go on        the same command with --set refiner.recipe.epochs=…, more than before", flush=True)
 
 
-def _python() -> str:
-    return "python" if sys.prefix == sys.base_prefix else f"{sys.prefix}/bin/python"
+def _typed(path: Path | str) -> str:
+    """A path as it can be typed here: the bare command where the shell finds just that, else seen from this folder."""
+    if (found := shutil.which(Path(path).name)) and Path(found) == Path(path):
+        return Path(path).name
+    return str(path).removeprefix(f"{Path.cwd()}/")
