@@ -39,6 +39,7 @@ from refiner_ds.errors import DataError, RefinerError
 
 PHOTOGRAPHS = "ai_benchmark"
 BATCH = 20
+BILINEAR_224 = AugmentSettings(224, interpolation="bilinear")  # as the usual loader's
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def lay_out(files: list[Path], workshop: Path) -> Photographs:
 def epoch_of_shards(photographs: Photographs, workers: int = 0, loose: bool = False) -> Callable[[], object]:
     """One epoch through this project's loader, from shards or from loose files."""
     batches = train_batches(
-        photographs.index, AugmentSettings(224), global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0,
+        photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0,
         workers=workers,
     )  # fmt: skip
     if loose:
@@ -155,7 +156,7 @@ def scaling(photographs: Photographs, workers: list[int], epochs: int = 4) -> di
     rates = {}
     for number in workers:
         batches = train_batches(
-            photographs.index, AugmentSettings(224), global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1,
+            photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1,
             seed=0, workers=number,
         )  # fmt: skip
         running = iter(batches)

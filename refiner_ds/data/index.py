@@ -25,6 +25,7 @@ FORMAT = "refiner_ds shard set"
 VERSION = 1
 INDEX_NAME = "index.json"
 MEMBERS_NAME = "members.npy"
+SOURCE_NAME = "source.txt"  # in a cached set: the address its shards are fetched from
 PARALLEL_SUFFIX = ".maps"
 MEMBERS_HASHED_UP_TO = 64 << 20  # bytes; a larger table is left to data_tools/verify.py, start-up must stay short
 
@@ -82,6 +83,7 @@ class ShardIndex:
         maps: the format of its score maps, or None.
         members: [count] MEMBER records, mapped from disk.
         starts: [len(shards) + 1] number of the first sample of each shard.
+        source: address that missing shards are fetched from (`remote.fetch_shard`), or None.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ShardIndex:
         self.classes = classes
         self.maps = maps
         self.members = members
+        self.source = _source_of(folder)
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in shards], dtype=np.int64)])
 
     @classmethod
@@ -168,6 +171,8 @@ class ShardIndex:
             try:
                 found = path.stat().st_size
             except OSError:
+                if self.source is not None:
+                    continue  # comes when it is wanted
                 faults.append(f"{path}: named by {INDEX_NAME} but missing; copy it here again or make the set again")
                 continue
             if found != shard.bytes:
@@ -185,6 +190,13 @@ class ShardIndex:
             f"{self.folder}: {self.count:,} samples, {len(self.classes)} classes, {len(self.shards)} shards, "
             f"{total / 2**20:,.1f} MiB, {maps}"
         )
+
+
+def _source_of(folder: Path) -> str | None:
+    try:
+        return (folder / SOURCE_NAME).read_text().strip()
+    except OSError:
+        return None
 
 
 def parallel_folder(images: Path) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from refiner_ds.data.index import INDEX_NAME
+from refiner_ds.data.remote import fetch_set, is_remote
 from refiner_ds.data.writer import SetWriter, cannot_write
 from refiner_ds.errors import DataError
 
@@ -36,14 +37,17 @@ def default_cache() -> Path:
 
 
 def locate(spec: str | Path, cache: str | Path | None = None) -> Path:
-    """The folder of a shard set; one from a package is made if it is not there yet.
+    """The folder of a shard set; one from a package is made, and one from an address begun, if it is not there yet.
 
     Args:
-        spec: a folder, returned as it is, or ``package:<name>/<part>``.
-        cache: where packaged sets are kept; None: `default_cache`.
+        spec: a folder, returned as it is, ``package:<name>/<part>``, or an address (see `remote`).
+        cache: where sets made or fetched are kept; None: `default_cache`.
     Raises:
-        DataError: no such packaged set, the package is not installed, or the cache cannot be written.
+        DataError: no such packaged set, the package is not installed, the address leads to no set, or the cache cannot
+            be written.
     """
+    if is_remote(str(spec)):
+        return fetch_set(str(spec), Path(cache or default_cache()).expanduser() / "remote")
     if not str(spec).startswith(PREFIX):
         return Path(spec)
     name = str(spec).removeprefix(PREFIX)

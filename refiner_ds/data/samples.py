@@ -17,6 +17,7 @@ import simplejpeg
 from PIL import Image
 
 from refiner_ds.data.index import BLOCK, ShardIndex, padded, span_bytes
+from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.writer import check_of
 from refiner_ds.errors import DataError
 
@@ -44,6 +45,7 @@ class SampleReader:
         self.index = index
         self._only_maps = index.only_maps
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._unreachable: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}  # descriptors mean nothing to another process
@@ -62,7 +64,14 @@ class SampleReader:
             return self._open[shard]
         if len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = os.open(self.index.folder / self.index.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+        if shard in self._unreachable:
+            raise DataError(self._unreachable[shard])
+        try:
+            path = fetch_shard(self.index, shard)
+        except DataError as error:
+            self._unreachable[shard] = str(error)  # its other samples need not wait for the same answer
+            raise
+        self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._open[shard]
 
     def read(self, sample: int) -> RawSample:
@@ -79,6 +88,8 @@ class SampleReader:
             span = os.pread(self._descriptor(shard), wanted, offset)
         except OSError as error:
             raise DataError(f"{place} (number {sample} of the set) cannot be read ({error.strerror})") from None
+        except DataError as error:
+            raise DataError(f"{place} (number {sample} of the set) is not here: {error}") from None
         name = span[:100].partition(b"\0")[0].decode("ascii", "replace")
         if len(span) < wanted:
             raise DataError(f"{place} (number {sample} of the set) is cut off; copy the shard here again")

@@ -1,0 +1,175 @@
+"""Shard sets on a server or in an object store, kept in a local cache as they are used.
+
+    https://host/sets/train                          files of the set under one address
+    pipe:aws s3 cp s3://bucket/train/{name} -        a command a file, {name} standing for the file's name
+    gs://bucket/train, …                             anything else webdataset's gopen opens
+
+    <cache>/remote/<hash of index.json>/             index.json, members.npy and source.txt at once;
+        shard-000000.tar                             a shard when its first sample is wanted, whole and checked
+        shard-000000.tar.lock                        held by the process that fetches it; the others wait
+
+The name of the folder follows from the index, so a set that changed on the server gets a new one. A shard is renamed
+into place only after its size and sha256 agree with the index.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from refiner_ds.data.index import INDEX_NAME, MEMBERS_NAME, SOURCE_NAME, ShardIndex
+from refiner_ds.data.writer import cannot_write, write_whole
+from refiner_ds.errors import DataError
+
+SCHEMES = ("http:", "https:", "pipe:", "gs:", "s3:", "ais:", "hf:")
+STALL_SECONDS = 60.0  # a server that sends nothing for so long is given up
+ATTEMPTS = 3
+CHUNK = 1 << 20
+DIFFERS = "its checksum is not the index's"
+
+
+class _Refused(Exception):
+    """The source says that there is no such thing: asking again is no use."""
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a set is named by an address rather than a folder."""
+    return spec.startswith(SCHEMES)
+
+
+def fetch_set(spec: str, cache: Path) -> Path:
+    """The cache folder of a remote set, with its index and members table in place; shards follow when wanted.
+
+    Args:
+        spec: an address as in the module's docstring.
+        cache: folder that holds all remote sets.
+    Raises:
+        DataError: the address leads to no set, or the cache cannot be written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(cannot_write(cache, error)) from None
+    arrived = cache / f".index-{os.getpid()}.json"
+    _fetch(spec, INDEX_NAME, arrived, lambda size, sha256: "" if size else "nothing came")
+    index = arrived.read_bytes()
+    arrived.unlink()
+    folder = cache / hashlib.sha256(index).hexdigest()[:24]
+    folder.mkdir(exist_ok=True)
+    with _alone(folder / INDEX_NAME):
+        if not (folder / INDEX_NAME).is_file():
+            wanted = _members_sha256(spec, index)
+            _fetch(spec, MEMBERS_NAME, folder / MEMBERS_NAME, lambda size, sha256: "" if sha256 == wanted else DIFFERS)
+            write_whole(folder / SOURCE_NAME, (spec + "\n").encode())
+            write_whole(folder / INDEX_NAME, index)
+    return folder
+
+
+def _members_sha256(spec: str, index: bytes) -> str:
+    try:
+        return str(json.loads(index)["members_sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{spec}: what lies there as {INDEX_NAME} is not the index of a shard set") from None
+
+
+def fetch_shard(index: ShardIndex, number: int) -> Path:
+    """The local file of a shard, fetched if it is not there yet. Safe for any number of processes at once.
+
+    Raises:
+        DataError: it cannot be had, arrives damaged, or the cache's disk is full; names shard and source.
+    """
+    shard = index.shards[number]
+    path = index.folder / shard.name
+    if index.source is None or path.is_file():
+        return path
+
+    def judge(size: int, sha256: str) -> str:
+        if size != shard.bytes:
+            return f"{size} of {shard.bytes} bytes came"
+        return "" if sha256 == shard.sha256 else DIFFERS
+
+    with _alone(path):
+        if not path.is_file():
+            _fetch(index.source, shard.name, path, judge)
+    return path
+
+
+def _fetch(source: str, name: str, path: Path, judge: Callable[[int, str], str]) -> None:
+    """Fetch a file to its place, in several attempts; ``judge`` says of size and sha256 what is wrong with them."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(min(30, 2**attempt * STALL_SECONDS / 60))
+        try:
+            reason = judge(*_copy(source, name, temporary))
+        except _Refused as error:
+            reason = str(error)
+            break
+        except (OSError, ValueError, HTTPException) as error:  # ValueError: an address that is none
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                temporary.unlink(missing_ok=True)
+                raise DataError(cannot_write(path, error)) from None
+            unreachable = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
+            reason = str(error.reason if unreachable else error)  # type: ignore[union-attr]
+        if not reason:
+            os.replace(temporary, path)
+            return
+    temporary.unlink(missing_ok=True)
+    raise DataError(f"{name} cannot be fetched from {source} ({reason}); see that it is there and whole")
+
+
+def _copy(source: str, name: str, temporary: Path) -> tuple[int, str]:
+    """Fetch a file under a temporary name; returns its size and sha256."""
+    digest = hashlib.sha256()
+    size = 0
+    with open(temporary, "wb") as file, closing(_open(source, name)) as stream:
+        while chunk := stream.read(CHUNK):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _open(source: str, name: str) -> Any:
+    """A readable stream of one file of a set."""
+    if source.startswith("pipe:") and "{name}" not in source:
+        raise DataError(f"{source}: a pipe needs {{name}} where the file's name goes")
+    address = source.replace("{name}", name) if "{name}" in source else f"{source.rstrip('/')}/{name}"
+    if address.startswith(("http:", "https:")):
+        try:
+            return urllib.request.urlopen(address, timeout=STALL_SECONDS)
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 429):
+                raise _Refused(f"the server answers {error.code} {error.reason}") from None
+            raise
+    from webdataset.gopen import gopen  # brings torch, which plain addresses do without
+
+    return gopen(address, "rb")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock that belongs to ``path``; it falls with the process that holds it."""
+    try:
+        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise DataError(cannot_write(path, error)) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

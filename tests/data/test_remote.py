@@ -1,0 +1,244 @@
+"""Sets on a server, against a real HTTP server on loopback that also stalls, cuts, damages, refuses and recovers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from refiner_ds.data import remote
+from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.loader import eval_batches, train_batches
+from refiner_ds.data.packaged import locate
+from refiner_ds.errors import DataError
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder; ``faults`` maps a file name to what goes wrong with it, and for how many requests."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.faults: dict[str, tuple[str, int]] = {}
+        self.requests: Counter[str] = Counter()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/set"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        self.server.requests[name] += 1
+        fault, times = self.server.faults.get(name, ("", 0))
+        if self.server.requests[name] > times:
+            fault = ""
+        path = self.server.folder / name
+        if fault.isdigit() or not path.is_file():
+            self.send_error(int(fault or 404))
+            return
+        data = path.read_bytes()
+        self.send_response(200)
+        if fault != "cut without a length":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "stall":
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            time.sleep(2)
+        elif fault.startswith("cut"):
+            self.wfile.write(data[: len(data) // 2])
+        elif fault == "damage":
+            self.wfile.write(data[:500] + b"\xff?" + data[502:])
+        else:
+            if fault == "slow":
+                time.sleep(0.5)
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(make_set: Callable[..., ShardIndex], monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
+    monkeypatch.setenv("no_proxy", "*")
+    serving = Server(make_set(20, per_shard=7).folder)
+    thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield serving
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
+
+
+def epoch(index: ShardIndex, on_bad: str = "error", workers: int = 0) -> list[torch.Tensor]:
+    """Colours of every sample, once; bad ones are −1."""
+    batches = eval_batches(
+        index, EvalSettings(8, 1.0), batch=5, rank=0, world_size=1, workers=workers, on_bad_sample=on_bad
+    )
+    return [int(c) if ok else -1 for b in batches for c, ok in zip(b.images_BHWC[:, 0, 0, 0], b.valid_B, strict=True)]
+
+
+def test_remote_set_is_the_local_set_and_is_fetched_once(server: Server, tmp_path: Path) -> None:
+    for _ in range(2):
+        index = ShardIndex.load(locate(server.address, tmp_path / "cache"))
+        assert epoch(index) == list(range(20))
+    shards = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
+    assert shards == {f"shard-00000{n}.tar": 1 for n in range(3)}
+    assert server.requests["members.npy"] == 1
+    cached = {path.name for path in index.folder.iterdir() if path.suffix != ".lock"}
+    assert cached == {path.name for path in server.folder.iterdir()} | {"source.txt"}
+
+
+def test_training_batches_are_those_of_the_local_set(server: Server, tmp_path: Path) -> None:
+    def batches(index: ShardIndex, workers: int) -> list[torch.Tensor]:
+        settings = AugmentSettings(8)
+        running = train_batches(
+            index, settings, global_batch=8, micro_batch=4, rank=1, world_size=2, seed=3, workers=workers
+        )
+        return [batch.images_BHWC for batch in islice(running, 5)]
+
+    local = batches(ShardIndex.load(server.folder), 0)
+    far = batches(ShardIndex.load(locate(server.address, tmp_path / "cache")), 2)
+    assert all(torch.equal(one, other) for one, other in zip(local, far, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "cut without a length", "damage", "503"])
+@pytest.mark.parametrize("name", ["shard-000001.tar", "members.npy"])
+def test_passing_trouble_is_survived(server: Server, tmp_path: Path, fault: str, name: str) -> None:
+    server.faults[name] = (fault, 2)
+    assert epoch(ShardIndex.load(locate(server.address, tmp_path / "cache"))) == list(range(20))
+    assert server.requests[name] == 3
+
+
+LASTING = {
+    "stall": "timed out",
+    "cut": "bytes came|IncompleteRead",
+    "cut without a length": "bytes came",
+    "damage": "checksum",
+    "404": "the server answers 404",
+    "503": "503",
+}
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_lasting_trouble_is_an_error_or_a_counted_skip(server: Server, tmp_path: Path, fault: str) -> None:
+    server.faults["shard-000001.tar"] = (fault, 1000)
+    index = ShardIndex.load(locate(server.address, tmp_path / "cache"))
+    with pytest.raises(
+        DataError, match=rf"(?s)sample 0 \(number 7 .*shard-000001.tar .*127.*({LASTING[fault]})"
+    ) as told:
+        epoch(index)
+    assert "\n" not in str(told.value)
+    assert epoch(index, on_bad="skip") == [*range(7), *[-1] * 7, *range(14, 20)]
+    assert server.requests["shard-000001.tar"] == (2 if fault == "404" else 6)  # not again for every sample
+    assert not list(index.folder.glob("shard-000001.tar*[!k]")), "nothing half-fetched stays"
+
+
+@pytest.mark.parametrize("name, fault", [("index.json", "404"), ("members.npy", "404"), ("index.json", "stall")])
+def test_address_without_a_set_is_refused(server: Server, tmp_path: Path, name: str, fault: str) -> None:
+    server.faults[name] = (fault, 1000)
+    with pytest.raises(DataError, match=rf"{name} cannot be fetched from http"):
+        locate(server.address, tmp_path / "cache")
+
+
+def test_server_that_is_not_there_and_page_that_is_no_index(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="index.json cannot be fetched"):
+        locate("http://127.0.0.1:9/set", tmp_path / "cache")
+    (server.folder / "index.json").write_text("<html>Sign in</html>")
+    with pytest.raises(DataError, match="not the index of a shard set"):
+        locate(server.address, tmp_path / "cache")
+
+
+def test_many_processes_fetch_a_shard_once(server: Server, tmp_path: Path) -> None:
+    for name in ("shard-000000.tar", "shard-000001.tar"):
+        server.faults[name] = ("slow", 1000)
+    script = (
+        "import sys; from refiner_ds.data.packaged import locate; from refiner_ds.data.index import ShardIndex\n"
+        "from refiner_ds.data.samples import SampleReader, decode_image\n"
+        "index = ShardIndex.load(locate(sys.argv[1], sys.argv[2])); reader = SampleReader(index)\n"
+        "sys.exit(sum(int(decode_image(reader.read(n))[0, 0, 0]) for n in range(20)) != 190)"
+    )
+    command = [sys.executable, "-c", script, server.address, str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, env=os.environ | {"no_proxy": "*"}) for _ in range(5)]
+    assert [process.wait(timeout=60) for process in running] == [0] * 5
+    assert {count for name, count in server.requests.items() if name.endswith(".tar")} == {1}
+
+
+def test_fetching_killed_on_the_way_leaves_nothing_in_place(server: Server, tmp_path: Path) -> None:
+    server.faults["shard-000000.tar"] = ("stall", 1)
+    script = (
+        "import sys; from refiner_ds.data.packaged import locate; from refiner_ds.data.index import ShardIndex\n"
+        "from refiner_ds.data.remote import fetch_shard\n"
+        "fetch_shard(ShardIndex.load(locate(sys.argv[1], sys.argv[2])), 0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, server.address, str(tmp_path / "cache")])
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("cache/remote/*/shard-000000.tar.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    index = ShardIndex.load(locate(server.address, tmp_path / "cache"))
+    assert not (index.folder / "shard-000000.tar").exists()
+    assert epoch(index) == list(range(20))
+
+
+def test_full_disk_while_caching(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ShardIndex.load(locate(server.address, tmp_path / "cache"))
+    real = remote._copy
+
+    def full(*arguments: str) -> tuple[int, str]:
+        real(*arguments)  # type: ignore[arg-type]
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(remote, "_copy", full)
+    with pytest.raises(DataError, match="shard-000000.tar: no room left on its disk"):
+        epoch(index)
+    assert epoch(index, on_bad="skip") == [-1] * 20
+    assert not list(index.folder.glob("*.tmp"))
+
+
+def test_set_remade_on_the_server_gets_a_cache_of_its_own(
+    server: Server, tmp_path: Path, make_set: Callable[..., ShardIndex]
+) -> None:
+    first = locate(server.address, tmp_path / "cache")
+    server.folder = make_set(9, name="other").folder
+    second = locate(server.address, tmp_path / "cache")
+    assert first != second
+    assert epoch(ShardIndex.load(second))[:9] == list(range(9))
+
+
+def test_set_behind_a_command(make_set: Callable[..., ShardIndex], tmp_path: Path) -> None:
+    folder = make_set(20).folder
+    index = ShardIndex.load(locate(f"pipe:cat {folder}/{{name}}", tmp_path / "cache"))
+    assert index.folder != folder and epoch(index) == list(range(20))
+
+
+def test_command_that_fails_or_names_no_file(
+    make_set: Callable[..., ShardIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
+    folder = make_set(20).folder
+    with pytest.raises(DataError, match="index.json cannot be fetched from pipe:"):
+        locate("pipe:cat /absent/{name}", tmp_path / "cache")
+    with pytest.raises(DataError, match="{name}"):
+        locate(f"pipe:cat {folder}/index.json", tmp_path / "cache")
