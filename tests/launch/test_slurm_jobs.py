@@ -129,14 +129,6 @@ def test_a_cancelled_job_stays_cancelled_though_it_saved(
     assert set(clone.seen()) == {"0.0"}
 
 
-def test_a_job_that_gets_no_further_is_not_requeued_for_ever(clone: Clone, slurm: SlurmCluster) -> None:
-    clone.behave(r0=["step", 75, 75, 75, 75, 75])
-    done = clone.submit(*CPU, "--wait", env=slurm.env)
-    assert done.returncode == 75, done.stdout + done.stderr
-    assert "3 times in a row it got no further than checkpoint step_00000000" in done.stdout
-    assert set(clone.seen()) == {"0.0", "0.1", "0.2", "0.3"}
-
-
 def test_a_preempted_job_saves_and_comes_back(clone: Clone, slurm: SlurmCluster, job_id: Callable[[Done], str]) -> None:
     clone.behave(r0=["saved"], r1=["saved"])
     job = job_id(clone.submit("--nodes", "2", *CPU, "--partition", "low", env=slurm.env))
