@@ -10,15 +10,12 @@ give the same bytes whatever the number of processes, and a killed run goes on w
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
-import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,21 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from data_tools.looking import look_at
 from data_tools.sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
-from refiner_ds.data.index import MEMBER, MapFormat, Shard, ShardIndex
+from data_tools.workshop import finish, recall, remember, workshop
+from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.score_maps import encode, read_published
-from refiner_ds.data.writer import (
-    FinishedShard,
-    ShardWriter,
-    cannot_write,
-    publish,
-    shard_name,
-    write_index,
-    write_whole,
-)
+from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
 from refiner_ds.errors import DataError, RefinerError
 
 KEY_STEM = 70  # bytes of a file name that go into its key; number, ending and a margin fill a tar header's 100
-PLAN_NAME = "plan.json"
 NOTES_NAME = "notes.txt"
 
 
@@ -69,11 +58,8 @@ def key_of(position: int, image: SourceImage) -> str:
 
 def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
     """Write one shard, or take it from an earlier run; returns it and a line for every file worth a note."""
-    done = task.partial / f"{shard_name(task.number)}.json"
-    if done.is_file():
-        earlier = json.loads(done.read_bytes())
-        members = np.array([tuple(row) for row in earlier["members"]], dtype=MEMBER)
-        return FinishedShard(Shard(**earlier["shard"]), members), earlier["notes"]
+    if earlier := recall(task.partial, shard_name(task.number)):
+        return earlier
     writer = ShardWriter(task.partial / shard_name(task.number))
     notes = []
     try:
@@ -94,8 +80,7 @@ def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
     except BaseException:
         writer.abandon()
         raise
-    record = {"shard": asdict(finished.shard), "members": finished.members.tolist(), "notes": notes}
-    write_whole(done, json.dumps(record).encode())
+    remember(task.partial, finished, notes)
     return finished, notes
 
 
@@ -120,37 +105,6 @@ def cut(source: Source, seed: int, shard_bytes: int) -> list[list[tuple[str, Sou
         [(key_of(position, shuffled[position]), shuffled[position]) for position in range(start, end)]
         for start, end in zip(edges[:-1], edges[1:], strict=True)
     ]
-
-
-@contextmanager
-def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
-    """Hold the partial folder for this process alone; refuse one that was begun for something else.
-
-    Raises:
-        DataError: another process works there, it belongs to another plan, or it cannot be written.
-    """
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(cannot_write(partial, error)) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        wanted = (json.dumps(plan, indent=1) + "\n").encode()
-        try:
-            same = (partial / PLAN_NAME).read_bytes() == wanted
-        except FileNotFoundError:
-            same = True
-            write_whole(partial / PLAN_NAME, wanted)
-        if not same:
-            raise DataError(f"{partial}: begun from other files or settings; repeat those, or remove the folder")
-        for leftover in partial.glob("*.tmp"):
-            leftover.unlink()
-        yield
-    except BlockingIOError:
-        raise DataError(f"{partial}: another process is writing this set; wait for it, or end it") from None
-    finally:
-        os.close(handle)
 
 
 def write_set(
@@ -193,11 +147,7 @@ def write_set(
             raise DataError(f"{source.folder}: not one image can be read; see {partial}")
         if notes:
             write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
-        write_index(partial, finished, source.classes, map_format)
-        for shard in finished:
-            (partial / f"{shard.shard.name}.json").unlink()
-        (partial / PLAN_NAME).unlink()
-        publish(partial, out)
+        finish(partial, out, finished, source.classes, map_format)
     return notes
 
 

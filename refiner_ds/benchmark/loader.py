@@ -72,7 +72,7 @@ class LooseReader:
     def read(self, sample: int) -> RawSample:
         """The bytes of file number ``sample``."""
         data = memoryview(self.files[sample].read_bytes())
-        return RawSample(data, data[:0], 0, str(self.files[sample]))
+        return RawSample(data, data[:0], 0, self.files[sample].name, str(self.files[sample]))
 
 
 def find_photographs(folder: Path | None) -> list[Path]:

@@ -27,11 +27,17 @@ JPEG_START = b"\xff\xd8\xff"
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample as stored: image file bytes, map record (empty without one), label and where it came from."""
+    """One sample as stored: image file bytes, map record (empty without one), label and where it came from.
+
+    Attributes:
+        name: of its first tar member, ``<key>.<ending>``.
+        place: shard and sample, for whoever must say what is wrong with it.
+    """
 
     image: memoryview
     score_map: memoryview
     label: int
+    name: str
     place: str
 
 
@@ -100,9 +106,9 @@ class SampleReader:
             )
         view = memoryview(span)
         if self._only_maps:
-            return RawSample(view[:0], view[BLOCK:], label, f"{place} ({name})")
+            return RawSample(view[:0], view[BLOCK:], label, name, f"{place} ({name})")
         map_start = BLOCK + padded(image_bytes) + BLOCK
-        return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, f"{place} ({name})")
+        return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, name, f"{place} ({name})")
 
 
 def decode_image(raw: RawSample) -> np.ndarray:

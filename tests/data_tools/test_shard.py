@@ -15,6 +15,7 @@ import pytest
 
 from data_tools import shard
 from data_tools.verify import main as verify
+from data_tools.workshop import PLAN_NAME
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import decode
@@ -102,7 +103,7 @@ def test_run_begun_from_other_files_is_not_mixed_in(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / shard.PLAN_NAME).write_text("{}")
+    (tmp_path / "out.partial" / PLAN_NAME).write_text("{}")
     assert "begun from other files" in refusal(capsys, tree, tmp_path / "out")
 
 

@@ -1,0 +1,83 @@
+"""The folder a set is made in: held by one process, resumable shard by shard, renamed once everything is in it.
+
+    <set>.partial/
+      plan.json               what the set is made from; another plan is refused
+      shard-000000.tar        finished shards …
+      shard-000000.tar.json   … and what is known of each: index line, members, notes
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from refiner_ds.data.index import MEMBER, MapFormat, Shard
+from refiner_ds.data.writer import FinishedShard, cannot_write, publish, write_index, write_whole
+from refiner_ds.errors import DataError
+
+PLAN_NAME = "plan.json"
+
+
+@contextmanager
+def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
+    """Hold the partial folder for this process alone; refuse one that was begun for something else.
+
+    Raises:
+        DataError: another process works there, it belongs to another plan, or it cannot be written.
+    """
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(cannot_write(partial, error)) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wanted = (json.dumps(plan, indent=1) + "\n").encode()
+        try:
+            same = (partial / PLAN_NAME).read_bytes() == wanted
+        except FileNotFoundError:
+            same = True
+            write_whole(partial / PLAN_NAME, wanted)
+        if not same:
+            raise DataError(f"{partial}: begun from other files or settings; repeat those, or remove the folder")
+        for leftover in partial.glob("*.tmp"):
+            leftover.unlink()
+        yield
+    except BlockingIOError:
+        raise DataError(f"{partial}: another process is writing this set; wait for it, or end it") from None
+    finally:
+        os.close(handle)
+
+
+def remember(partial: Path, finished: FinishedShard, notes: list[str]) -> None:
+    """Keep what is known of a finished shard, for a run that goes on."""
+    record = {"shard": asdict(finished.shard), "members": finished.members.tolist(), "notes": notes}
+    write_whole(partial / f"{finished.shard.name}.json", json.dumps(record).encode())
+
+
+def recall(partial: Path, name: str) -> tuple[FinishedShard, list[str]] | None:
+    """A shard finished by an earlier run, and its notes."""
+    done = partial / f"{name}.json"
+    if not done.is_file():
+        return None
+    earlier = json.loads(done.read_bytes())
+    members = np.array([tuple(row) for row in earlier["members"]], dtype=MEMBER)
+    return FinishedShard(Shard(**earlier["shard"]), members), earlier["notes"]
+
+
+def finish(
+    partial: Path, out: Path, finished: Sequence[FinishedShard], classes: Sequence[str], maps: MapFormat | None
+) -> None:
+    """Write the index, clear away what only the making needed, and give the set its name."""
+    write_index(partial, finished, classes, maps)
+    for shard in finished:
+        (partial / f"{shard.shard.name}.json").unlink()
+    (partial / PLAN_NAME).unlink()
+    publish(partial, out)
