@@ -87,9 +87,10 @@ def test_compiled_training_and_evaluation_steps_compute_the_same():
         class_logits, patch_logits, box = one.train()(pictures(), BOX)
         assert box == BOX
         (class_logits.square().mean() + patch_logits.square().mean()).backward()
+    largest = max(parameter.grad.abs().max().item() for parameter in eager.parameters())
     for (name, ours), (_, theirs) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
-        if not name.endswith("bn3.bias") or name.startswith("patch_embed"):
-            assert golden.relative_error(ours.grad, theirs.grad) < 1e-3, name
+        scale = max(theirs.grad.abs().max().item(), 1e-3 * largest)  # some gradients are all but rounding
+        assert (ours.grad - theirs.grad).abs().max().item() < 1e-3 * scale, name
     for (name, ours), (_, theirs) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     with torch.no_grad():
