@@ -1,0 +1,237 @@
+"""Makes score maps for a shard set: the top classes a network sees at every place of every image.
+
+    python data_tools/annotate.py shards/train                             → shards/train.maps, joined to it by key
+    python data_tools/annotate.py shards/train --beside shards/relabelled  → images and maps in one set
+    python data_tools/annotate.py shards/train --model dm_nfnet_f6 --size 576 --device cuda --bf16
+
+Works shard by shard: a killed run goes on where it was, and any number of processes writes the same bytes. With several
+GPUs, processes take turns on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+
+from data_tools.annotators import PACKAGED, Annotator, load_annotator
+from data_tools.workshop import finish, recall, remember, workshop
+from refiner_ds.data.augment import resize
+from refiner_ds.data.index import MapFormat, ShardIndex, parallel_folder
+from refiner_ds.data.packaged import locate
+from refiner_ds.data.samples import RawSample, SampleReader, decode_image
+from refiner_ds.data.score_maps import ScoreMap, encode
+from refiner_ds.data.targets import normalise
+from refiner_ds.data.writer import FinishedShard, ShardWriter
+from refiner_ds.errors import DataError, RefinerError
+
+LARGEST_FP16 = 65504.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How maps are made."""
+
+    model: str
+    checkpoint: Path | None
+    size: int
+    top: int
+    batch: int
+    device: str
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to annotate: its number, where to, and whether the images go along."""
+
+    number: int
+    partial: Path
+    index: ShardIndex
+    beside: bool
+
+
+class Worker:
+    """A process's annotator, on its device."""
+
+    def __init__(self, settings: Settings, classes: int, number: int) -> None:
+        torch.set_num_threads(1)  # processes are the parallelism, and one thread gives the same bits everywhere
+        torch.backends.cudnn.benchmark = False
+        device = settings.device
+        if device == "cuda":
+            device = f"cuda:{number % torch.cuda.device_count()}"
+        self.settings = settings
+        self.device = torch.device(device)
+        self.annotator: Annotator = load_annotator(settings.model, settings.checkpoint, classes)
+        self.annotator.network.to(self.device)
+
+    @torch.inference_mode()
+    def maps_of(self, images_BHWC: np.ndarray, labels: list[int]) -> list[ScoreMap]:
+        """Score maps of images [B, S, S, 3] uint8."""
+        images = torch.from_numpy(images_BHWC).to(self.device)
+        images_B3HW = normalise(images, self.annotator.mean, self.annotator.std, torch.float32)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            logits_BChw = self.annotator.network(images_B3HW)
+        top = min(self.settings.top, logits_BChw.shape[1])
+        values, classes = logits_BChw.float().topk(top, dim=1)
+        values_BKhw = values.clamp(-LARGEST_FP16, LARGEST_FP16).half().cpu().numpy()
+        classes_BKhw = classes.to(torch.int16).cpu().numpy()
+        return list(map(ScoreMap, values_BKhw, classes_BKhw, labels))
+
+    def format(self, classes: int) -> MapFormat:
+        """What every map will look like.
+
+        Raises:
+            DataError: the network knows another number of classes than the set.
+        """
+        side = self.settings.size
+        with torch.inference_mode():
+            known = self.annotator.network(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
+        if known != classes:
+            raise DataError(
+                f"--model {self.settings.model}: knows {known} classes where the set has {classes}; "
+                "take one trained on the set's own"
+            )
+        return self.maps_of(np.zeros((1, side, side, 3), np.uint8), [0])[0].format
+
+    def annotate(self, task: Task) -> FinishedShard:
+        """Write the annotated twin of one shard, or take it from an earlier run."""
+        name = task.index.shards[task.number].name
+        if earlier := recall(task.partial, name):
+            return earlier[0]
+        writer = ShardWriter(task.partial / name)
+        reader = SampleReader(task.index)
+        start, end = task.index.starts[task.number : task.number + 2].tolist()
+        try:
+            for first in range(start, end, self.settings.batch):
+                raws = [reader.read(sample) for sample in range(first, min(end, first + self.settings.batch))]
+                for raw, score_map in zip(raws, self._maps_of_raw(raws), strict=True):
+                    _add(writer, raw, encode(score_map), task.beside)
+            finished = writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        remember(task.partial, finished, [])
+        return finished
+
+    def _maps_of_raw(self, raws: list[RawSample]) -> list[ScoreMap]:
+        side = self.settings.size
+        images = np.stack([resize(decode_image(raw), side, side, "bicubic") for raw in raws])
+        return self.maps_of(images, [raw.label for raw in raws])
+
+
+def _add(writer: ShardWriter, raw: RawSample, record: bytes, beside: bool) -> None:
+    key, _, ending = raw.name.partition(".")
+    if beside:
+        writer.add(key, bytes(raw.image), ending, raw.label, record)
+    else:
+        writer.add_map(key, record, raw.label)
+
+
+_worker: Worker | None = None
+
+
+def _begin(settings: Settings, classes: int, numbers: multiprocessing.Queue) -> None:
+    global _worker
+    _worker = Worker(settings, classes, numbers.get())
+
+
+def _annotate(task: Task) -> FinishedShard:
+    assert _worker is not None
+    return _worker.annotate(task)
+
+
+def _results(tasks: list[Task], settings: Settings, first: Worker, processes: int) -> Iterator[FinishedShard]:
+    if processes == 1:
+        yield from map(first.annotate, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    numbers = context.Queue()
+    classes = len(tasks[0].index.classes)
+    for number in range(processes):
+        numbers.put(number)
+    with ProcessPoolExecutor(processes, context, _begin, (settings, classes, numbers)) as pool:
+        try:
+            yield from pool.map(_annotate, tasks)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: int, beside: bool) -> MapFormat:
+    """Annotate a whole set; returns the format of its maps.
+
+    Raises:
+        DataError: the target exists or cannot be written, a sample is damaged, the annotator does not fit the set.
+    """
+    if out.exists():
+        raise DataError(f"{out}: already exists; choose another folder or remove it")
+    if index.only_maps:
+        raise DataError(f"{index.folder}: holds maps without images; name the set of their images")
+    first = Worker(settings, len(index.classes), 0)
+    form = first.format(len(index.classes))
+    shards = [shard.sha256 for shard in index.shards]
+    described = {key: str(value) for key, value in asdict(settings).items()}
+    partial = out.with_name(out.name + ".partial")
+    with workshop(partial, {"shards": shards, "beside": beside, **described}):
+        tasks = [Task(number, partial, index, beside) for number in range(len(shards))]
+        finished = []
+        with tqdm(total=index.count, unit="img", desc=out.name, disable=None) as bar:
+            for shard in _results(tasks, settings, first, processes):
+                finished.append(shard)
+                bar.update(shard.shard.count)
+        finish(partial, out, finished, index.classes, form)
+    return form
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="annotate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("set", help="folder of a shard set with images")
+    parser.add_argument("--beside", type=Path, help="write images and maps into this new set")
+    parser.add_argument("--model", default=PACKAGED, help=f"timm classifier, or {PACKAGED} (default)")
+    parser.add_argument("--checkpoint", type=Path, help="local weights of a timm classifier")
+    parser.add_argument("--size", type=int, default=576, help="side images are resized to (default %(default)s)")
+    parser.add_argument("--top", type=int, default=5, help="classes kept at a place (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images at once (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = _arguments().parse_args(argv)
+    settings = Settings(
+        given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16
+    )
+    try:
+        if min(given.size, given.top, given.batch, given.processes) < 1:
+            raise DataError("--size, --top, --batch and --processes must be above 0")
+        if given.device == "cuda" and not torch.cuda.is_available():
+            raise DataError("--device cuda: there is no GPU here; take --device cpu")
+        index = ShardIndex.load(locate(given.set))
+        out = given.beside or parallel_folder(index.folder)
+        annotate_set(index, out, settings, given.processes, given.beside is not None)
+        print(ShardIndex.load(out).describe())
+        return 0
+    except RefinerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
