@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,8 +31,6 @@ AGAIN = 75  # EX_TEMPFAIL: training was interrupted, saved, and wants to be run 
 STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
-
-log = logging.getLogger("submitit")  # submitit has set it up to write to the task's log
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ class TrainJob:
         task = submitit.JobEnvironment()
         for early in SIGNALS:
             signal.signal(early, self._before_training)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes before every TERM, and means nothing here
         os.environ.update(environment_of(task, self.gpus))
         failure = Failure.file(self.run_folder, task.job_id)
         if task.global_rank == 0:
@@ -75,7 +74,7 @@ class TrainJob:
             sys.exit(code)
 
     def _before_training(self, number: int, frame: FrameType | None) -> None:
-        log.warning("%s before training began", signal.Signals(number).name)
+        _say(f"{signal.Signals(number).name} before training began")
         # No rank has met the others yet, so none is waiting in a collective and any may speak for all.
         self._again(submitit.JobEnvironment(), decides=True)
 
@@ -85,14 +84,14 @@ class TrainJob:
             sys.exit(0)  # anything else would have srun end rank 0 before it has asked for the requeue
         refusal = _ending(task) or self._spent(task.job_id)
         if refusal:
-            log.error("not requeued: %s", refusal)
+            _say(f"job {task.job_id} is not requeued: {refusal}")
             sys.exit(AGAIN)
-        log.info("requeueing job %s", task.job_id)
+        _say(f"requeueing job {task.job_id}")
         if task.cluster == "local":
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)
         asked = subprocess.run(("scontrol", "requeue", task.job_id), capture_output=True, text=True, timeout=60)
         if asked.returncode:
-            log.error("Slurm did not requeue: %s", asked.stderr.strip())
+            _say(f"Slurm did not requeue: {asked.stderr.strip()}")
         sys.exit(AGAIN if asked.returncode else 0)
 
     def _spent(self, job_id: str) -> str | None:
@@ -164,8 +163,10 @@ def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:
 
 
 def _cores_of_a_task(local_world: int) -> int:
-    asked = os.environ.get("SLURM_CPUS_PER_TASK")
-    return int(asked) if asked else max(1, len(os.sched_getaffinity(0)) // local_world)
+    asked, on_node = os.environ.get("SLURM_CPUS_PER_TASK"), os.environ.get("SLURM_CPUS_ON_NODE")
+    if asked:
+        return int(asked)
+    return max(1, int(on_node or len(os.sched_getaffinity(0))) // local_world)
 
 
 def _ending(task: submitit.JobEnvironment) -> str | None:
@@ -178,6 +179,10 @@ def _ending(task: submitit.JobEnvironment) -> str | None:
     fields = set(shown.stdout.split())
     ending = fields & {"JobState=CANCELLED", "JobState=COMPLETING"} and "Reason=TimeLimit" not in fields
     return "it was cancelled" if ending else None
+
+
+def _say(what: str) -> None:
+    print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
 
 
 def _latest(run_folder: Path) -> str | None:

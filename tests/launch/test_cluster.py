@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from launch.cluster import ClusterProfile, load_profile
 from refiner_ds.config import ConfigError
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "launch/clusters/example.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "launch/clusters/example.yaml"
 
 
 @pytest.fixture
@@ -32,6 +34,15 @@ def test_the_example_shows_every_key_at_its_default() -> None:
     example = load_profile(EXAMPLE, {})
     assert example == ClusterProfile(hours=24)  # the one key a site must think about
     assert example.model_fields_set == set(ClusterProfile.model_fields)
+
+
+def test_the_profile_in_the_docs_is_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    block = page[page.index("    partition: gpu\n") :].partition("\n\n")[0]
+    file = tmp_path / "documented.yaml"
+    file.write_text(textwrap.dedent(block))
+    profile = load_profile(file, {})
+    assert (profile.gpus_per_node, profile.sbatch) == (8, {"reservation": "maths"})
 
 
 def test_a_flag_wins_over_the_file_and_an_absent_flag_does_not(tmp_path: Path) -> None:
