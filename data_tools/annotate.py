@@ -215,9 +215,7 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    settings = Settings(
-        given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16
-    )
+    settings = Settings(given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16)
     try:
         if min(given.size, given.top, given.batch, given.processes) < 1:
             raise DataError("--size, --top, --batch and --processes must be above 0")

@@ -200,8 +200,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(ShardIndex.load(given.out).describe())
         if notes:
-            print(f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "
-                  f"{given.out / NOTES_NAME}")
+            print(
+                f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "
+                f"{given.out / NOTES_NAME}"
+            )
         return 0
     except RefinerError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -147,9 +147,7 @@ def choose(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, 
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="show.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="show.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("set", help="folder of a shard set, or package:digits/train")
     parser.add_argument("out", type=Path, help="picture to write, .png")
     parser.add_argument("--count", type=int, default=12, help="samples (default %(default)s)")

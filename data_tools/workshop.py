@@ -1,9 +1,9 @@
 """The folder a set is made in: held by one process, resumable shard by shard, renamed once everything is in it.
 
-    <set>.partial/
-      plan.json               what the set is made from; another plan is refused
-      shard-000000.tar        finished shards …
-      shard-000000.tar.json   … and what is known of each: index line, members, notes
+<set>.partial/
+  plan.json               what the set is made from; another plan is refused
+  shard-000000.tar        finished shards …
+  shard-000000.tar.json   … and what is known of each: index line, members, notes
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The arithmetic of positions: which samples each micro-batch of each rank holds. Pure functions of a few numbers.
 
-    step s of an epoch    positions [s·G, (s+1)·G) of the epoch's order          G global batch
-    rank r of W           the slice [r·G/W, (r+1)·G/W) of those, cut into micro-batches in order
+step s of an epoch    positions [s·G, (s+1)·G) of the epoch's order          G global batch
+rank r of W           the slice [r·G/W, (r+1)·G/W) of those, cut into micro-batches in order
 """
 
 from __future__ import annotations

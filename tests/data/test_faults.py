@@ -111,6 +111,18 @@ def test_batch_of_nothing_but_damage_is_an_error_even_where_skipping_is_allowed(
         next(iter(batches))
 
 
+def test_sound_bytes_that_are_no_image(tmp_path: Path) -> None:
+    with SetWriter(tmp_path / "set", ["a"], 4) as writer:
+        for number in range(4):
+            good = png(np.full((8, 8, 3), number, np.uint8))
+            writer.add(f"{number}", b"\xff\xd8\xff but no picture" if number == 2 else good, "jpg", 0)
+    index = ShardIndex.load(tmp_path / "set")
+    with pytest.raises(DataError, match=r"shard-000000.tar: sample 2 \(2.jpg\): the image cannot be decoded"):
+        list(eval_batches(index, EvalSettings(8, 1.0), batch=4, rank=0, world_size=1))
+    (batch,) = eval_batches(index, EvalSettings(8, 1.0), batch=4, rank=0, world_size=1, on_bad_sample="skip")
+    assert batch.bad == 1 and batch.valid_B.tolist() == [True, True, False, True]
+
+
 GRID = MapFormat(2, 3, 3)
 
 
