@@ -1,6 +1,7 @@
 """Checks a shard set against its index: sizes, checksums, keys, and that every image and map decodes. One line a fault.
 
     python data_tools/verify.py shards/train
+    python data_tools/verify.py https://host/sets/train      # fetches all of it into the cache, and checks it
 
 Exit code 0: no fault; 1: faults were printed; 2: there is no set to check.
 """
@@ -23,6 +24,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
 from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
+from refiner_ds.data.packaged import locate
+from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.errors import DataError, RefinerError
@@ -40,7 +43,9 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
     """Compare one tar with the index, byte by byte and sample by sample."""
     shard, path = index.shards[number], index.folder / index.shards[number].name
     try:
-        faults, keys = _check_file(path, shard.sha256)
+        faults, keys = _check_file(fetch_shard(index, number), shard.sha256)
+    except DataError as error:
+        return ShardReport([f"{path}: {error}"], np.zeros(0, np.uint64))
     except OSError as error:
         return ShardReport([f"{path}: cannot be read ({error.strerror})"], np.zeros(0, np.uint64))
     if len(keys) != shard.count:
@@ -134,7 +139,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="verify.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("set", type=Path, help="folder of a shard set")
+    parser.add_argument("set", help="folder of a shard set; or an address, whose every shard is then fetched")
+    parser.add_argument("--cache", type=Path, help="folder for sets that are fetched (default: that of training)")
     parser.add_argument("--no-decode", action="store_true", help="check bytes only; leaves pixels undecoded")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
     return parser
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
     try:
-        index = ShardIndex.load(given.set, check_files=False)
+        index = ShardIndex.load(locate(given.set, given.cache), check_files=False)
     except RefinerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

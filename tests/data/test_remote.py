@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.verify import main as verify
 from refiner_ds.data import remote
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.index import ShardIndex
@@ -215,6 +216,17 @@ def test_full_disk_while_caching(server: Server, tmp_path: Path, monkeypatch: py
         epoch(index)
     assert epoch(index, on_bad="skip") == [-1] * 20
     assert not list(index.folder.glob("*.tmp"))
+
+
+def test_whole_set_can_be_fetched_and_checked_beforehand(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ["--cache", str(tmp_path / "cache")]
+    server.faults["shard-000002.tar"] = ("404", 1)
+    assert verify([server.address, *cache, "--processes", "2"]) == 1
+    assert "shard-000002.tar cannot be fetched" in capsys.readouterr().out
+    assert verify([server.address, *cache, "--processes", "2"]) == 0
+    assert len(list(tmp_path.glob("cache/remote/*/*.tar"))) == 3
 
 
 def test_set_remade_on_the_server_gets_a_cache_of_its_own(
