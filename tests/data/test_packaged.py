@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +71,23 @@ def test_unknown_package_and_unwritable_cache_are_refused(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         locate("package:digits/train", tmp_path / "file")
+
+
+def test_set_shows_at_once_or_not_at_all_and_the_first_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is first, in the worst moment: just before this one's set is moved into place."""
+    real, seen = os.rename, []
+
+    def late(source: Path, target: Path) -> None:
+        if target == tmp_path / "digits-v1" / "val":
+            assert not target.exists() and (source / "index.json").is_file()
+            shutil.copytree(source, target)
+            (target / "first").touch()
+            seen.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    folder = locate("package:digits/val", tmp_path)
+    assert seen == [folder] and (folder / "first").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["val"]
