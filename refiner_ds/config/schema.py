@@ -7,10 +7,9 @@ The table of keys in the docs is printed from here (``python -m refiner_ds.confi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[float, float]

@@ -31,6 +31,7 @@ def deepspeed_config(run: RunFile, batch: BatchPlan, bf16: bool) -> dict[str, An
     config["train_micro_batch_size_per_gpu"] = batch.micro_batch
     config["gradient_accumulation_steps"] = batch.accumulation
     config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
+    config["gradient_clipping"] = run.keys.gradient_clipping or 0.0  # left out, DeepSpeed clips at 1.0 unasked
     # DeepSpeed prints its own progress every ten steps otherwise, over the one progress line.
     config.setdefault("steps_per_print", 2**31)
     return config

@@ -50,7 +50,8 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_efficientnet", "test_convnext", "test_nfnet", "mobilenetv3_small_050"]
+    "name",
+    ["test_resnet", "test_efficientnet", "test_convnext", "test_nfnet", "test_mambaout", "mobilenetv3_small_050"],
 )
 def test_annotator_is_the_classifier_at_every_place(name: str, tmp_path: Path) -> None:
     """On an image so small that there is one place, its logits are the classifier's own."""

@@ -41,10 +41,10 @@ def test_sheet_is_a_picture_with_outlines_and_tints(folder: Path, tmp_path: Path
 
 
 def test_outline_encloses_what_the_view_shows() -> None:
-    """The corners of a flipped crop, in the order of the view's own corners."""
-    view = View(np.zeros((8, 8, 3), np.uint8), [np.array([[-0.5, 0, 0.75], [0, 0.25, 0.5]])])
-    corners = outline(view)[::20]
-    assert np.allclose(corners, [[0.75, 0.5], [0.25, 0.5], [0.25, 0.75], [0.75, 0.75]])
+    """The corners of a sheared view of a flipped crop, in the order of the view's own corners."""
+    shear, crop = np.array([[1, 0.2, 0], [0, 1, 0]]), np.array([[-0.5, 0, 0.75], [0, 0.25, 0.5]])
+    corners = outline(View(np.zeros((8, 8, 3), np.uint8), [shear, crop]))[::20]
+    assert np.allclose(corners, [[0.75, 0.5], [0.25, 0.5], [0.15, 0.75], [0.65, 0.75]])
 
 
 def test_tints_of_the_view_follow_a_flip() -> None:

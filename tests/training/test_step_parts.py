@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.config import get_gradient_clipping
 
 from refiner_ds.config import load
 from refiner_ds.data.batch import Batch
 from refiner_ds.training.build import build_model, parameter_count, training_flops
-from refiner_ds.training.engine import build_optimizer
+from refiner_ds.training.engine import build_optimizer, deepspeed_config
 from refiner_ds.training.inputs import InputMaker, derived_seed
 from refiner_ds.training.losses import soft_cross_entropy, token_label_loss
 from refiner_ds.training.metrics import Metrics, read_metrics
@@ -31,6 +32,12 @@ def test_weight_decay_spares_what_the_recipe_spares() -> None:
     assert {"pos_embed", "cls_token", "head.bias", "blocks.0.norm1.weight", "blocks.0.mlp.scale_channel"} <= spared
     assert {"head.weight", "blocks.0.attn.qkv.weight", "blocks.1.attn.DLA.conv_exp.weight"} <= decayed
     assert len(spared) + len(decayed) == len(names)
+
+
+@pytest.mark.parametrize("asked, done", [("null", 0.0), ("0", 0.0), ("0.5", 0.5)])
+def test_gradients_are_clipped_as_asked_and_not_otherwise(asked: str, done: float) -> None:
+    run = load(None, [f"gradient_clipping={asked}"])
+    assert get_gradient_clipping(deepspeed_config(run, run.batch(2), False)) == done
 
 
 def a_batch(count: int = 6) -> Batch:
