@@ -148,7 +148,8 @@ def measure(photographs: Photographs, rounds: int) -> dict[str, float]:
 def decode_all(data: list[bytes], smaller: int) -> None:
     """Decode every file at its size divided by ``smaller``, and keep nothing."""
     for each in data:
-        simplejpeg.decode_jpeg(each, "RGB", min_height=1, min_width=1, min_factor=smaller)
+        least = int(smaller > 1)  # with a least size of 1, even a factor of 1 lets simplejpeg shrink as it likes
+        simplejpeg.decode_jpeg(each, "RGB", min_height=least, min_width=least, min_factor=smaller)
 
 
 def scaling(photographs: Photographs, workers: list[int], epochs: int = 4) -> dict[int, float]:

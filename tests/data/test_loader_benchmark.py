@@ -31,6 +31,7 @@ def test_benchmark_tells_costs_sizes_and_scaling(tmp_path: Path, capsys: pytest.
     assert re.match(r"20 photographs, mean \d+ kB and 0.19 megapixels", told)
     costs = {name: float(cost) for name, cost in re.findall(r"^(\w+(?: \w+)?) +(\d+) +\d+ ", told, re.M)}
     assert list(costs) == ["shards", "loose files", "usual", "decoding", "entropy"]
+    assert costs["entropy"] < costs["decoding"]
     assert max(costs["entropy"], costs["decoding"], costs["shards"]) < costs["usual"]  # twice, where nothing else runs
     assert re.search(r"^0 workers: \d+ images/s elapsed\n1 worker: \d+ images/s", told, re.M)
 
