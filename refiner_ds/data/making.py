@@ -151,6 +151,11 @@ class BatchMaker(Dataset):
         score_map = decode(raw.score_map, raw.place)
         if score_map.format != self.map_format:
             raise DataError(f"{raw.place}: its map is {score_map.format}, the set's are {self.map_format}")
+        largest = int(score_map.classes_Khw.view(np.uint16).max())  # unsigned: a negative number is too large as well
+        if largest >= len(self.reader.index.classes):
+            raise DataError(
+                f"{raw.place}: its map names class {largest}, past the set's {len(self.reader.index.classes)}"
+            )
         return score_map
 
     def _fill(

@@ -126,8 +126,8 @@ def test_sound_bytes_that_are_no_image(tmp_path: Path) -> None:
 GRID = MapFormat(2, 3, 3)
 
 
-def score_map(rows: int = 3) -> bytes:
-    return encode(ScoreMap(np.ones((2, rows, 3), np.float16), np.zeros((2, rows, 3), np.int16), 0))
+def score_map(rows: int = 3, number: int = 0) -> bytes:
+    return encode(ScoreMap(np.ones((2, rows, 3), np.float16), np.full((2, rows, 3), number, np.int16), 0))
 
 
 def map_set(folder: Path, change: Callable[[int], bytes], keys: str = "{}") -> ShardIndex:
@@ -150,8 +150,10 @@ def two_batches(index: ShardIndex, on_bad: str) -> int:
     return next(running).bad + next(running).bad
 
 
-@pytest.mark.parametrize("wrong", [score_map(rows=4), b"RMAP\x07rubbish", score_map()[:-9]])
-def test_map_of_the_wrong_grid_or_damaged(tmp_path: Path, wrong: bytes) -> None:
+@pytest.mark.parametrize(
+    "wrong", [score_map(rows=4), b"RMAP\x07rubbish", score_map()[:-9], score_map(number=1), score_map(number=-1)]
+)
+def test_map_of_the_wrong_grid_or_classes_or_damaged(tmp_path: Path, wrong: bytes) -> None:
     index = map_set(tmp_path, lambda number: wrong if number == 6 else score_map())
     with pytest.raises(DataError, match=r"set.maps/shard-000000.tar: sample 6 \(6.map\)"):
         two_batches(index, "error")

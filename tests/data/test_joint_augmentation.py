@@ -180,11 +180,12 @@ def test_labels_follow_pixels_from_the_shards_to_the_device(tmp_path: Path, para
     """The whole way: painted files in shards, maps beside the images or in a set of their own, the loader, targets."""
     form = position_map().format
     record = encode(position_map())
-    with SetWriter(tmp_path / "set", ["only"], 5, None if parallel else form) as writer:
+    names = [f"cell {number}" for number in range(CLASSES)]
+    with SetWriter(tmp_path / "set", names, 5, None if parallel else form) as writer:
         for number in range(12):
             writer.add(f"{number}", png(position_image()), "png", 0, None if parallel else record)
     if parallel:
-        with SetWriter(tmp_path / "set.maps", ["only"], 5, form) as writer:
+        with SetWriter(tmp_path / "set.maps", names, 5, form) as writer:
             for number in range(12):
                 writer.add_map(f"{number}", record, 0)
     index = ShardIndex.load(tmp_path / "set")

@@ -186,7 +186,12 @@ def test_flat_files_with_a_label_list(tree: Path, tmp_path: Path) -> None:
 
 def test_published_maps_ride_beside_their_images(tree: Path, tmp_path: Path) -> None:
     maps = published_maps(tree, tmp_path / "maps")
-    assert run(tree, tmp_path / "out", "--maps", maps) == 0
+    assert (
+        run(tree, tmp_path / "out", "--maps", maps)
+        == run(tree, tmp_path / "two", "--maps", maps, "--processes", 2)
+        == 0
+    )
+    assert digest(tmp_path / "out") == digest(tmp_path / "two")
     index = ShardIndex.load(tmp_path / "out")
     assert index.maps is not None and (index.maps.k, index.maps.rows, index.maps.columns) == (2, 4, 5)
     reader = SampleReader(index)
