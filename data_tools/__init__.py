@@ -1,1 +1,1 @@
-"""Commands that make and check shard sets: shard, verify."""
+"""Commands that make, check and show shard sets: shard, annotate, verify, show."""
