@@ -74,7 +74,8 @@ def _profile_flags() -> dict[str, FieldInfo]:
 def _submit(args: argparse.Namespace) -> int:
     profile = load_profile(args.cluster, {key: getattr(args, key) for key in _profile_flags()})
     plan = _plan(args, profile)
-    print(f"{plan.run.path}: {plan}; {plan.batch}", file=sys.stderr)
+    batch = plan.batch  # refuses one that does not divide
+    print(f"{plan.run.path}: {plan}; {batch}", file=sys.stderr)
     checks.check_run_folder(plan.run)
     checks.check_machines(plan)
     code = plan.run.folder / "code"
@@ -101,9 +102,7 @@ def _plan(args: argparse.Namespace, profile: ClusterProfile) -> Plan:
         gpus = slurm.gpus_of_nodes(profile.partition) if gpus is None else gpus
     elif gpus is None:
         gpus = len(local.devices_here()) // args.nodes
-    plan = Plan(run, profile, args.nodes, gpus, args.local)
-    assert plan.batch  # refuses a batch that does not divide
-    return plan
+    return Plan(run, profile, args.nodes, gpus, args.local)
 
 
 def _job(plan: Plan, code: Path) -> TrainJob:

@@ -45,11 +45,13 @@ class Clone:
         place = ("--set", f"refiner.run.output={self.output}")
         return (sys.executable, str(self.root / "launch/submit.py"), *place, *words)
 
-    def submit(self, *words: str, env: dict[str, str] | None = None, seconds: float = 120) -> Done:
-        """Type the command in some other folder, and wait for it."""
+    def submit(
+        self, *words: str, env: dict[str, str] | None = None, seconds: float = 120, cwd: Path | None = None
+    ) -> Done:
+        """Type the command, in some other folder than the clone unless told, and wait for it."""
         return subprocess.run(
             self.command(*words),
-            cwd=self.output.parent,
+            cwd=cwd or self.output.parent,
             env={**os.environ, **(env or {}), "REFINER_DS_CACHE": str(self.cache)},
             capture_output=True,
             text=True,

@@ -75,7 +75,7 @@ def test_a_run_that_is_complete(refusal, clone: Clone) -> None:  # type: ignore[
     clone.run_folder.mkdir(parents=True)
     (clone.run_folder / "complete.json").write_text(json.dumps({"step": total}))
     assert "refiner.run.name" in (said := refusal(*LOCAL)) and str(clone.run_folder) in said
-    further = clone.submit(*LOCAL, "--dry-run", "--set", "refiner.recipe.epochs=21")
+    further = clone.submit(*LOCAL, "--dry-run", "--set", f"refiner.recipe.epochs={run.refiner.recipe.epochs + 1}")
     assert further.returncode == 0, further.stderr
 
 
@@ -105,6 +105,7 @@ def test_what_slurm_itself_would_refuse(refusal, slurm: SlurmCluster) -> None:  
 def test_a_run_whose_job_has_not_ended(refusal, clone: Clone, slurm: SlurmCluster, job_id) -> None:  # type: ignore[no-untyped-def]
     clone.behave(r0=["hang"])
     first = job_id(clone.submit("--gpus-per-node", "0", env=slurm.env))
+    clone.wait_for("0.0")
     said = refusal("--gpus-per-node", "0", env=slurm.env)
     assert f"belongs to job {first}" in said and f"scancel {first}" in said
     slurm.cancel_all()

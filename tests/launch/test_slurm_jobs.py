@@ -61,7 +61,7 @@ def test_a_job_runs_what_was_submitted_though_the_clone_is_edited_while_it_waits
 ) -> None:
     blocker = slurm.client("sbatch", "--parsable", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300")
     slurm.wait(blocker, "RUNNING")
-    job = job_id(clone.submit(*CPU, env=slurm.env))
+    job = job_id(clone.submit(*CPU, env=slurm.env, cwd=clone.root))  # where python -m would find the clone first
     (clone.root / "refiner_ds/train.py").write_text("raise SystemExit('this is the edited code')\n")
     (clone.root / "ds_configs/quickstart.json").write_text("{}")
     slurm.client("scancel", blocker)

@@ -27,6 +27,7 @@ def test_a_snapshot_is_the_source_and_nothing_else(clone: Clone, run: RunFile) -
     (clone.root / "launch/__pycache__").mkdir()
     (clone.root / "launch/__pycache__/job.pyc").write_bytes(b"compiled")
     copied = files(take_snapshot(run, clone.root))
+    assert not list((run.folder / "code").rglob("__pycache__"))
     assert {"run.json", "commit"} == copied.keys() - source.keys()
     assert {name: copied[name] for name in source} == source
 
