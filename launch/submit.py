@@ -76,15 +76,13 @@ def _submit(args: argparse.Namespace) -> int:
     plan = _plan(args, profile)
     batch = plan.batch  # refuses one that does not divide
     print(f"{plan.run.path}: {plan}; {batch}", file=sys.stderr)
-    checks.check_run_folder(plan.run)
     checks.check_machines(plan)
     code = plan.run.folder / "code"
     batch_script = None if plan.local else slurm.script(_slurm_executor(plan, code))
     if batch_script:
         slurm.rehearse(batch_script)
     print("checking the code and the data …", file=sys.stderr)
-    checks.check_data(plan)
-    checks.check_code(plan, args.set)
+    checks.check_start(plan, args.set)
     if args.dry_run:
         print(batch_script or f"{plan}: refiner_ds.train {' '.join(_arguments(code))}")
         return 0

@@ -62,7 +62,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from refiner_ds.data.augment import EvalSettings
     from refiner_ds.data.loader import eval_batches
     from refiner_ds.training.build import build_model
-    from refiner_ds.training.checkpoints import find_checkpoint, read_state, read_weights
+    from refiner_ds.training.checkpoint_files import find_checkpoint, read_state, read_weights
     from refiner_ds.training.evaluation import evaluate
     from refiner_ds.training.preparation import load_index
     from refiner_ds.training.world import join, leave

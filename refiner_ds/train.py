@@ -23,7 +23,7 @@ import json
 import os
 
 from refiner_ds.config import RunFile, load
-from refiner_ds.errors import DataError, RefinerError
+from refiner_ds.errors import ConfigError, DataError, RefinerError
 from refiner_ds.training.console import hush
 
 
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if options.check:
             return check(run, options.world_size)
+        if options.ready:
+            return ready_to_start(run, options.world_size)
         return train(run, arguments)
     except RefinerError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank meets the same refusal; one says it
@@ -54,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="run file (default: ds_configs/quickstart.json)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     parser.add_argument("--check", action="store_true", help="look at the run file and leave")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes to reckon with in --check")
+    parser.add_argument("--ready", action="store_true", help="check what a start would, and leave")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes to reckon with in these two")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run file and leave")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser
@@ -91,6 +94,17 @@ def check(run: RunFile, world_size: int) -> int:
         print("steps       unknown: set refiner.data.images, or put the shards where refiner.data.train says")
     print(f"data        {data}")
     print(f"run folder  {run.folder}")
+    return 0
+
+
+def ready_to_start(run: RunFile, world_size: int) -> int:
+    """Check a run, its data and its run folder as ``world_size`` processes would at their start; submit asks this."""
+    from refiner_ds.training.preparation import prepare
+
+    ready = prepare(run, world_size)
+    if (finished := ready.finished()) is not None:
+        raise ConfigError(finished)
+    print(f"{run.path}: ready; {ready.train.describe()}")
     return 0
 
 

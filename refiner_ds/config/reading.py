@@ -25,7 +25,7 @@ from refiner_ds.config.wording import written
 from refiner_ds.errors import ConfigError
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.json"
-REMOTE = ("package:", "http:", "https:", "pipe:", "s3:", "gs:", "hf:")
+SERVERS = ("http:", "https:", "pipe:", "gs:", "s3:", "ais:", "hf:")  # what an address of data begins with
 
 
 class Layer(NamedTuple):
@@ -272,7 +272,7 @@ def _with_absolute_paths(keys: RunFileKeys) -> RunFileKeys:
     """Folders relative to where the command was typed become absolute: the run can be repeated from anywhere."""
 
     def absolute(folder: str | None) -> str | None:
-        if folder is None or folder.startswith(REMOTE):
+        if folder is None or folder.startswith(("package:", *SERVERS)):
             return folder
         return str(Path(folder).expanduser().absolute())
 

@@ -28,11 +28,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from refiner_ds.config.reading import SERVERS
 from refiner_ds.data.index import INDEX_NAME, MEMBERS_NAME, SOURCE_NAME, ShardIndex
 from refiner_ds.data.writer import cannot_write, write_whole
 from refiner_ds.errors import DataError
 
-SCHEMES = ("http:", "https:", "pipe:", "gs:", "s3:", "ais:", "hf:")
 STALL_SECONDS = 60.0  # a server that sends nothing for so long is given up
 ATTEMPTS = 3
 CHUNK = 1 << 20
@@ -45,7 +45,7 @@ class _Refused(Exception):
 
 def is_remote(spec: str) -> bool:
     """Whether a set is named by an address rather than a folder."""
-    return spec.startswith(SCHEMES)
+    return spec.startswith(SERVERS)
 
 
 def fetch_set(spec: str, cache: Path) -> Path:

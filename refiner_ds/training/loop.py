@@ -22,7 +22,8 @@ from refiner_ds.data.targets import normalise
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.averages import Averages
 from refiner_ds.training.build import build_model, peak_flops, training_flops
-from refiner_ds.training.checkpoints import Checkpoints, State, write_atomically
+from refiner_ds.training.checkpoint_files import State, write_atomically
+from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.evaluation import Accuracy, evaluate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.packaged import locate
-from refiner_ds.errors import ConfigError, DataError
+from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.training.build import build_model
+from refiner_ds.training.checkpoint_files import latest, read_state
 from refiner_ds.training.schedule import Schedule
 
 # What may not change between the processes that train one run: another value would be another run under its name.
@@ -51,9 +52,8 @@ class Preparation:
             return None
         reached = f", top-1 {summary['ema']['top1']:.2f} % (averaged weights)" if "ema" in summary else ""
         return (
-            f"{self.run.folder} is complete: {summary['step']} steps{reached}.\n"
-            "To begin another run, give it a name: --set refiner.run.name=NAME. To train this one further, raise"
-            " refiner.recipe.epochs."
+            f"{self.run.folder} is complete: {summary['step']} steps{reached}; begin another with"
+            " --set refiner.run.name=NAME, or train this one further with a larger refiner.recipe.epochs"
         )
 
 
@@ -72,12 +72,17 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     maps = find_maps(train) if run.refiner.data.score_maps else None
     val = load_index(run.refiner.data.val, run) if run.refiner.data.val else None
     _refuse_disagreement(run, train, val)
-    return Preparation(run, batch, train, maps, val, Schedule(run.refiner.recipe, batch, train.count))
+    ready = Preparation(run, batch, train, maps, val, Schedule(run.refiner.recipe, batch, train.count))
+    if ready.finished() is None:
+        refuse_another_world(run.folder, world_size)
+    return ready
 
 
 def load_index(place: str, run: RunFile) -> ShardIndex:
     """The index of a folder or of a ``package:`` set, which is made on first use."""
-    return ShardIndex.load(locate(place, run.refiner.data.cache))
+    # A run that skips damaged samples starts with a shard missing, too, and counts what it held.
+    checks = run.refiner.data.on_bad_sample == "error"
+    return ShardIndex.load(locate(place, run.refiner.data.cache), check_files=checks)
 
 
 def _refuse_disagreement(run: RunFile, train: ShardIndex, val: ShardIndex | None) -> None:
@@ -97,13 +102,29 @@ def _refuse_disagreement(run: RunFile, train: ShardIndex, val: ShardIndex | None
 
 def refuse_unwritable(folder: Path) -> None:
     """Raise ConfigError where a run folder cannot be made or written."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(f"{folder}: {place} is not a folder; set refiner.run.output to one that can be written")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder}: {place} cannot be written; set refiner.run.output to a folder that can")
+    standing = folder
+    while not standing.exists() and standing != standing.parent:
+        standing = standing.parent
+    try:
+        with tempfile.TemporaryFile(dir=standing):  # asking for permission is not enough: root has it everywhere
+            pass
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"{folder}: cannot be written ({standing}: {why}); set refiner.run.output to a folder that can"
+        ) from None
+
+
+def refuse_another_world(folder: Path, world_size: int) -> None:
+    """Raise CheckpointError where a run folder's latest checkpoint was written by another number of processes."""
+    checkpoint = latest(folder)
+    if checkpoint is None or not (checkpoint / "state.json").is_file():
+        return
+    written = read_state(checkpoint).world_size
+    if written != world_size:
+        raise CheckpointError(
+            f"{checkpoint}: was written by {written} processes and this run has {world_size}; start it with {written}"
+        )
 
 
 def refuse_another_run(run: RunFile) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import refiner_ds
-from refiner_ds.training.checkpoints import write_atomically
+from refiner_ds.training.checkpoint_files import write_atomically
 from refiner_ds.training.console import Console, log, write_logs
 from refiner_ds.training.loop import FINISHED, Training
 from refiner_ds.training.preparation import Preparation

@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.training.checkpoints import faults
+from refiner_ds.training.checkpoint_files import faults
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refiner_ds.train import main
-from refiner_ds.training.checkpoints import read_state
+from refiner_ds.training.checkpoint_files import read_state
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, run
 from tests.training.test_resume import arguments
@@ -83,7 +83,7 @@ def broken_data(folder: Path) -> dict[str, tuple[list[str], str]]:
         "missing folder": (["--set", f"refiner.data.train={folder}/no"], f"{folder}/no: no such folder"),
         "empty folder": (["--set", f"refiner.data.train={empty}"], f"{empty}: "),
         "no index": (["--set", f"refiner.data.train={bare}"], "index"),
-        "unwritable": (["--set", f"refiner.run.output={file}"], f"{file} is not a folder"),
+        "unwritable": (["--set", f"refiner.run.output={file}"], f"({file}: not a directory)"),
         "model name": (["--set", "refiner.model.name=refiner_vit_x"], "did you mean refiner_vit_"),
         "another model": (["--set", "refiner.model.name=resnet18"], "refiner.model"),
         "patch": (["--set", "refiner.model.img_size=30"], "refiner.model: "),

@@ -40,6 +40,10 @@ class Clone:
         ranks = {key.removeprefix("r"): value for key, value in how.items() if key != "reduce"}
         (self.output / "behaviour.json").write_text(json.dumps({**ranks, "reduce": how.get("reduce", False)}))
 
+    def train_for_real(self) -> None:
+        """Put training itself where the double is."""
+        shutil.copy(ROOT / "refiner_ds/train.py", self.root / "refiner_ds/train.py")
+
     def command(self, *words: str) -> tuple[str, ...]:
         """``python <root>/launch/submit.py …`` with its results under ``output``."""
         place = ("--set", f"refiner.run.output={self.output}")

@@ -7,18 +7,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    free_port = probe.getsockname()[1]
-os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port))
 
 import deepspeed
 import torch
 from torch.nn.functional import mse_loss
 
+from refiner_ds.training.world import join, leave
 from tests.models.small import BOX, PAPER, RANDOM, RELEASED, differences, pictures, small_model, training_step
 
 STEPS = 3
@@ -105,7 +99,7 @@ def initialisation() -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    join()
     results = {
         "recompute": recompute(),
         "fp32 loop": plain_losses(),
@@ -114,4 +108,4 @@ if __name__ == "__main__":
         "init": initialisation(),
     }
     print("RESULT " + json.dumps(results))
-    torch.distributed.destroy_process_group()
+    leave()

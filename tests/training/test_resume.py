@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from refiner_ds.training.checkpoints import faults, read_state
+from refiner_ds.training.checkpoint_files import faults, read_state
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, torchrun
 

@@ -17,8 +17,8 @@ from tests.training.launched import ROOT, run
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 RECIPE = {
     "refiner.model.depth": "2", "refiner.model.embed_dim": "32", "refiner.model.num_heads": "2",
-    "refiner.recipe.epochs": "12", "refiner.recipe.lr": "5e-3", "refiner.recipe.mix_token": "true",
-    "refiner.recipe.hflip": "0.5", "refiner.recipe.auto_augment": "rand-m5-mstd0.5-inc1",
+    "refiner.recipe.epochs": "24", "refiner.recipe.lr": "3e-3", "refiner.recipe.mix_token": "true",
+    "refiner.recipe.hflip": "0.5", "refiner.recipe.label_smoothing": "0",
     "refiner.data.score_maps": "true", "train_batch_size": "24",
 }  # fmt: skip
 
