@@ -17,9 +17,10 @@ from tests.training.launched import ROOT, run
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 RECIPE = {
     "refiner.model.depth": "2", "refiner.model.embed_dim": "32", "refiner.model.num_heads": "2",
-    "refiner.recipe.epochs": "24", "refiner.recipe.lr": "3e-3", "refiner.recipe.mix_token": "true",
+    "refiner.recipe.epochs": "50", "refiner.recipe.lr": "2e-3", "refiner.recipe.mix_token": "true",
     "refiner.recipe.hflip": "0.5", "refiner.recipe.label_smoothing": "0",
-    "refiner.data.score_maps": "true", "train_batch_size": "24",
+    "refiner.data.score_maps": "true", "train_batch_size": "24", "refiner.run.eval_epochs": "60",
+    "refiner.run.checkpoint_epochs": "60",
 }  # fmt: skip
 
 
