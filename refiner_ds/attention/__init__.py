@@ -2,11 +2,15 @@
 
     reference.py   the paper's equations            norms.py       batch norm in fp32, counted once a step
     composed.py    the plain composition            parameters.py  what a refiner is made of
+    lean.py        without the expanded maps        folding.py     norms folded for inference
     choose.py      attend, refine, plain: what models call
+
+Lean is built of tiles.py and moments.py, and a file for each case that lean.py lists.
 """
 
-from refiner_ds.attention.choose import WAYS, attend, plain, refine, way_chosen
+from refiner_ds.attention.choose import WAYS, attend, plain, refine, set_keep, way_chosen
 from refiner_ds.attention.composed import make_map, refined_map
+from refiner_ds.attention.folding import fold_refiner
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
 from refiner_ds.attention.parameters import (
     CONSTRAINTS,
@@ -32,6 +36,7 @@ __all__ = [
     "Scores",
     "attend",
     "batch_norm",
+    "fold_refiner",
     "frozen_statistics",
     "kernel_shapes",
     "make_map",
@@ -39,5 +44,6 @@ __all__ = [
     "recompute_aware",
     "refine",
     "refined_map",
+    "set_keep",
     "way_chosen",
 ]

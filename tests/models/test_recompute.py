@@ -40,7 +40,9 @@ def test_randomness_is_really_on_in_these_tests():
 
 
 @pytest.mark.parametrize("unit", ["pair", "block", "refiner"])
-def test_each_unit_keeps_fewer_bytes_for_backward(unit):
+def test_each_unit_keeps_fewer_bytes_for_backward(unit, monkeypatch):
+    monkeypatch.setenv("REFINER_ATTENTION", "reference")  # lean attention leaves little to save at this size
+
     def kept(**checkpointing) -> int:
         model = small_model(**RELEASED).train()
         if checkpointing:

@@ -1,0 +1,113 @@
+"""The way "lean": which cases it knows, and what computes each. No expanded map is kept, or ever whole.
+
+    BottleneckRefiner in training                  lean_bottleneck.py    keeps A, and two stacks if told to
+    LinearRefiner                                  lean_linear.py        keeps q, k, v and a row statistic, or A and v
+    FoldedRefiner, BottleneckRefiner evaluating    lean_inference.py     keeps nothing
+    a freshly made map                             lean_map.py           keeps q, k and a row statistic
+
+The plain composition knows the rest: kernels over the patch grid, gradients of a bottleneck in evaluation, norms of
+which some train and some do not, and whatever torch.compile and exporters trace.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from refiner_ds.attention.folding import fold_refiner
+from refiner_ds.attention.lean_bottleneck import refine_in_training
+from refiner_ds.attention.lean_inference import refine_folded
+from refiner_ds.attention.lean_linear import refine_linear
+from refiner_ds.attention.lean_map import make_map
+from refiner_ds.attention.parameters import (
+    BottleneckRefiner,
+    FoldedRefiner,
+    LinearRefiner,
+    LocalKernels,
+    Refiner,
+    Scores,
+)
+
+__all__ = ["KEEPS", "knows", "knows_maps", "refine", "stacks_or_map"]
+
+KEEPS = ("auto", "map", "stacks")
+
+# A network has up to this many bottlenecks at once in a forward pass, and their stacks may take a quarter of memory.
+STACKS_SHARE = 1 / (4 * 16)
+
+
+def knows_maps() -> bool:
+    """Whether making a map can be lean here: not while a compiler or an exporter traces."""
+    return not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export())
+
+
+def knows(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner) -> bool:
+    """Whether :func:`refine` computes this case."""
+    if not knows_maps() or refiner.local.constraint != "none":
+        return False
+    if isinstance(refiner, LinearRefiner):
+        return True
+    if isinstance(refiner, BottleneckRefiner):
+        modes = {norm.training for norm in (refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H)}
+        if modes == {True}:
+            return True
+        if len(modes) == 2:
+            return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(attn, value_BHNd, *refiner)))
+
+
+def _tensors(*parts: object) -> list[Tensor]:
+    """Every tensor in these, and in the named tuples among them."""
+    found: list[Tensor] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, LocalKernels):
+            found += part.kernels
+        elif isinstance(part, tuple):
+            found += _tensors(*part)
+    return found
+
+
+def stacks_or_map(keep: str, map_BHNN: Tensor, expanded: int) -> str:
+    """What a bottleneck keeps: ``keep`` itself, or for "auto" the faster stacks wherever memory is plentiful.
+
+    Stacks are kept where those of one layer take at most 1/64 of the device's memory, so that a network's take at
+    most a quarter.
+
+    Raises:
+        ValueError: ``keep`` is none of :data:`KEEPS`.
+    """
+    if keep not in KEEPS:
+        raise ValueError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
+    if keep != "auto":
+        return keep
+    heads = map_BHNN.shape[1]
+    stacks_bytes = map_BHNN.numel() * map_BHNN.element_size() * (heads + expanded) // heads
+    return "stacks" if stacks_bytes <= STACKS_SHARE * _memory_bytes(map_BHNN.device) else "map"
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refine(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner, scale: float, keep: str) -> Tensor:
+    """Refined maps times values, [B, M, N, d], for what :func:`knows` says yes to.
+
+    Args:
+        attn, value_BHNd, refiner, scale: as ``attention.refine`` takes them.
+        keep: one of :data:`KEEPS`; only a bottleneck in training has the choice.
+    """
+    if isinstance(refiner, LinearRefiner):
+        return refine_linear(attn, value_BHNd, refiner, scale)
+    map_BHNN = (make_map(attn) if isinstance(attn, Scores) else attn).to(value_BHNd.dtype)
+    if isinstance(refiner, FoldedRefiner):
+        return refine_folded(map_BHNN, value_BHNd, refiner)
+    if not refiner.norm1_E.training:
+        return refine_folded(map_BHNN, value_BHNd, fold_refiner(refiner, scale))
+    kept = stacks_or_map(keep, map_BHNN, refiner.expand_EH.shape[0])
+    return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept)

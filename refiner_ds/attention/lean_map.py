@@ -1,0 +1,122 @@
+"""Making a map and keeping none of it: queries, keys and each row's log-sum-exp are enough to make it again.
+
+    q, k (+ the map handed on) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out
+                                   └─ backward: exp(scale·QKᵀ − lse), tile by tile, in fp32
+
+The softmax is never taken back out of A as A − scale·A_before: in half precision that difference has no digits left.
+Axes: B batch, H heads, N tokens, d head width; b, R the images and query rows of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refiner_ds.attention.norms import statistics_dtype
+from refiner_ds.attention.parameters import Scores
+from refiner_ds.attention.tiles import Tile, tiles
+
+__all__ = ["make_map", "score_gradients", "softmax_again", "softmax_rows"]
+
+
+def softmax_rows(
+    q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None
+) -> tuple[Tensor, Tensor]:
+    """A tile's rows of softmax(scale·QKᵀ), [b, H, R, N], and their log-sum-exps, [b, H, R]; fp32 or better."""
+    e_bHRN = _logits(q_BHNd, k_BHNd, scale, tile, rows or tile.rows)
+    most_bHR1 = e_bHRN.amax(-1, keepdim=True)
+    e_bHRN = e_bHRN.sub_(most_bHR1).exp_()
+    sum_bHR1 = e_bHRN.sum(-1, keepdim=True)
+    return e_bHRN.div_(sum_bHR1), sum_bHR1.log_().add_(most_bHR1).squeeze(-1)
+
+
+def softmax_again(
+    q_BHNd: Tensor, k_BHNd: Tensor, lse_BHN: Tensor, scale: float, tile: Tile, rows: slice | None = None
+) -> Tensor:
+    """The same rows from the log-sum-exps of all, [b, H, R, N]."""
+    rows = rows or tile.rows
+    logits_bHRN = _logits(q_BHNd, k_BHNd, scale, tile, rows)
+    return logits_bHRN.sub_(lse_BHN[tile.images, :, rows, None]).exp_()
+
+
+def score_gradients(
+    softmax_bHRN: Tensor, grad_bHRN: Tensor, q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """What a tile's rows of the softmax's gradient bring: ∂q for those rows [b, H, R, d], ∂k for all [b, H, N, d]."""
+    mean_bHR1 = torch.linalg.vecdot(softmax_bHRN, grad_bHRN).unsqueeze(-1)
+    logits_bHRN = (grad_bHRN - mean_bHR1).mul_(softmax_bHRN).mul_(scale)
+    precision = softmax_bHRN.dtype
+    q_bHRd = q_BHNd[tile.images, :, tile.rows].to(precision)
+    return logits_bHRN @ k_BHNd[tile.images].to(precision), logits_bHRN.mT @ q_bHRd
+
+
+def _logits(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice) -> Tensor:
+    precision = statistics_dtype(q_BHNd.dtype)
+    q_bHRd = q_BHNd[tile.images, :, rows].to(precision) * scale
+    return q_bHRd @ k_BHNd[tile.images].to(precision).mT
+
+
+class _MakeMap(torch.autograd.Function):
+    """(q, k, map handed on or None) to the map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, handed_BHNN: Tensor | None, scale: float, dropout: float, seed: int
+    ) -> Tensor:
+        batch, heads, tokens, _ = q_BHNd.shape
+        precision = statistics_dtype(q_BHNd.dtype)
+        map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
+        lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=precision)
+        with torch.autocast(q_BHNd.device.type, enabled=False):
+            for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
+                rows_bHRN, lse_BHN[tile.images, :, tile.rows] = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+                if handed_BHNN is not None:
+                    rows_bHRN.add_(handed_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
+                if dropout:
+                    rows_bHRN.mul_(_kept(rows_bHRN, dropout, seed + index))
+                map_BHNN[tile.images, :, tile.rows] = rows_bHRN
+        ctx.save_for_backward(q_BHNd, k_BHNd, lse_BHN)
+        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.handed = None if handed_BHNN is None else handed_BHNN.dtype
+        return map_BHNN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHNd, k_BHNd, lse_BHN = ctx.saved_tensors
+        batch, heads, tokens, _ = q_BHNd.shape
+        dq_BHNd = torch.empty_like(q_BHNd)
+        dk_BHNd = torch.zeros_like(k_BHNd, dtype=lse_BHN.dtype)
+        d_handed_BHNN = None if ctx.handed is None else torch.empty_like(grad_BHNN, dtype=ctx.handed)
+        with torch.autocast(q_BHNd.device.type, enabled=False):
+            for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
+                grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(lse_BHN.dtype)
+                if ctx.dropout:
+                    grad_bHRN = grad_bHRN * _kept(grad_bHRN, ctx.dropout, ctx.seed + index)
+                if d_handed_BHNN is not None:
+                    d_handed_BHNN[tile.images, :, tile.rows] = grad_bHRN * ctx.scale
+                softmax_bHRN = softmax_again(q_BHNd, k_BHNd, lse_BHN, ctx.scale, tile)
+                dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, ctx.scale, tile)
+                dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
+                dk_BHNd[tile.images] += dk_bHNd
+        return dq_BHNd, dk_BHNd.to(k_BHNd.dtype), d_handed_BHNN, None, None, None
+
+
+def _kept(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
+    """What dropout multiplies a tile with, drawn again from the same seed in backward."""
+    if dropout >= 1:
+        return torch.zeros_like(like_bHRN)
+    generator = torch.Generator(like_bHRN.device).manual_seed(seed)
+    return torch.empty_like(like_bHRN).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+
+
+def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
+    """As ``composed.make_map``, [B, H, N, N] in the queries' dtype, keeping q, k and the log-sum-exps for backward.
+
+    Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
+    """
+    seed = int(torch.randint(2**62, ())) if scores.dropout else 0
+    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed)

@@ -1,0 +1,146 @@
+"""The lean bottleneck computes what the plain composition does: values, every gradient, statistics, in any tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from refiner_ds import attention
+from refiner_ds.attention import tiles
+from tests.attention.cases import (
+    SCALE,
+    SHAPES,
+    bottleneck,
+    forward_and_backward,
+    leaf,
+    leaves,
+    maps,
+    norms_of,
+    relative_errors,
+    restore,
+    scores,
+    statistics,
+)
+
+TINY_TILES = 3000  # bytes: a row or a few at a time
+
+
+def without_bias3(tensors: list[torch.Tensor], refiner, before: int) -> list[torch.Tensor]:
+    """All but the gradient of the third norm's bias, which is zero: what the plain composition has is rounding."""
+    place = [x is refiner.norm3_H.bias for x in leaves(refiner)].index(True) + before
+    return tensors[:place] + tensors[place + 1 :]
+
+
+@pytest.mark.parametrize("tile_bytes", [TINY_TILES, 2**20])
+@pytest.mark.parametrize("keep", ["map", "stacks"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_gradients_and_statistics_equal_the_plain_composition(shape, keep, tile_bytes, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
+    batch, heads, tokens, ratio, kernel_size = shape
+    attn, value = maps(batch, heads, tokens), leaf(batch, heads, tokens, 5)
+    refiner = bottleneck(heads, ratio, kernel_size)
+    before, direction = statistics(refiner), torch.randn_like(value)
+    truth = forward_and_backward(attn, value, refiner, "reference", direction)
+    expected = statistics(refiner)
+    restore(refiner, before)
+    ours = forward_and_backward(attn, value, refiner, "lean", direction, keep=keep)
+    # Where a norm's variance is small beside its mean both sides round; 1e-12 is met wherever it is not.
+    errors = relative_errors(without_bias3(ours, refiner, 3), without_bias3(truth, refiner, 3))
+    assert max(errors) < 1e-12, errors
+    assert max(relative_errors(statistics(refiner), expected)) < 1e-12
+
+
+def test_the_third_bias_has_no_gradient_at_all():
+    attn, value, refiner = maps(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 2)
+    out = attention.refine(attn, value, refiner, SCALE, way="lean")
+    assert torch.equal(torch.autograd.grad(out.sum(), refiner.norm3_H.bias)[0], torch.zeros(3).double())
+
+
+def test_gradients_pass_gradcheck(monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 200)
+    attn, value, refiner = maps(2, 2, 5), leaf(2, 2, 5, 3), bottleneck(2, 2)
+
+    def refine(*_):
+        return attention.refine(attn, value, refiner, SCALE, way="lean")
+
+    assert torch.autograd.gradcheck(refine, leaves(attn, value, refiner), eps=1e-7, atol=1e-4, rtol=1e-3)
+
+
+def test_tiles_of_any_size_give_the_same_statistics(monkeypatch):
+    attn, value, refiner = maps(3, 3, 10), leaf(3, 3, 10, 5), bottleneck(3, 3)
+    before, found = statistics(refiner), []
+    for tile_bytes in (1, 2000, 20_000, 2**22):
+        monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
+        restore(refiner, before)
+        attention.refine(attn, value, refiner, SCALE, way="lean")
+        found.append(statistics(refiner))
+    assert all(max(relative_errors(one, found[0])) < 1e-13 for one in found[1:])
+
+
+def test_a_recomputed_pass_is_not_counted():
+    attn, value, refiner = maps(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 3)
+    run = attention.recompute_aware(lambda: attention.refine(attn, value, refiner, SCALE, way="lean"))
+    first, before = run(), statistics(refiner)
+    assert [one.batches.item() for one in norms_of(refiner)] == [1] * 4
+    assert torch.equal(run(), first)
+    assert all(torch.equal(*pair) for pair in zip(statistics(refiner), before, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_it_changes_no_bit(reentrant):
+    attn, value, refiner = maps(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 3)
+    before, direction = statistics(refiner), torch.randn_like(value)
+    plain = forward_and_backward(attn, value, refiner, "lean", direction)
+    counted = statistics(refiner)
+    restore(refiner, before)
+    function = attention.recompute_aware(lambda a, v: attention.refine(a, v, refiner, SCALE, way="lean"))
+    out = torch.utils.checkpoint.checkpoint(function, attn, value, use_reentrant=reentrant)
+    out.backward(direction)
+    again = [out.detach(), *(tensor.grad for tensor in leaves(attn, value, refiner))]
+    assert all(torch.equal(*pair) for pair in zip(again, plain, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(statistics(refiner), counted, strict=True))
+
+
+def test_queries_and_keys_may_take_the_place_of_a_map():
+    pair, value, refiner = scores(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 3)
+    before, direction = statistics(refiner), torch.randn_like(value)
+    truth = forward_and_backward(pair, value, refiner, "reference", direction)
+    restore(refiner, before)
+    ours = forward_and_backward(pair, value, refiner, "lean", direction)
+    assert max(relative_errors(without_bias3(ours, refiner, 4), without_bias3(truth, refiner, 4))) < 1e-12
+
+
+def half_precision_errors(way: str) -> list[float]:
+    """The output's and every gradient's error under bf16 autocast, against float64 on the same rounded inputs."""
+    attn, value, refiner = _like(maps(2, 6, 40)), _like(leaf(2, 6, 40, 8)), bottleneck(6, 3)
+    direction = torch.randn_like(value).bfloat16().double()
+    truth = forward_and_backward(attn, value, refiner, "reference", direction)
+    single = _like(refiner, to=torch.float32)
+    halves = _like(attn, to=torch.bfloat16), _like(value, to=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = forward_and_backward(*halves, single, way, direction)
+    assert half[0].dtype == half[1].dtype == torch.bfloat16
+    pairs = zip(without_bias3(half, single, 3), without_bias3(truth, refiner, 3), strict=True)
+    return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
+
+
+def test_half_precision_errs_less_than_plain_autocast():
+    """Averaged over draws: in one draw a gate that flips can decide either way."""
+    errors = {}
+    for way in ("reference", "lean"):
+        torch.manual_seed(0)
+        errors[way] = torch.tensor([half_precision_errors(way) for _ in range(6)]).mean(0)
+    assert (errors["lean"] < errors["reference"]).all(), errors["lean"] / errors["reference"]
+
+
+def _like(part, through: torch.dtype = torch.bfloat16, to: torch.dtype = torch.float64):
+    """A tensor, or the tensors of a named tuple, as new leaves; tensors by themselves are rounded first."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().to(through).to(to).requires_grad_()
+    made = []
+    for inner in part:
+        if isinstance(inner, torch.Tensor) and inner.is_floating_point():
+            inner = inner.detach().to(to).requires_grad_(inner.requires_grad)
+        made.append(_like(inner, through, to) if isinstance(inner, tuple) and not isinstance(inner, str) else inner)
+    return type(part)(*made) if hasattr(part, "_fields") else tuple(made)

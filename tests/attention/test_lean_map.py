@@ -1,0 +1,72 @@
+"""Maps made leanly: the plain composition's numbers, dropout that repeats itself, and gradients without a map kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refiner_ds import attention
+from refiner_ds.attention import tiles
+from tests.attention.cases import leaf, leaves, maps, relative_errors, scores
+
+
+@pytest.mark.parametrize("tile_bytes", [1000, 2**20])
+@pytest.mark.parametrize("handed_on", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4, 9), (1, 3, 12)])
+def test_maps_and_gradients_equal_the_plain_composition(shape, handed_on, tile_bytes, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
+    pair, value, handed = scores(*shape), leaf(*shape, 5), maps(*shape) if handed_on else None
+    directions = torch.randn_like(value), torch.randn(*shape, shape[2]).double()
+    results = []
+    for way in ("lean", "reference"):
+        out = attention.attend(pair, value, handed, way=way)
+        results.append([*out, *torch.autograd.grad(out, leaves(pair, value, handed), directions)])
+    assert max(relative_errors(*results)) < 1e-12
+
+
+def test_gradients_pass_gradcheck(monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 100)
+    pair, value, handed = scores(2, 2, 4), leaf(2, 2, 4, 5), maps(2, 2, 4)
+    inputs = leaves(pair, value, handed)
+    assert torch.autograd.gradcheck(lambda *_: attention.attend(pair, value, handed, way="lean"), inputs)
+
+
+def test_dropout_passes_gradients_where_it_kept_entries_and_only_there(monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 1000)
+    pair, value, handed = scores(2, 3, 9, dropout=0.25), leaf(2, 3, 9, 5), maps(2, 3, 9)
+    _, made = attention.attend(pair, value, handed, way="lean")
+    kept = (made != 0).double()
+    assert 0.6 < kept.mean() < 0.9
+    whole = attention.attend(pair._replace(dropout=0.0), value, handed, way="lean")[1]
+    torch.testing.assert_close(made, whole * kept / 0.75)
+    direction = torch.randn_like(made)
+    ours = torch.autograd.grad(made, leaves(pair, handed), direction)
+    truth = torch.autograd.grad(whole, leaves(pair, handed), direction * kept / 0.75)
+    for one, other in zip(ours, truth, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_dropout_of_everything_leaves_nothing():
+    assert not attention.attend(scores(1, 2, 5, dropout=1.0), leaf(1, 2, 5, 5), way="lean")[1].any()
+
+
+def test_dropout_follows_the_global_generator():
+    pair, value = scores(2, 3, 9, dropout=0.5), leaf(2, 3, 9, 5)
+    first, again, other = (
+        attention.attend(pair, value, way="lean")[1] for seed in (1, 1, 2) if torch.manual_seed(seed)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_residual_map_in_half_precision_keeps_the_softmaxs_own_gradients():
+    """With 40 keys and a handed-on map of ones the softmax is lost in A's last bits; its gradients must not be."""
+    q, k, value = (torch.randn(1, 2, 40, 8).bfloat16() for _ in range(3))
+    handed = torch.ones(1, 2, 40, 40).bfloat16()
+    direction = torch.randn(1, 2, 40, 40)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        pair = attention.Scores(q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), 8**-0.5)
+        made = attention.attend(pair, value.to(dtype), handed.to(dtype), way="lean")[1]
+        gradients.append(torch.autograd.grad(made, pair[:2], direction.bfloat16().to(dtype)))
+    for half, exact in zip(*gradients, strict=True):
+        assert ((half.double() - exact).norm() / exact.norm()).item() < 0.01
