@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,13 +68,15 @@ def test_one_signalled_rank_makes_all_save_and_leave_and_the_same_command_goes_o
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run, "train")) >= 3, process)
         os.kill(pid_of_rank(run, 1), signal.SIGUSR2)
         out, err = process.communicate(timeout=120)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert "asked to stop: saved step" in out and "exitcode  : 75" in err, out + err
     stopped_at = read_state(newest(run)).step
     assert 3 <= stopped_at < 30
