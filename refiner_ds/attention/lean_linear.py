@@ -86,9 +86,9 @@ class _Refine(torch.autograd.Function):
 
 
 def _cut(value_BHNd: Tensor, kernel: Tensor) -> list[Tile]:
-    """Tiles for the maps that go in and those that come out."""
+    """Tiles for the maps that go in or come out, whichever are more."""
     batch, heads, tokens, _ = value_BHNd.shape
-    return list(tiles(batch, tokens, heads + kernel.shape[0], value_BHNd.device, kernel.shape[-1] // 2))
+    return list(tiles(batch, tokens, max(heads, kernel.shape[0]), value_BHNd.device, kernel.shape[-1] // 2))
 
 
 def _gradients(

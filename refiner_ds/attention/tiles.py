@@ -22,7 +22,7 @@ __all__ = ["Tile", "convolve", "kernel_gradient", "tiles"]
 
 # Bytes of one expanded tile in fp32. On CPU a few of them should stay in the second-level cache and its neighbour; on
 # GPU they should be large enough for the kernels to fill the card.
-CPU_TILE_BYTES = 3 * 2**19
+CPU_TILE_BYTES = 2**21
 GPU_TILE_BYTES = 2**29
 
 

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from importlib import import_module
 
 # Name -> module with main(argv); imported only when asked for, since each brings its own weight.
-BENCHMARKS = {"loader": "refiner_ds.benchmark.loader", "model": "refiner_ds.benchmark.model"}
+BENCHMARKS = {
+    "attention": "refiner_ds.benchmark.attention",
+    "loader": "refiner_ds.benchmark.loader",
+    "model": "refiner_ds.benchmark.model",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,277 @@
+"""What one layer of refined attention costs, each way of computing it side by side, in one run.
+
+    python -m refiner_ds.benchmark attention [--tokens 50 197 577] [--dtype bf16] [--plot attention.png]
+
+    linear        queries and keys to refined A·V: the paper's refiner
+    bottleneck    a map to refined A·V: the released one; lean keeps the map, or also two stacks
+    attention     softmax attention without a refiner, by PyTorch's fused kernel
+
+prints milliseconds an image, MiB kept for backward by one more image, and the error against float64 on the same
+inputs, with ratios to the plain composition; and draws memory and time against the number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from refiner_ds import attention
+from refiner_ds.attention import BottleneckRefiner, LinearRefiner, LocalKernels, Norm, Refiner, Scores
+from refiner_ds.benchmark.measure import best_seconds, kept_bytes
+
+__all__ = ["Row", "Setting", "main", "measure"]
+
+# Case -> its ways: (label, way, what is kept). The first is the unit of the ratios.
+CASES: dict[str, list[tuple[str, str, str]]] = {
+    "linear": [("reference", "reference", "auto"), ("lean", "lean", "auto")],
+    "bottleneck": [
+        ("reference", "reference", "auto"),
+        ("lean, stacks", "lean", "stacks"),
+        ("lean, map", "lean", "map"),
+    ],
+    "attention": [("fused softmax", "", "")],
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIB = 2**20
+
+
+@dataclass
+class Row:
+    """One way's figures for one case and number of tokens; errors are of the output and the worst gradient."""
+
+    tokens: int
+    case: str
+    way: str
+    training_ms: float
+    evaluation_ms: float
+    kept_mib_image: float
+    output_error: float
+    gradient_error: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: images a step, heads and their width, expansion, where, and how precisely (bf16: autocast)."""
+
+    batch: int = 4
+    heads: int = 12
+    width: int = 32
+    ratio: int = 3
+    device: str = "cpu"
+    dtype: str = "fp32"
+
+    def precision(self) -> AbstractContextManager:
+        """Autocast, when asked for."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16")
+
+
+class Layer(nn.Module):
+    """The weights of one layer and its inputs for ``tokens`` tokens, all drawn from one seed."""
+
+    def __init__(self, setting: Setting, tokens: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        heads, wide = setting.heads, setting.heads * setting.ratio
+        self.setting, self.scale = setting, setting.width**-0.5
+        shape = (setting.batch, heads, tokens, setting.width)
+        self.inputs = [torch.randn(shape).to(DTYPES[setting.dtype]) for _ in range(3)]
+        self.expand = nn.Parameter(torch.randn(wide, heads) / heads**0.5)
+        self.kernel = nn.Parameter(torch.randn(wide, 1, 3, 3) / 3)
+        self.project = nn.Parameter(torch.randn(heads, wide) / wide**0.5)
+        self.norms = nn.ModuleList(attention.BatchNorm(count) for count in (wide, wide, heads, heads))
+        self.to(setting.device)
+
+    def refiner(self, case: str) -> Refiner:
+        """The weights as the operator takes them."""
+        local = LocalKernels((self.kernel,), "none", (1, 1))
+        if case == "linear":
+            return LinearRefiner(self.expand, local, self.project)
+        norms: list[Norm] = [cast(attention.BatchNorm, norm).parameters_now() for norm in self.norms]
+        return BottleneckRefiner(self.expand, norms[0], local, norms[1], self.project, norms[2], norms[3])
+
+    def leaves(self, case: str, images: int) -> list[Tensor]:
+        """Fresh inputs that want gradients: q, k, v, or for a bottleneck the map and v."""
+        dtype = self.expand.dtype if self.setting.dtype == "fp32" else DTYPES[self.setting.dtype]
+        q_BHNd, k_BHNd, v_BHNd = (x[:images].to(self.setting.device, dtype) for x in self.inputs)
+        if case == "bottleneck":
+            map_BHNN = attention.make_map(Scores(3 * q_BHNd, k_BHNd, self.scale))
+            return [x.detach().requires_grad_() for x in (map_BHNN, v_BHNd)]
+        return [x.requires_grad_() for x in (q_BHNd.clone(), k_BHNd.clone(), v_BHNd.clone())]
+
+    def compute(self, case: str, way: str, keep: str, inputs: list[Tensor]) -> Tensor:
+        """A·V, refined or not."""
+        *source, v_BHNd = inputs
+        if case == "bottleneck":
+            return attention.refine(source[0], v_BHNd, self.refiner(case), self.scale, way, keep)
+        scores = Scores(source[0], source[1], self.scale)
+        if case == "attention":
+            return attention.plain(scores, v_BHNd)
+        return attention.refine(scores, v_BHNd, self.refiner(case), way=way)
+
+
+def _train(layer: Layer, case: str, way: str, keep: str, inputs: list[Tensor]) -> list[Tensor]:
+    """The output and all gradients."""
+    layer.train()
+    with layer.setting.precision():
+        out = layer.compute(case, way, keep, inputs)
+    weights = [] if case == "attention" else [layer.expand, layer.kernel, layer.project]
+    direction = torch.cos(torch.arange(out.numel(), device=out.device)).view_as(out).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [*inputs, *weights], direction)]
+
+
+@torch.no_grad()
+def _evaluate(layer: Layer, case: str, way: str, keep: str, inputs: list[Tensor]) -> Tensor:
+    layer.eval()
+    with layer.setting.precision():
+        return layer.compute(case, way, keep, inputs)
+
+
+def _keep(layer: Layer, case: str, way: str, keep: str, images: int) -> int:
+    inputs = layer.leaves(case, images)
+    layer.train()
+    with layer.setting.precision():
+        return kept_bytes(lambda: layer.compute(case, way, keep, inputs), layer)
+
+
+def _errors(setting: Setting, tokens: int) -> dict[tuple[str, str], list[float]]:
+    """Error over size of output and gradients for each case and way, by root mean squares, against float64."""
+    found = {}
+    few = Setting(2, setting.heads, setting.width, setting.ratio, setting.device, setting.dtype)
+    exact = Layer(Setting(2, setting.heads, setting.width, setting.ratio, setting.device), tokens).double()
+    for case, ways in CASES.items():
+        layer = Layer(few, tokens)
+        inputs = layer.leaves(case, 2)
+        doubles = [x.detach().double().requires_grad_() for x in inputs]
+        truth = _train(exact, case, "reference", "auto", doubles)
+        for label, way, keep in ways:
+            ours = _train(layer, case, way, keep, inputs)
+            pairs = zip(ours, truth, strict=True)
+            found[case, label] = [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
+    return found
+
+
+def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
+    """A row for every case and way at one number of tokens; all are timed in the same interleaved rounds."""
+    device = torch.device(setting.device)
+    layer, errors = Layer(setting, tokens), _errors(setting, tokens)
+    names = [(case, *way) for case, ways in CASES.items() for way in ways]
+    inputs = {case: layer.leaves(case, setting.batch) for case in CASES}
+    seconds = [
+        best_seconds(
+            [partial(step, layer, case, way, keep, inputs[case]) for case, _, way, keep in names], rounds, device
+        )
+        for step in (_train, _evaluate)
+    ]
+    rows = []
+    for (case, label, way, keep), training, evaluation in zip(names, *seconds, strict=True):
+        one, two = (_keep(layer, case, way, keep, images) for images in (1, 2))
+        per_image = 1000 / setting.batch
+        output, *gradients = errors[case, label]
+        kept = (two - one) / MIB
+        rows.append(
+            Row(tokens, case, label, training * per_image, evaluation * per_image, kept, output, max(gradients))
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, time and memory with their ratios to the plain composition of the same case and size."""
+    columns = {"training ms": "training_ms", "evaluation ms": "evaluation_ms", "kept MiB/image": "kept_mib_image"}
+    header = f"{'tokens':>6}  {'case':<11}{'way':<14}" + "".join(f"{title:>24}" for title in columns)
+    lines = [header + f"{'output error':>14}{'gradients':>11}"]
+    for row in rows:
+        unit = next((one for one in rows if (one.tokens, one.case) == (row.tokens, row.case)), row)
+        cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
+        figures = "".join(f"{value:>14.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
+        errors = f"{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
+        lines.append(f"{row.tokens:>6}  {row.case:<11}{row.way:<14}{figures}{errors}")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Kept memory and training time of an image against the number of tokens, one line a way, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    colours = {"linear": "tab:blue", "bottleneck": "tab:red", "attention": "tab:gray"}
+    styles = {"reference": "--", "lean, map": ":"}
+    for panel, (field, label) in zip(
+        panels,
+        (("kept_mib_image", "kept for backward, MiB an image"), ("training_ms", "training, ms an image")),
+        strict=True,
+    ):
+        for case, ways in CASES.items():
+            for way, _, _ in ways:
+                points = [(row.tokens, getattr(row, field)) for row in rows if (row.case, row.way) == (case, way)]
+                name = f"{case}, {way}" if case != "attention" else "no refiner, fused softmax"
+                panel.plot(
+                    *zip(*points, strict=True), styles.get(way, "-"), marker="o", color=colours[case], label=name
+                )
+        panel.set(xlabel="tokens N", ylabel=label, xscale="log", yscale="log")
+        sizes = sorted({row.tokens for row in rows})
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and draw; see the head of this file.
+
+    Returns:
+        0, or 2 when an option cannot be.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m refiner_ds.benchmark attention", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[50, 197, 577], help="tokens, class token included")
+    parser.add_argument("--batch", type=int, default=4, help="images a step")
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--width", type=int, default=32, help="of a head")
+    parser.add_argument("--ratio", type=int, default=3, help="expanded maps a head")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the best of each way counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 runs under autocast")
+    parser.add_argument("--plot", type=Path, default=Path("attention.png"), help="where the picture goes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    given = parser.parse_args(argv)
+    if min(given.batch, given.heads, given.width, given.ratio, given.rounds) < 1 or min(given.tokens) < 2:
+        print("error: --batch, --heads, --width, --ratio and --rounds must be 1 or more, --tokens 2", file=sys.stderr)
+        return 2
+    if not given.plot.absolute().parent.is_dir():
+        print(f"error: --plot {given.plot}: its folder does not exist", file=sys.stderr)
+        return 2
+    setting = Setting(given.batch, given.heads, given.width, given.ratio, given.device, given.dtype)
+    on_cpu = torch.device(given.device).type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
+    rows = [row for tokens in sorted(set(given.tokens)) for row in measure(setting, tokens, given.rounds)]
+    clock = "CPU time, one thread" if on_cpu else "elapsed time"
+    title = (
+        f"{setting.batch} images, {setting.heads} heads of {setting.width}, r = {setting.ratio}, {setting.dtype}, "
+        f"{setting.device}, {clock}"
+    )
+    draw(rows, given.plot, title)
+    if given.json:
+        print(json.dumps({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}))
+    else:
+        print(f"{title}; errors against float64\n{table(rows)}\n{given.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

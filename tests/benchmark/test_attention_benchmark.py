@@ -1,0 +1,54 @@
+"""The attention benchmark prints and draws every way side by side, and refuses in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from refiner_ds.benchmark.__main__ import main
+from refiner_ds.benchmark.attention import CASES, Row, table
+
+SMALL = ["attention", "--tokens", "9", "17", "--batch", "2", "--heads", "2", "--width", "4", "--rounds", "1"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_way_gets_every_figure_and_a_picture(dtype, tmp_path, capsys):
+    assert main([*SMALL, "--dtype", dtype, "--device", "cpu", "--plot", str(tmp_path / "a.png"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    ways = [(case, label) for case, ways in CASES.items() for label, _, _ in ways]
+    assert [(row["tokens"], row["case"], row["way"]) for row in rows] == [(n, *way) for n in (9, 17) for way in ways]
+    for row in rows:
+        assert row["training_ms"] > 0 and row["evaluation_ms"] > 0 and row["kept_mib_image"] > 0
+        assert 0 < row["output_error"] < (1e-5 if dtype == "fp32" else 0.05)
+    kept = {(row["case"], row["way"]): row["kept_mib_image"] for row in rows if row["tokens"] == 17}
+    assert kept["linear", "lean"] < kept["linear", "reference"] / 3
+    assert kept["bottleneck", "lean, map"] < kept["bottleneck", "lean, stacks"] < kept["bottleneck", "reference"] / 2
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 800
+
+
+def test_the_table_gives_ratios_to_the_plain_composition_of_the_same_size():
+    rows = [
+        Row(9, "linear", "reference", 4.0, 2.0, 8.0, 1e-7, 1e-6),
+        Row(9, "linear", "lean", 1.0, 1.0, 1.0, 2e-7, 3e-6),
+        Row(17, "linear", "reference", 8.0, 4.0, 16.0, 1e-7, 1e-6),
+    ]
+    lines = table(rows).splitlines()
+    for figure in ("0.25 x", "0.50 x", "0.12 x", "2.0e-07", "3.0e-06"):
+        assert figure in lines[2]
+    assert lines[1].count("1.00 x") == lines[3].count("1.00 x") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rounds", "0"], "--batch, --heads, --width, --ratio and --rounds must be 1 or more, --tokens 2"),
+        (["--tokens", "1"], "--batch, --heads, --width, --ratio and --rounds must be 1 or more, --tokens 2"),
+        (["--plot", "/nowhere/a.png"], "--plot /nowhere/a.png: its folder does not exist"),
+    ],
+)
+def test_refusals_are_one_sentence(options, sentence, capsys):
+    assert main(["attention", *options]) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
