@@ -3,7 +3,7 @@
     x ── x + gain·drop_path(attn(norm(x / gain))) ── x + gain·drop_path(mlp(norm(x / gain))) ──>
 
 The released models have gain 2 and a learned scale behind the MLP, a plain ViT gain 1 and none.
-Axes: B batch, H heads, E maps that multiply values, N tokens, D width.
+Axes: B batch, H heads, E maps that multiply values, N tokens, D width, M hidden width of the MLP.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+from refiner_ds.models.lean_mlp import gelu_linear_scale
 
 __all__ = ["Block", "ScaledMlp"]
 
@@ -36,7 +38,11 @@ class ScaledMlp(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D]."""
-        x_BND = self.fc2(self.drop(F.gelu(self.fc1(x_BND))))
+        hidden_BNM = self.fc1(x_BND)
+        dropping = self.training and self.drop.p > 0
+        if torch.is_grad_enabled() and not dropping and not torch.compiler.is_compiling():
+            return gelu_linear_scale(hidden_BNM, self.fc2.weight, self.fc2.bias, self.scale_channel)
+        x_BND = self.fc2(self.drop(F.gelu(hidden_BNM)))
         return self.drop(x_BND if self.scale_channel is None else x_BND * self.scale_channel)
 
 

@@ -1,13 +1,16 @@
 """What the lean way keeps for backward, counted by autograd's own hooks: as its formulas say, and small.
 
-Counts are of one more image, since what does not grow with the batch is a matter of weights.
+Counts are of one more image, since what does not grow with the batch is a matter of weights. A network's is exact from
+few blocks: all its pairs of blocks are alike, so two depths tell a pair from the rest.
 """
 
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
+import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
 from refiner_ds.attention import Scores
 from refiner_ds.benchmark.measure import kept_bytes
@@ -16,6 +19,7 @@ from tests.attention.cases import SCALE, bottleneck, leaf, linear
 HEADS, TOKENS, WIDTH, RATIO = 12, 50, 32, 3
 ENTRIES = HEADS * TOKENS**2  # h, for one image
 VECTORS = HEADS * TOKENS * WIDTH
+MIB = 2**20
 
 
 def per_image(forward) -> float:
@@ -53,3 +57,37 @@ def test_a_map_making_block_keeps_one_map():
         return attention.attend(Scores(q, k, SCALE), v, handed, way="lean")
 
     assert per_image(forward) == 2 * ENTRIES + 3 * 2 * VECTORS + 4 * HEADS * TOKENS
+
+
+def per_image_of_model(name: str, size: int, depth: int, keep: str) -> float:
+    """MiB kept for one more image by a training forward under bf16 autocast, without checkpointing."""
+    model = timm.create_model(name, img_size=size, depth=depth).train()
+
+    def forward(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(torch.zeros(batch, 3, size, size))
+
+    attention.set_keep(keep)
+    try:
+        return (kept_bytes(lambda: forward(2), model) - kept_bytes(lambda: forward(1), model)) / MIB
+    finally:
+        attention.set_keep("auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "keep", "blocks_mib", "model_mib"),
+    [
+        ("refiner_vit_s", 224, "map", 42, 52),
+        ("refiner_vit_s", 224, "stacks", 70, 80),
+        ("refiner_vit_l", 448, "map", 0.62 * 1024, 0.66 * 1024),
+        ("refiner_vit_l", 448, "stacks", 1.80 * 1024, 1.85 * 1024),
+    ],
+)
+def test_released_models_keep_little_more_than_plain_ones(name, size, keep, blocks_mib, model_mib, monkeypatch):
+    monkeypatch.delenv("REFINER_ATTENTION", raising=False)
+    two, four = (per_image_of_model(name, size, depth, keep) for depth in (2, 4))
+    blocks = (16 if name == "refiner_vit_s" else 32) / 2 * (four - two)
+    stem_and_heads = two - (four - two)
+    print(f"{name} {size} {keep}: blocks {blocks:.1f} MiB, with stem and heads {blocks + stem_and_heads:.1f} MiB")
+    assert blocks < blocks_mib
+    assert blocks + stem_and_heads < model_mib

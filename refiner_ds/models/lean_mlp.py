@@ -1,0 +1,59 @@
+"""The second half of an MLP, keeping its input alone for backward: neither the activation nor the unscaled output.
+
+    h ─ gelu ─ linear ─ · scale ──> out          backward: gelu(h) again; ∂scale from ∂weight, row by row
+
+With z = gᵀ·gelu(h), where g is the gradient of out, ∂weight = scale·z and ∂scale = Σ weight·z + bias·Σ g: the output
+before the scale is not needed.
+Axes: B batch, N tokens, D width, M hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["gelu_linear_scale"]
+
+
+class _GeluLinearScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_BNM: Tensor, weight_DM: Tensor, bias_D: Tensor, scale_D: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden_BNM, weight_DM, bias_D, scale_D)
+        out_BND = F.linear(F.gelu(hidden_BNM), weight_DM, bias_D)
+        return out_BND if scale_D is None else out_BND * scale_D
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_BNM, weight_DM, bias_D, scale_D = ctx.saved_tensors
+        with torch.autocast(grad_BND.device.type, enabled=False):
+            exact_XD = grad_BND.flatten(0, -2)
+            grad_XD = exact_XD.to(hidden_BNM.dtype)
+            d_weight_DM = grad_XD.mT @ F.gelu(hidden_BNM).flatten(0, -2)
+            d_bias_D, d_scale_D = exact_XD.sum(0), None
+            if scale_D is not None:
+                pulled_D = (weight_DM * d_weight_DM.to(scale_D.dtype)).sum(1)
+                d_scale_D = (pulled_D + bias_D * d_bias_D).to(scale_D.dtype)
+                grad_XD = (exact_XD * scale_D).to(hidden_BNM.dtype)
+                d_weight_DM, d_bias_D = d_weight_DM * scale_D[:, None], d_bias_D * scale_D
+            d_gelu_BNM = (grad_XD @ weight_DM).view_as(hidden_BNM)
+            d_hidden_BNM = torch.ops.aten.gelu_backward(d_gelu_BNM, hidden_BNM)
+        return d_hidden_BNM, d_weight_DM.to(weight_DM.dtype), d_bias_D.to(bias_D.dtype), d_scale_D
+
+
+def gelu_linear_scale(hidden_BNM: Tensor, weight_DM: Tensor, bias_D: Tensor, scale_D: Tensor | None) -> Tensor:
+    """``linear(gelu(hidden), weight, bias) * scale``, keeping ``hidden`` and weights for backward.
+
+    Args:
+        hidden_BNM: what the first layer gives, [..., M]; the linear layer runs in its dtype, as under autocast.
+        weight_DM, bias_D: of the linear layer.
+        scale_D: ``None`` leaves the scale out.
+    Returns:
+        [..., D], promoted to the scale's dtype.
+    """
+    dtype = hidden_BNM.dtype
+    return _GeluLinearScale.apply(hidden_BNM, weight_DM.to(dtype), bias_D.to(dtype), scale_D)
