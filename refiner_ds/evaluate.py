@@ -61,7 +61,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     """Load what the options name, evaluate it on all processes of the group, and print the result."""
     from refiner_ds.data.augment import EvalSettings
     from refiner_ds.data.loader import eval_batches
-    from refiner_ds.training.build import build_model
+    from refiner_ds.training.build import build_model, choose_attention
     from refiner_ds.training.checkpoint_files import find_checkpoint, read_state, read_weights
     from refiner_ds.training.evaluation import evaluate
     from refiner_ds.training.preparation import load_index
@@ -73,6 +73,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     if place is None:
         raise DataError(f"{options.place}: its run file has no refiner.data.val; give --data FOLDER")
     index = load_index(place, run)
+    choose_attention(run)
     model = build_model(run, len(index.classes))
     try:
         model.load_state_dict(read_weights(checkpoint, options.weights))

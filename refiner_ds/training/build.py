@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from refiner_ds.attention import set_keep
 from refiner_ds.config import RunFile
 from refiner_ds.errors import ConfigError
 from refiner_ds.models import RefinedViT  # importing it registers the names with timm
 
 # The run file's words for what timm's models take; every other key of refiner.model has the same name there.
 TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
+
+
+def choose_attention(run: RunFile) -> None:
+    """Let this process compute refined attention as the run file says; $REFINER_ATTENTION has the last word."""
+    keys = run.refiner.model
+    if keys.attention is not None:
+        os.environ.setdefault("REFINER_ATTENTION", keys.attention)
+    set_keep(keys.keep)
+
+
+@contextmanager
+def plain_composition() -> Iterator[None]:
+    """Inside, refined attention is composed plainly, as the equations stand."""
+    chosen = os.environ.get("REFINER_ATTENTION")
+    os.environ["REFINER_ATTENTION"] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop("REFINER_ATTENTION")
+        if chosen is not None:
+            os.environ["REFINER_ATTENTION"] = chosen
 
 
 def build_model(run: RunFile, num_classes: int) -> RefinedViT:
@@ -32,7 +57,7 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
         raise ConfigError(f"{run.path}: refiner.model.name {keys.name} does not exist; {hint}")
     options = {
         TIMM_NAMES.get(key, key): value
-        for key, value in keys.model_dump(exclude={"name", "checkpointing"}).items()
+        for key, value in keys.model_dump(exclude={"name", "attention", "keep", "checkpointing"}).items()
         if value is not None and not (isinstance(value, float) and value == 0)
     }
     options["num_classes"] = keys.num_classes or num_classes
@@ -54,8 +79,11 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def training_flops(run: RunFile, num_classes: int) -> int:
-    """Floating-point operations of one image's forward and backward (twice the forward's), counted on shapes alone."""
-    with torch.device("meta"):
+    """Floating-point operations of one image's forward and backward (twice the forward's), counted on shapes alone.
+
+    Those of the plain composition, whichever way is going to be taken: recomputation is no use to anybody.
+    """
+    with plain_composition(), torch.device("meta"):
         model = build_model(run, num_classes).train()
         side = run.refiner.model.img_size
         # Two images and halving: batch norms and mix-token want more than one.
