@@ -23,7 +23,7 @@ from tests.attention.cases import (
     statistics,
 )
 
-TINY_TILES = 3000  # bytes: a row or a few at a time
+TINY_TILES = 300  # bytes: a few rows at a time
 
 
 def without_bias3(tensors: list[torch.Tensor], refiner, before: int) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from refiner_ds.attention import tiles
 from tests.attention.cases import SCALE, SHAPES, bottleneck, leaf, maps, relative_errors, statistics
 
 
-@pytest.mark.parametrize("tile_bytes", [1500, 2**20])
+@pytest.mark.parametrize("tile_bytes", [300, 2**20])
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_evaluation_equals_the_plain_composition(shape, folded, tile_bytes, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from refiner_ds import attention
 from refiner_ds.attention import tiles
+from refiner_ds.attention.lean_linear import one_kernel
 from tests.attention.cases import (
     SCALE,
     SHAPES,
@@ -22,7 +23,7 @@ from tests.attention.cases import (
 STEPS = {"whole": {}, "no reduction": {"reduce": False}, "local alone": {"expand": False}}
 
 
-@pytest.mark.parametrize("tile_bytes", [1500, 2**20])
+@pytest.mark.parametrize("tile_bytes", [300, 2**20])
 @pytest.mark.parametrize("source", [maps, scores])
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,3 +88,16 @@ def test_half_precision_errs_no_more_than_plain_autocast():
         assert half[0].dtype == torch.bfloat16
         errors[way] = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(half, truth, strict=True)]
     assert all(ours < theirs for ours, theirs in zip(errors["lean"], errors["reference"], strict=True)), errors
+
+
+def test_the_kernel_is_composed_exactly_under_autocast():
+    refiner = linear(3, 2)
+    single = type(refiner)(
+        refiner.expand_EH.float(),
+        refiner.local._replace(kernels=(refiner.local.kernels[0].float(),)),
+        refiner.reduce_HE.float(),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        kernel, groups = one_kernel(single)
+    assert groups == 1 and kernel.dtype == torch.float32
+    torch.testing.assert_close(kernel.double(), one_kernel(refiner)[0], rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from refiner_ds.attention import tiles
 from tests.attention.cases import leaf, leaves, maps, relative_errors, scores
 
 
-@pytest.mark.parametrize("tile_bytes", [1000, 2**20])
+@pytest.mark.parametrize("tile_bytes", [300, 2**20])
 @pytest.mark.parametrize("handed_on", [False, True])
 @pytest.mark.parametrize("shape", [(3, 4, 9), (1, 3, 12)])
 def test_maps_and_gradients_equal_the_plain_composition(shape, handed_on, tile_bytes, monkeypatch):
@@ -32,7 +32,7 @@ def test_gradients_pass_gradcheck(monkeypatch):
 
 
 def test_dropout_passes_gradients_where_it_kept_entries_and_only_there(monkeypatch):
-    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 1000)
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 300)
     pair, value, handed = scores(2, 3, 9, dropout=0.25), leaf(2, 3, 9, 5), maps(2, 3, 9)
     _, made = attention.attend(pair, value, handed, way="lean")
     kept = (made != 0).double()
