@@ -63,7 +63,7 @@ class ModelKeys(Section):
         None, description="how refined attention is computed; $REFINER_ATTENTION overrides; null: lean where it can"
     )
     keep: Literal["auto", "map", "stacks"] = Field(
-        "auto", description="what lean refiners keep for backward: the map (2 B an entry, bf16) or two stacks too (10 B)"
+        "auto", description="what lean refiners keep for backward: the map, or two stacks too, five times the bytes"
     )
     checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
         "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"
