@@ -5,9 +5,17 @@
     plain    q, k, v ──> A·V                                   a block of a plain ViT
 
 REFINER_ATTENTION, or ``way``, names the way; without either it is "lean", and what lean does not know (lean.py lists
-it) is composed plainly. Lean keeps a fifth or less of the plain composition's bytes. On CPU it is also the faster one
-in fp32 at every size measured, from 50 tokens up; under bf16 autocast with few tokens (up to some 200) the plain
-composition takes less time, and "reference" asks for it where there is memory to spare.
+it) is composed plainly. Lean keeps a quarter to a fiftieth of the plain composition's bytes. Its time on CPU, as a
+ratio to the plain composition (12 heads of 32, r = 3, training, ``python -m refiner_ds.benchmark attention``):
+
+    tokens               50      197     577
+    bottleneck fp32      0.9     0.6     0.3
+    bottleneck bf16      1.8     1.2     0.5
+    linear fp32          1.1     0.4-0.7 0.3
+    linear bf16          1.0     0.7     0.4
+
+The choice does not follow the two cells above 1.1: bf16 autocast on CPU with few tokens is rare, memory is what these
+models lack, and "reference" is there for who has it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     q, k ─ softmax ─> A ─ ∗ W ─> T ─ · V ─> out       W[o,i] = Σ_e reduce[o,e]·kernel[e]·expand[e,i], under autograd
 
-The three linear steps compose to one small dense kernel, whose own gradient autograd carries on to the weights. From
+The three linear steps compose to one small dense kernel, whose own gradient autograd carries on to the weights. By
+arithmetic that pays from r = 3.3 on; by the clock (12 heads, 197 tokens, CPU, fp32) the three plain steps take three
+quarters of its time at r = 1 and twice as long at r = 3. As it keeps the least, it is used at every r. From
 queries and keys, q, k, v, each row's log-sum-exp and W are kept for backward; from a map, the map, v and W.
 Axes: B batch, H heads, M maps that multiply values (E expanded without reduction), N tokens, d head width; b, R the
 images and query rows of a tile.
