@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,8 +56,6 @@ class TrainJob:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes before every TERM, and means nothing here
         os.environ.update(environment_of(task, self.gpus))
         failure = Failure.file(self.run_folder, task.job_id)
-        if task.global_rank == 0:
-            failure.unlink(missing_ok=True)  # of an earlier life of this job
         try:
             from refiner_ds import train
 
@@ -75,8 +73,13 @@ class TrainJob:
 
     def _before_training(self, number: int, frame: FrameType | None) -> None:
         _say(f"{signal.Signals(number).name} before training began")
+        task = submitit.JobEnvironment()
+        failed = Failure.noted(Failure.file(self.run_folder, task.job_id))
+        if failed and failed.life == _life():  # no preemption: srun is ending this task because of that one
+            _say(f"rank {failed.rank} has failed")
+            sys.exit(failed.exit_code)
         # No rank has met the others yet, so none is waiting in a collective and any may speak for all.
-        self._again(submitit.JobEnvironment(), decides=True)
+        self._again(task, decides=True)
 
     def _again(self, task: submitit.JobEnvironment, decides: bool) -> None:
         """Leave so that the job starts again, or with 75 if it had better not."""
@@ -121,6 +124,7 @@ class Failure:
     rank: int
     host: str
     exit_code: int
+    life: int = field(default_factory=lambda: _life())  # which of the job's lives; a requeued job begins another
 
     @staticmethod
     def file(run_folder: str | Path, job_id: str) -> Path:
@@ -128,7 +132,10 @@ class Failure:
         return Path(run_folder, "jobs", f"{job_id}_failure.json")
 
     def note(self, file: Path) -> None:
-        """Write this down unless another task came first."""
+        """Write this down unless another task of this life came first."""
+        before = Failure.noted(file)
+        if before and before.life != self.life:
+            file.unlink(missing_ok=True)
         with contextlib.suppress(FileExistsError), file.open("x") as note:
             json.dump(asdict(self), note)
 
@@ -139,6 +146,10 @@ class Failure:
             return Failure(**json.loads(file.read_text()))
         except (FileNotFoundError, ValueError):  # none, or a task that was killed while it wrote
             return None
+
+
+def _life() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:

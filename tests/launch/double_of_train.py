@@ -4,7 +4,8 @@
 
 ``<output>/behaviour.json`` says how. {"reduce": true}: the ranks meet in an all-reduce first. {"<rank>": […]}:
 one entry an attempt, 0 beyond the list: a number to leave with, or a word: "raise", "hang" (until killed), "saved"
-(75 once it was signalled), "early" (a signal finds no handlers of training yet) or "step" (a new checkpoint, then 75).
+(75 once it was signalled), "early" (a signal finds no handlers of training yet), "late" (3, once the others have
+begun) or "step" (a new checkpoint, then 75).
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def _sum_over_ranks() -> float:
 def _leave(way: int | str, signalled: list[int], latest: Path, attempt: int) -> int:
     if way == "raise":
         raise RuntimeError("the double was asked to crash")
+    if way == "late":
+        time.sleep(2)
+        return 3
     if way == "step":
         latest.write_text(f"step_{attempt:08d}\n")
         return 75

@@ -58,7 +58,7 @@ def test_a_local_job_trains_to_the_end_and_says_how_well(undisturbed: Clone) -> 
 def test_a_complete_run_is_not_submitted_again(undisturbed: Clone) -> None:
     again = undisturbed.submit("--local", *FOUR)
     assert again.returncode == 2
-    assert "this run is complete, 12 steps" in again.stderr
+    assert "is complete: 12 steps" in again.stderr
 
 
 @pytest.mark.slurm

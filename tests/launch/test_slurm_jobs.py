@@ -70,12 +70,20 @@ def test_a_job_runs_what_was_submitted_though_the_clone_is_edited_while_it_waits
 
 
 def test_the_first_task_to_fail_ends_the_job_with_its_exit_code(clone: Clone, slurm: SlurmCluster) -> None:
-    clone.behave(r0=["hang"], r1=["hang"], r2=[3], r3=["hang"])
+    clone.behave(r0=["hang"], r1=["hang"], r2=["late"], r3=["hang"])
     done = clone.submit("--nodes", "4", *CPU, "--wait", env=slurm.env)
     assert done.returncode == 3, done.stdout + done.stderr + clone.logs()
     assert "FAILED, exit code 3, first on rank 2 (node3); log " in done.stdout
     assert done.stdout.strip().endswith("_2_log.out")
     assert set(clone.seen()) == {"0.0", "1.0", "2.0", "3.0"}
+
+
+def test_a_task_ended_because_another_failed_does_not_requeue_the_job(clone: Clone, slurm: SlurmCluster) -> None:
+    """The one that is ended has not begun to train, and would otherwise take the signal for a preemption."""
+    clone.behave(r0=["early"], r1=["late"])
+    done = clone.submit("--nodes", "2", *CPU, "--wait", env=slurm.env)
+    assert "exit code 3, first on rank 1" in done.stdout, done.stdout + done.stderr + clone.logs()
+    assert set(clone.seen()) == {"0.0", "1.0"}
 
 
 def test_a_crash_leaves_its_traceback_in_the_log(clone: Clone, slurm: SlurmCluster) -> None:
