@@ -76,7 +76,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(tree: Path, tmp_path: P
     assert run(tree, tmp_path / "whole") == 0
     slow = (
         "import sys, time; from data_tools import shard; real = shard.write_shard\n"
-        "shard.write_shard = lambda task: (time.sleep(0.03), real(task))[1]\n"
+        "shard.write_shard = lambda task: (time.sleep(0.08), real(task))[1]\n"
         "sys.exit(shard.main(sys.argv[1:]))"
     )
     arguments = [str(tree), str(tmp_path / "out"), "--shard-mb", "0.002", "--processes", "1"]

@@ -6,6 +6,9 @@ import pytest
 
 from tests.training.launched import findings
 
+# Mostly 3e-6; where another order of summation flips one gate of a ReLU6, 2e-4. A wrong scale would be above 0.1.
+NEAR = 1e-3
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
@@ -15,7 +18,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 @pytest.mark.parametrize("stage", range(4))
 def test_two_ranks_in_fp32_train_what_one_plain_loop_trains(found: dict[str, list[float]], stage: int) -> None:
     weights, statistics, *_ = found[f"{stage} fp32"]
-    assert weights < 1e-4 and statistics < 1e-4
+    assert weights < NEAR and statistics < NEAR
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -33,7 +36,7 @@ def test_averages_are_fp32_averages_of_weights_and_statistics(
     case = found[f"{stage} {precision}"]
     assert max(case[4:6]) < 1e-5
     if precision == "fp32":
-        assert max(case[2:4]) < 1e-4
+        assert max(case[2:4]) < NEAR
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
