@@ -41,6 +41,7 @@ def run_processes(script: Path, arguments: list[str], count: int = CPU_PROCESSES
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
+        run_id="refiner_ds",
         nproc_per_node=count,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
