@@ -1,0 +1,113 @@
+"""Where Triton kernels can run, the one place that launches them, and compiling them for a GPU that is not there.
+
+    launch(kernel, grid, *args, **options)    runs it: on a GPU, or in Triton's interpreter on CPU tensors
+    with compile_only(90) as compiled:        inside, launches compile for that architecture and run nothing
+        ...                                   compiled: registers, spilled bytes and shared memory of each
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+__all__ = ["INTERPRETED", "Compiled", "compile_only", "launch", "runs_on"]
+
+# Triton decides when a kernel is defined: TRITON_INTERPRET=1 must have been set by then.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_compiled: dict[str, Compiled] | None = None
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of one kernel, as launched.
+
+    Args:
+        name: the kernel's name and its constants.
+        registers: a thread's.
+        spilled: bytes of a thread's stack; 0 where everything fits into registers.
+        shared: bytes of shared memory a program takes.
+        warps: of a program.
+    """
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of this device."""
+    return device.type == "cuda" or INTERPRETED or _compiled is not None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run ``kernel`` once for every point of ``grid``; ``options`` are its constants and ``num_warps`` and the like."""
+    if _compiled is None:
+        kernel[grid](*args, **options)
+        return
+    made = kernel.warmup(*args, grid=grid, **options)
+    constants = {name: value for name, value in options.items() if name != "num_warps"}
+    name = f"{made.metadata.name} {' '.join(f'{key}={value}' for key, value in constants.items())}"
+    if name not in _compiled:
+        registers, spilled = _resources(made.asm["cubin"])
+        _compiled[name] = Compiled(name, registers, spilled, made.metadata.shared, made.metadata.num_warps)
+
+
+class _AbsentGPU:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(architecture: int) -> Iterator[dict[str, Compiled]]:
+    """Inside, :func:`launch` compiles for an Nvidia architecture (90 is Hopper) and runs nothing; no GPU is needed.
+
+    Results of kernels are left as they were allocated.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    global _compiled
+    if INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
+    before, _compiled = driver._active, {}
+    driver.set_active(_AbsentGPU(architecture))
+    try:
+        yield _compiled
+    finally:
+        _compiled = None
+        driver._active = before
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, of the one kernel in a binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])

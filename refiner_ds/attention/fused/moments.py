@@ -1,0 +1,88 @@
+"""Mean and covariance of attention maps over heads, in one pass over them.
+
+    each program: some positions of one image ──> mean and comoment about that mean ──> combined in float64
+
+Axes: B batch, H heads, N tokens, L positions of a program's step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.tools import at_least_16, mix
+
+__all__ = ["combine", "map_moments"]
+
+POSITIONS = 128  # of a step
+STEPS = 32  # of a program
+
+
+@triton.jit
+def _map_moments(
+    map_BHNN, means_PH, comoments_PHH, heads, positions,
+    PADDED: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    image, part = tl.program_id(0), tl.program_id(1)
+    head_H, offset_L = tl.arange(0, PADDED), tl.arange(0, POSITIONS)
+    start = part * STEPS * POSITIONS
+    count = tl.minimum(positions - start, STEPS * POSITIONS)
+    row_H1 = map_BHNN + (image.to(tl.int64) * heads + head_H[:, None]) * positions
+    # Sums about a value near the mean keep fp32's digits: the mean of the first step is near enough.
+    here_HL = (head_H[:, None] < heads) & (start + offset_L[None, :] < positions)
+    first_HL = tl.load(row_H1 + start + offset_L[None, :], mask=here_HL, other=0.0).to(tl.float32)
+    pilot_H = tl.sum(first_HL, 1) / tl.minimum(count, POSITIONS)
+    sum_H = tl.zeros([PADDED], dtype=tl.float32)
+    square_HH = tl.zeros([PADDED, PADDED], dtype=tl.float32)
+    for step in range(STEPS):
+        place_L = start + step * POSITIONS + offset_L
+        here_HL = (head_H[:, None] < heads) & (place_L[None, :] < positions)
+        map_HL = tl.load(row_H1 + place_L[None, :], mask=here_HL, other=0.0).to(tl.float32)
+        centred_HL = tl.where(here_HL, map_HL - pilot_H[:, None], 0.0)
+        sum_H += tl.sum(centred_HL, 1)
+        square_HH += mix(centred_HL, tl.trans(centred_HL))
+    mean_H = sum_H / count
+    square_HH -= sum_H[:, None] * mean_H[None, :]
+    program = image * tl.num_programs(1) + part
+    tl.store(means_PH + program * PADDED + head_H, pilot_H + mean_H)
+    entry_HH = head_H[:, None] * PADDED + head_H[None, :]
+    tl.store(comoments_PHH + program.to(tl.int64) * PADDED * PADDED + entry_HH, square_HH)
+
+
+def map_moments(map_BHNN: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased covariance of maps over heads, [H] and [H, H], float64.
+
+    Args:
+        map_BHNN: contiguous maps, fp32 or half precision.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    positions, padded = tokens * tokens, at_least_16(heads)
+    parts = triton.cdiv(positions, STEPS * POSITIONS)
+    means_PH = map_BHNN.new_empty(batch * parts, padded, dtype=torch.float32)
+    comoments_PHH = map_BHNN.new_empty(batch * parts, padded, padded, dtype=torch.float32)
+    launch(
+        _map_moments, (batch, parts), map_BHNN, means_PH, comoments_PHH, heads, positions,
+        PADDED=padded, POSITIONS=POSITIONS, STEPS=STEPS, num_warps=4,
+    )  # fmt: skip
+    starts = torch.arange(parts, device=map_BHNN.device) * STEPS * POSITIONS
+    counts_P = (positions - starts).clamp(max=STEPS * POSITIONS).repeat(batch)
+    mean_H, covariance_HH = combine(counts_P, means_PH, comoments_PHH)
+    return mean_H[:heads], covariance_HH[:heads, :heads]
+
+
+def combine(counts_P: Tensor, means_PK: Tensor, comoments_PKK: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased covariance of everything that P programs saw apart (Chan et al., 1979), float64.
+
+    Args:
+        counts_P: how many entries each saw.
+        means_PK, comoments_PKK: means of K quantities, and sums of products about those means.
+    Returns:
+        [K] and [K, K].
+    """
+    share_P = counts_P.double() / counts_P.sum()
+    mean_K = share_P @ means_PK.double()
+    apart_PK = means_PK.double() - mean_K
+    return mean_K, comoments_PKK.double().sum(0) / counts_P.sum() + (apart_PK * share_P[:, None]).mT @ apart_PK
