@@ -25,8 +25,7 @@ import os
 import torch.nn.functional as F
 from torch import Tensor
 
-from refiner_ds.attention import composed, lean, reference
-from refiner_ds.attention.lean_map import make_map
+from refiner_ds.attention import composed, lean, lean_map, reference
 from refiner_ds.attention.parameters import Refiner, Scores
 
 __all__ = ["WAYS", "attend", "plain", "refine", "set_keep", "way_chosen"]
@@ -78,9 +77,10 @@ def attend(
     Raises:
         ValueError: no way has that name.
     """
-    make = make_map if way_chosen(way) == "lean" and lean.knows_maps() else composed.make_map
+    leanly = way_chosen(way) == "lean" and lean.knows_maps()
+    make, multiply = (lean_map.make_map, lean_map.attend) if leanly else (composed.make_map, reference.attend)
     map_BHNN = make(scores, handed_BHNN).to(value_BHNd.dtype)
-    return reference.attend(map_BHNN, value_BHNd), map_BHNN
+    return multiply(map_BHNN, value_BHNd), map_BHNN
 
 
 def refine(

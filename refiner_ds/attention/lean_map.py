@@ -1,6 +1,6 @@
 """Making a map and keeping none of it: queries, keys and each row's log-sum-exp are enough to make it again.
 
-    q, k (+ the map handed on) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out
+    q, k (+ the map handed on) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out ──> A·V
                                    └─ backward: exp(scale·QKᵀ − lse), tile by tile, in fp32
 
 The softmax is never taken back out of A as A − scale·A_before: in half precision that difference has no digits left.
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refiner_ds.attention import reference
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.parameters import Scores
 from refiner_ds.attention.tiles import Tile, tiles
 
-__all__ = ["make_map", "score_gradients", "softmax_again", "softmax_rows"]
+__all__ = ["attend", "make_map", "score_gradients", "softmax_again", "softmax_rows"]
 
 
 def softmax_rows(
@@ -120,3 +121,29 @@ def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
     """
     seed = int(torch.randint(2**62, ())) if scores.dropout else 0
     return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed)
+
+
+class _Attend(torch.autograd.Function):
+    """(map, value) to map times value."""
+
+    @staticmethod
+    def forward(ctx: Any, map_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
+        ctx.save_for_backward(map_BHNN, value_BHNd)
+        return map_BHNN @ value_BHNd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHNd: Tensor) -> tuple[Tensor, Tensor]:
+        map_BHNN, value_BHNd = ctx.saved_tensors
+        return grad_BHNd @ value_BHNd.mT, map_BHNN.mT @ grad_BHNd
+
+
+def attend(map_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
+    """As ``reference.attend`` with a map a head, [B, H, N, d], keeping the values where they lie.
+
+    A matrix product keeps what it multiplied, which for values inside a block's q, k and v is a copy of them.
+    """
+    device = map_BHNN.device.type
+    if torch.is_autocast_enabled(device) and value_BHNd.dtype != torch.get_autocast_dtype(device):
+        return reference.attend(map_BHNN, value_BHNd)
+    return _Attend.apply(map_BHNN, value_BHNd)

@@ -2,7 +2,7 @@
 
     registry.py     names and default configurations    refined_vit.py  the model
     stem.py blocks.py attention.py refiners.py          its layers, one idea a file
-    lean_mlp.py                                         half of an MLP, keeping less for backward
+    lean_mlp.py                                         an MLP that keeps less for backward
     mixing.py cos_reg.py checkpointing.py               what training adds
     released.py fuse.py                                 loading released weights; folding norms for inference
 """

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from refiner_ds.models.lean_mlp import gelu_linear_scale
+from refiner_ds.models.lean_mlp import gelu_linear_scale, norm_linear
 
 __all__ = ["Block", "ScaledMlp"]
 
@@ -36,13 +36,13 @@ class ScaledMlp(nn.Module):
         self.drop = nn.Dropout(drop)
         self.scale_channel = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
-        hidden_BNM = self.fc1(x_BND)
+    def forward(self, x_BND: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The MLP of norm(x), [B, N, D] to [B, N, D]."""
         dropping = self.training and self.drop.p > 0
         if torch.is_grad_enabled() and not dropping and not torch.compiler.is_compiling():
+            hidden_BNM = norm_linear(x_BND, norm, self.fc1)
             return gelu_linear_scale(hidden_BNM, self.fc2.weight, self.fc2.bias, self.scale_channel)
-        x_BND = self.fc2(self.drop(F.gelu(hidden_BNM)))
+        x_BND = self.fc2(self.drop(F.gelu(self.fc1(norm(x_BND)))))
         return self.drop(x_BND if self.scale_channel is None else x_BND * self.scale_channel)
 
 
@@ -79,5 +79,5 @@ class Block(nn.Module):
         else:
             out_BND, handed_BHNN = self.attn(norm_BND, handed_BHNN)
         x_BND = x_BND + self.drop_path(out_BND) * self.gain
-        x_BND = x_BND + self.drop_path(self.mlp(self.norm2(x_BND / self.gain))) * self.gain
+        x_BND = x_BND + self.drop_path(self.mlp(x_BND / self.gain, self.norm2)) * self.gain
         return x_BND, handed_BHNN, used_BENN

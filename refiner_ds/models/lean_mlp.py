@@ -1,5 +1,6 @@
-"""The second half of an MLP, keeping its input alone for backward: neither the activation nor the unscaled output.
+"""An MLP behind its norm in two halves, each keeping its input alone for backward.
 
+    x ─ norm ─ linear ──> h                      backward: norm(x) again
     h ─ gelu ─ linear ─ · scale ──> out          backward: gelu(h) again; ∂scale from ∂weight, row by row
 
 With z = gᵀ·gelu(h), where g is the gradient of out, ∂weight = scale·z and ∂scale = Σ weight·z + bias·Σ g: the output
@@ -13,10 +14,51 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["gelu_linear_scale"]
+__all__ = ["gelu_linear_scale", "norm_linear"]
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BND: Tensor, gain_D: Tensor, shift_D: Tensor, eps: float, weight_MD: Tensor, bias_M: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_BND, gain_D, shift_D, weight_MD)
+        ctx.eps, ctx.bias_dtype = eps, bias_M.dtype
+        norm_BND = F.layer_norm(x_BND, gain_D.shape, gain_D, shift_D, eps)
+        return F.linear(norm_BND.to(weight_MD.dtype), weight_MD, bias_M)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BNM: Tensor) -> tuple[Tensor | None, ...]:
+        x_BND, gain_D, shift_D, weight_MD = ctx.saved_tensors
+        with torch.autocast(grad_BNM.device.type, enabled=False):
+            norm_BND, *moments = torch.native_layer_norm(x_BND, gain_D.shape, gain_D, shift_D, ctx.eps)
+            grad_XM = grad_BNM.flatten(0, -2)
+            d_weight_MD = grad_XM.mT @ norm_BND.to(weight_MD.dtype).flatten(0, -2)
+            d_norm_BND = (grad_XM @ weight_MD).view_as(norm_BND).to(norm_BND.dtype)
+            d_x_BND, d_gain_D, d_shift_D = torch.ops.aten.native_layer_norm_backward(
+                d_norm_BND, x_BND, gain_D.shape, *moments, gain_D, shift_D, [True, True, True]
+            )
+        return d_x_BND, d_gain_D, d_shift_D, None, d_weight_MD, grad_XM.sum(0).to(ctx.bias_dtype)
+
+
+def norm_linear(x_BND: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """``linear(norm(x))``, keeping ``x`` and weights for backward; what lies between is made again.
+
+    Args:
+        x_BND: [..., D].
+        norm, linear: their weights and biases are used, the modules not called.
+    Returns:
+        [..., M], under autocast in its dtype.
+    """
+    device = x_BND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
+    x_BND = x_BND.to(norm.weight.dtype)
+    weight_MD, bias_M = linear.weight.to(dtype), linear.bias.to(dtype)
+    return _NormLinear.apply(x_BND, norm.weight, norm.bias, norm.eps, weight_MD, bias_M)
 
 
 class _GeluLinearScale(torch.autograd.Function):

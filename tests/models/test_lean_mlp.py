@@ -1,10 +1,11 @@
-"""An MLP that keeps one hidden layer computes what the plain composition does."""
+"""An MLP that keeps its input and one hidden layer computes what the plain composition does, its norm included."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from refiner_ds.benchmark.measure import kept_bytes
 from refiner_ds.models.blocks import ScaledMlp
@@ -12,17 +13,26 @@ from refiner_ds.models.blocks import ScaledMlp
 WIDTH, HIDDEN = 6, 10
 
 
-def composed(mlp: ScaledMlp, x):
-    out = mlp.fc2(F.gelu(mlp.fc1(x)))
+def norm_of(width: int) -> nn.LayerNorm:
+    """A norm whose gain and shift matter."""
+    norm = nn.LayerNorm(width, eps=0.1)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def composed(mlp: ScaledMlp, norm: nn.LayerNorm, x):
+    out = mlp.fc2(F.gelu(mlp.fc1(norm(x))))
     return out if mlp.scale_channel is None else out * mlp.scale_channel
 
 
 @pytest.mark.parametrize("init_values", [None, 0.3, 0.0])
 def test_values_and_gradients_equal_the_plain_composition(init_values):
-    mlp, x = ScaledMlp(WIDTH, HIDDEN, init_values=init_values).double(), torch.randn(2, 5, WIDTH).double()
-    inputs = [x.requires_grad_(), *mlp.parameters()]
+    mlp, norm = ScaledMlp(WIDTH, HIDDEN, init_values=init_values).double(), norm_of(WIDTH).double()
+    x = torch.randn(2, 5, WIDTH).double()
+    inputs = [x.requires_grad_(), *norm.parameters(), *mlp.parameters()]
     direction = torch.randn(2, 5, WIDTH).double()
-    ours, truth = mlp(x), composed(mlp, x)
+    ours, truth = mlp(x, norm), composed(mlp, norm, x)
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
     gradients = (torch.autograd.grad(out, inputs, direction) for out in (ours, truth))
     for one, other in zip(*gradients, strict=True):
@@ -31,27 +41,28 @@ def test_values_and_gradients_equal_the_plain_composition(init_values):
 
 @pytest.mark.parametrize("how", ["autocast", "parameters"])
 def test_half_precision_has_the_same_dtypes_and_errors_as_the_plain_composition(how):
-    mlp, x = ScaledMlp(64, 192, init_values=0.3), torch.randn(4, 50, 64)
-    exact = torch.autograd.grad(composed(mlp, x).square().sum(), list(mlp.parameters()))
+    mlp, norm, x = ScaledMlp(64, 192, init_values=0.3), norm_of(64), torch.randn(4, 50, 64)
+    both = nn.ModuleList((mlp, norm))
+    exact = torch.autograd.grad(composed(mlp, norm, x).square().sum(), list(both.parameters()))
     if how == "parameters":
-        mlp, x = mlp.bfloat16(), x.bfloat16()
+        both, x = both.bfloat16(), x.bfloat16()
     errors = []
-    for compute in (mlp, lambda x: composed(mlp, x)):
+    for compute in (lambda: mlp(x, norm), lambda: composed(mlp, norm, x)):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-            out = compute(x)
-        gradients = torch.autograd.grad(out.float().square().sum(), list(mlp.parameters()))
-        assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in mlp.parameters()]
+            out = compute()
+        gradients = torch.autograd.grad(out.float().square().sum(), list(both.parameters()))
+        assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in both.parameters()]
         errors.append((out.dtype, [((a - b).norm() / b.norm()).item() for a, b in zip(gradients, exact, strict=True)]))
     assert errors[0][0] == errors[1][0]
     assert all(ours < 1.3 * theirs + 1e-4 for ours, theirs in zip(errors[0][1], errors[1][1], strict=True)), errors
 
 
 def test_only_input_and_hidden_layer_are_kept():
-    mlp, x = ScaledMlp(WIDTH, HIDDEN), torch.randn(2, 5, WIDTH, requires_grad=True)
-    assert kept_bytes(lambda: mlp(x), mlp) == 4 * (2 * 5 * WIDTH + 2 * 5 * HIDDEN)
+    mlp, norm, x = ScaledMlp(WIDTH, HIDDEN), norm_of(WIDTH), torch.randn(2, 5, WIDTH, requires_grad=True)
+    assert kept_bytes(lambda: mlp(x, norm), nn.ModuleList((mlp, norm))) == 4 * (2 * 5 * WIDTH + 2 * 5 * HIDDEN)
 
 
 def test_dropout_still_drops():
-    mlp, x = ScaledMlp(WIDTH, HIDDEN, drop=0.5, init_values=None), torch.randn(8, 50, WIDTH)
-    assert 0.4 < (mlp.train()(x) == 0).float().mean() < 0.6
-    torch.testing.assert_close(mlp.eval()(x), composed(mlp, x))
+    mlp, norm, x = ScaledMlp(WIDTH, HIDDEN, drop=0.5, init_values=None), norm_of(WIDTH), torch.randn(8, 50, WIDTH)
+    assert 0.4 < (mlp.train()(x, norm) == 0).float().mean() < 0.6
+    torch.testing.assert_close(mlp.eval()(x, norm), composed(mlp, norm, x))
