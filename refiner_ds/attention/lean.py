@@ -1,6 +1,6 @@
 """The way "lean": which cases it knows, and what computes each. No expanded map is kept, or ever whole.
 
-    BottleneckRefiner in training                  lean_bottleneck.py    keeps A, and two stacks if told to
+    BottleneckRefiner in training                  bottleneck_*.py       keeps A, and two stacks if told to
     LinearRefiner                                  lean_linear.py        keeps q, k, v and a row statistic, or A and v
     FoldedRefiner, BottleneckRefiner evaluating    lean_inference.py     keeps nothing
     a freshly made map                             lean_map.py           keeps q, k and a row statistic
@@ -16,8 +16,9 @@ import os
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.bottleneck_backward import TiledPasses
+from refiner_ds.attention.bottleneck_function import refine_in_training
 from refiner_ds.attention.folding import fold_refiner
-from refiner_ds.attention.lean_bottleneck import refine_in_training
 from refiner_ds.attention.lean_inference import refine_folded
 from refiner_ds.attention.lean_linear import refine_linear
 from refiner_ds.attention.lean_map import make_map
@@ -110,4 +111,4 @@ def refine(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner, scale: f
     if not refiner.norm1_E.training:
         return refine_folded(map_BHNN, value_BHNd, fold_refiner(refiner, scale))
     kept = stacks_or_map(keep, map_BHNN, refiner.expand_EH.shape[0])
-    return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept)
+    return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept, TiledPasses)
