@@ -2,6 +2,7 @@
 
     launching.py   where kernels can run, how they are launched, and what compiling them says without a GPU
     tools.py       what kernels share: products, clips, loads of map tiles
+    maps.py        queries and keys to maps, and back
     moments.py     mean and covariance of maps over heads
 
 On a GPU Triton compiles the kernels; where TRITON_INTERPRET=1 was set before Triton was imported, its interpreter runs

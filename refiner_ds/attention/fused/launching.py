@@ -74,7 +74,8 @@ class _AbsentGPU:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it has compiled a device: another architecture must be another device.
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0

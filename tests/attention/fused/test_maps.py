@@ -1,0 +1,77 @@
+"""Maps made by kernels: the plain composition's numbers and gradients, without a map kept, and dropout that repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refiner_ds.attention import Scores, composed
+from refiner_ds.attention.fused import maps
+from refiner_ds.benchmark.measure import kept_bytes
+
+SCALE = 0.3
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def several_tiles(monkeypatch):
+    monkeypatch.setattr(maps, "ROWS", 16)
+    monkeypatch.setattr(maps, "KEYS", 32)
+
+
+def inputs(shape, dtype, device) -> list[torch.Tensor]:
+    """Queries, keys as slices of one projection, as blocks have them, and a map handed on."""
+    batch, heads, tokens, width = shape
+    both = torch.randn(batch, tokens, 2, heads, width, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    handed = torch.randn(batch, heads, tokens, tokens, device=device).softmax(-1).to(dtype)
+    return [both[0].detach().requires_grad_(), both[1].detach().requires_grad_(), handed.requires_grad_()]
+
+
+def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((ours.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("handed_on", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 35, 5), (1, 2, 64, 35)])
+def test_maps_and_gradients_equal_the_plain_composition(shape, handed_on, dtype, device):
+    leaves = inputs(shape, dtype, device)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    direction = torch.randn(*shape[:3], shape[2], device=device).to(dtype)
+    results = []
+    for (q, k, handed), make in ((leaves, maps.make_map), (doubles, composed.make_map)):
+        out = make(Scores(q, k, SCALE), handed if handed_on else None)
+        wanted = [q, k, handed][: 2 + handed_on]
+        results.append([out.detach(), *torch.autograd.grad(out, wanted, direction.to(out.dtype))])
+    errors = [error(*pair) for pair in zip(*results, strict=True)]
+    assert results[0][0].dtype == dtype
+    assert max(errors) < TOLERANCE[dtype], errors
+
+
+def test_dropout_drops_the_same_entries_forward_and_back(device):
+    q, k, handed = inputs((2, 2, 35, 8), torch.float32, device)
+    torch.manual_seed(1)
+    made = maps.make_map(Scores(q, k, SCALE, 0.25), handed)
+    torch.manual_seed(1)
+    assert torch.equal(made, maps.make_map(Scores(q, k, SCALE, 0.25), handed))
+    kept = (made != 0).float()
+    assert 0.7 < kept.mean() < 0.8
+    assert not torch.equal(kept[0, 0], kept[0, 1])
+    whole = maps.make_map(Scores(q, k, SCALE), handed)
+    torch.testing.assert_close(made, whole * kept / 0.75)
+    direction = torch.randn_like(made)
+    ours = torch.autograd.grad(made, [q, k, handed], direction)
+    truth = torch.autograd.grad(whole, [q, k, handed], direction * kept / 0.75)
+    for one, other in zip(ours, truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(made, maps.make_map(Scores(q, k, SCALE, 0.25), handed))
+    assert not maps.make_map(Scores(q, k, SCALE, 1.0), handed).any()
+
+
+def test_queries_keys_and_a_number_a_row_are_kept(device):
+    def forward(batch):
+        q, k, handed = inputs((batch, 3, 20, 16), torch.bfloat16, device)
+        return maps.make_map(Scores(q, k, SCALE), handed)
+
+    one, two = (kept_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2))
+    assert two - one == 2 * 2 * 3 * 20 * 16 + 4 * 3 * 20
