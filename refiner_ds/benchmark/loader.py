@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import simplejpeg
 import torch
@@ -29,7 +33,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from refiner_ds.benchmark.measure import best_seconds
 from refiner_ds.data.augment import AugmentSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import train_batches
@@ -40,6 +43,8 @@ from refiner_ds.errors import DataError, RefinerError
 PHOTOGRAPHS = "ai_benchmark"
 BATCH = 20
 BILINEAR_224 = AugmentSettings(224, interpolation="bilinear")  # as the usual loader's
+
+Epoch = Callable[[], Iterator[object]]  # begins an epoch, or more, of one line of the table; yields after every batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class LooseReader:
     def read(self, sample: int) -> RawSample:
         """The bytes of file number ``sample``."""
         data = memoryview(self.files[sample].read_bytes())
-        return RawSample(data, data[:0], 0, self.files[sample].name, str(self.files[sample]))
+        return RawSample(data, data[:0], 0, self.files[sample].name, str(self.files[sample]), sample)
 
 
 def find_photographs(folder: Path | None) -> list[Path]:
@@ -105,20 +110,18 @@ def lay_out(files: list[Path], workshop: Path) -> Photographs:
     return Photographs(sorted(inside.iterdir()), workshop / "loose", ShardIndex.load(workshop / "shards"))
 
 
-def epoch_of_shards(photographs: Photographs, workers: int = 0, loose: bool = False) -> Callable[[], object]:
-    """One epoch through this project's loader, from shards or from loose files."""
+def epoch_of_shards(photographs: Photographs, loose: bool = False) -> Epoch:
+    """Epochs through this project's loader, from shards or from loose files; the same views every time."""
     batches = train_batches(
-        photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0,
-        workers=workers,
-    )  # fmt: skip
+        photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0
+    )
     if loose:
         batches.dataset.reader = LooseReader(photographs.files, photographs.index)  # type: ignore[attr-defined]
-    steps = batches.plan.steps_per_epoch  # type: ignore[union-attr]
-    return lambda: [batch.images_BHWC for batch in islice(batches, steps)]
+    return lambda: iter(batches)
 
 
-def epoch_of_usual(photographs: Photographs, workers: int = 0) -> Callable[[], object]:
-    """One epoch through PIL, ImageFolder and torchvision's transforms."""
+def epoch_of_usual(photographs: Photographs) -> Epoch:
+    """Epochs through PIL, ImageFolder and torchvision's transforms."""
     chain = transforms.Compose(
         [
             transforms.RandomResizedCrop(224),
@@ -127,63 +130,110 @@ def epoch_of_usual(photographs: Photographs, workers: int = 0) -> Callable[[], o
             transforms.Normalize((0.5,) * 3, (0.5,) * 3),
         ]
     )
-    loader = DataLoader(ImageFolder(str(photographs.folder), chain), BATCH, shuffle=True, num_workers=workers)
-    return lambda: list(loader)
+    loader = DataLoader(ImageFolder(str(photographs.folder), chain), BATCH, shuffle=True)
+    return lambda: iter(loader)
 
 
-def measure(photographs: Photographs, rounds: int) -> dict[str, float]:
-    """CPU microseconds an image of every line, in one interleaved run."""
+def decode_all(data: list[bytes], smaller: int) -> Iterator[int]:
+    """Decode every file at its size divided by ``smaller`` and keep nothing; stops to be timed after every batch."""
+    least = int(smaller > 1)  # with a least size of 1, even a factor of 1 lets simplejpeg shrink as it likes
+    for first in range(0, len(data), BATCH):
+        for each in data[first : first + BATCH]:
+            simplejpeg.decode_jpeg(each, "RGB", min_height=least, min_width=least, min_factor=smaller)
+        yield first
+
+
+def measure(photographs: Photographs, rounds: int) -> dict[str, list[float]]:
+    """CPU microseconds an image of every line, a figure a round.
+
+    Lines take turns batch by batch, each time in the opposite order: what slows the machine down for longer than a
+    batch slows all of them, and their ratio within a round stays what it is.
+    """
     data = [path.read_bytes() for path in photographs.files]
-    lines: dict[str, Callable[[], object]] = {
+    lines: dict[str, Epoch] = {
         "shards": epoch_of_shards(photographs),
         "loose files": epoch_of_shards(photographs, loose=True),
         "usual": epoch_of_usual(photographs),
         "decoding": lambda: decode_all(data, 1),
         "entropy": lambda: decode_all(data, 8),
     }
-    seconds = best_seconds(list(lines.values()), rounds, torch.device("cpu"))
-    return {name: 1e6 * time / len(data) for name, time in zip(lines, seconds, strict=True)}
+    costs: dict[str, list[float]] = {name: [] for name in lines}
+    for _ in range(rounds + 1):
+        running = {name: epoch() for name, epoch in lines.items()}
+        seconds = dict.fromkeys(lines, 0.0)
+        for batch in range(len(data) // BATCH):
+            for name in list(lines)[:: -1 if batch % 2 else 1]:
+                begin = time.process_time()
+                next(running[name])
+                seconds[name] += time.process_time() - begin
+        for name, total in seconds.items():
+            costs[name].append(1e6 * total / len(data))
+    return {name: each[1:] for name, each in costs.items()}  # the first round warms up
 
 
-def decode_all(data: list[bytes], smaller: int) -> None:
-    """Decode every file at its size divided by ``smaller``, and keep nothing."""
-    for each in data:
-        least = int(smaller > 1)  # with a least size of 1, even a factor of 1 lets simplejpeg shrink as it likes
-        simplejpeg.decode_jpeg(each, "RGB", min_height=least, min_width=least, min_factor=smaller)
+def scaling(photographs: Photographs, workers: list[int], rounds: int) -> dict[int, list[tuple[float, float]]]:
+    """Elapsed images a second, and CPU microseconds an image in all processes, by number of workers; a pair a round.
 
-
-def scaling(photographs: Photographs, workers: list[int], epochs: int = 4) -> dict[int, float]:
-    """Elapsed images a second for several numbers of worker processes, start-up left out."""
-    rates = {}
-    for number in workers:
-        batches = train_batches(
-            photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1,
-            seed=0, workers=number,
-        )  # fmt: skip
-        running = iter(batches)
-        steps = epochs * batches.plan.steps_per_epoch  # type: ignore[union-attr]
-        for _ in islice(running, 2 * number + 1):  # until every worker has delivered
-            pass
-        start = time.perf_counter()
-        for _ in islice(running, steps):
-            pass
-        rates[number] = steps * BATCH / (time.perf_counter() - start)
+    What workers need to start up is left out.
+    """
+    rates: dict[int, list[tuple[float, float]]] = {number: [] for number in workers}
+    count = 2 * len(photographs.files) // BATCH
+    for _ in range(rounds):
+        for number in workers:
+            batches = train_batches(
+                photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0,
+                workers=number,
+            )  # fmt: skip
+            with closing(iter(batches)) as running:
+                consume(running, 2 * number + 1)  # until every worker has delivered
+                begin, used = time.perf_counter(), cpu_seconds()
+                consume(running, count)
+                elapsed, used = time.perf_counter() - begin, cpu_seconds() - used
+            rates[number].append((count * BATCH / elapsed, 1e6 * used / (count * BATCH)))
     return rates
 
 
-def report(photographs: Photographs, costs: dict[str, float], rates: dict[int, float]) -> str:
+def cpu_seconds() -> float:
+    """CPU time of this process and its living children."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system, see proc(5)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def consume(batches: Iterator[object], count: int) -> None:
+    """Take ``count`` batches and drop them."""
+    for _ in islice(batches, count):
+        pass
+
+
+def spread(figures: list[float], form: str = ".0f") -> str:
+    """The middle one of several figures, with the lowest and the highest."""
+    return f"{median(figures):{form}} ({min(figures):{form}} to {max(figures):{form}})"
+
+
+def report(
+    photographs: Photographs, costs: dict[str, list[float]], rates: dict[int, list[tuple[float, float]]]
+) -> str:
     """The table that is printed."""
+    rounds = len(costs["shards"])
     text = [
         f"{len(photographs.files)} photographs, mean {photographs.mean_bytes / 1000:.0f} kB and "
         f"{photographs.mean_pixels / 1e6:.2f} megapixels; decode, random-resized-crop 224, flip; one thread",
-        f"{'':14}{'CPU µs/image':>14}{'images/s':>10}{'times usual':>13}",
+        f"the middle one of {rounds} rounds, and the lowest and the highest",
+        f"{'':14}{'CPU µs/image':>22}{'images/s':>10}{'times usual':>13}",
     ]
-    for name, cost in costs.items():
-        text.append(f"{name:14}{cost:14.0f}{1e6 / cost:10.0f}{costs['usual'] / cost:13.2f}")
-    text.append(f"shards against loose files: {100 * (costs['shards'] / costs['loose files'] - 1):+.1f} % CPU time")
-    text.append(f"above the floor: {costs['shards'] / costs['entropy']:.2f} times entropy decoding")
-    for number, rate in rates.items():
-        text.append(f"{number} worker{'s' * (number != 1)}: {rate:.0f} images/s elapsed")
+    for name, each in costs.items():
+        times = median(usual / cost for usual, cost in zip(costs["usual"], each, strict=True))
+        text.append(f"{name:14}{spread(each):>22}{1e6 / median(each):10.0f}{times:13.2f}")
+    pairs = list(zip(costs["shards"], costs["loose files"], strict=True))
+    text.append(f"shards against loose files: {spread([100 * (one / other - 1) for one, other in pairs], '+.1f')} %")
+    text.append(f"above the floor: {median(costs['shards']) / median(costs['entropy']):.2f} times entropy decoding")
+    for number, both in rates.items():
+        images, used = ([pair[part] for pair in both] for part in (0, 1))
+        name = f"{number} worker{'s' * (number != 1)}"
+        text.append(f"{name}: {spread(images)} images/s elapsed, {median(used):.0f} CPU µs/image in all processes")
     return "\n".join(text)
 
 
@@ -193,15 +243,15 @@ def main(argv: list[str] | None = None) -> int:
         prog="refiner_ds.benchmark loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--images", type=Path, help="folder of JPEG files (default: those of package ai-benchmark)")
-    parser.add_argument("--rounds", type=int, default=5, help="the best of so many counts (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="the middle one of so many counts (default %(default)s)")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="worker processes to scale over")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="refiner_ds-loader-") as workshop:
             photographs = lay_out(find_photographs(given.images), Path(workshop))
-            costs = measure(photographs, max(1, given.rounds))
-            print(report(photographs, costs, scaling(photographs, given.workers)))
+            rounds = max(1, given.rounds)
+            print(report(photographs, measure(photographs, rounds), scaling(photographs, given.workers, rounds)))
         return 0
     except RefinerError as error:
         print(f"error: {error}", file=sys.stderr)

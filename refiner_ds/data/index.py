@@ -161,7 +161,7 @@ class ShardIndex:
 
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds sample number ``sample``."""
-        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return int(self.starts.searchsorted(sample, "right")) - 1
 
     def file_faults(self) -> list[str]:
         """One sentence for every tar that is missing or not as long as the index says."""

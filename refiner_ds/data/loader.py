@@ -9,15 +9,15 @@ comes out. A position is the number of samples consumed, padding included: steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
-from refiner_ds.data.batch import Batch, MapBatch
+from refiner_ds.data.batch import Batch, MapBatch, Parcel
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.making import BatchMaker
 from refiner_ds.data.plan import EvalPlan, TrainPlan
@@ -45,13 +45,13 @@ class Batches:
             return range(self.plan.batches)
         return range(self.first, 1 << 62)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         batches = DataLoader(
             self.dataset,
             batch_size=None,
             sampler=self._numbers(),
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=_packed_by_workers,
             worker_init_fn=_begin_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
@@ -59,11 +59,12 @@ class Batches:
         for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            yield batch.opened() if isinstance(batch, Parcel) else batch
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _packed_by_workers(batch: Any) -> Any:
+    """A worker's batch as a `Parcel`; anything else as it is."""
+    return Parcel.of(batch) if get_worker_info() and isinstance(batch, Batch) else batch
 
 
 def _begin_worker(worker: int) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -25,20 +24,26 @@ OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limi
 JPEG_START = b"\xff\xd8\xff"
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """One sample as stored: image file bytes, map record (empty without one), label and where it came from.
 
     Attributes:
         name: of its first tar member, ``<key>.<ending>``.
-        place: shard and sample, for whoever must say what is wrong with it.
+        shard: path of the tar.
+        number: of the sample in the tar.
     """
 
     image: memoryview
     score_map: memoryview
     label: int
     name: str
-    place: str
+    shard: str
+    number: int
+
+    @property
+    def place(self) -> str:
+        """Shard and sample, for whoever must say what is wrong with it."""
+        return f"{self.shard}: sample {self.number} ({self.name})"
 
 
 class SampleReader:
@@ -50,7 +55,7 @@ class SampleReader:
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
         self._only_maps = index.only_maps
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, tuple[int, str]] = OrderedDict()
         self._unreachable: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,14 +67,15 @@ class SampleReader:
     def close(self) -> None:
         """Close every shard."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            os.close(self._open.popitem()[1][0])
 
-    def _descriptor(self, shard: int) -> int:
+    def _opened(self, shard: int) -> tuple[int, str]:
+        """Descriptor and path of a shard."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         if len(self._open) >= OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
+            os.close(self._open.popitem(last=False)[1][0])
         if shard in self._unreachable:
             raise DataError(self._unreachable[shard])
         try:
@@ -77,7 +83,7 @@ class SampleReader:
         except DataError as error:
             self._unreachable[shard] = str(error)  # its other samples need not wait for the same answer
             raise
-        self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path)
         return self._open[shard]
 
     def read(self, sample: int) -> RawSample:
@@ -88,27 +94,35 @@ class SampleReader:
         """
         shard = self.index.shard_of(sample)
         offset, image_bytes, map_bytes, label, check = self.index.members[sample].item()
-        place = f"{self.index.folder / self.index.shards[shard].name}: sample {sample - self.index.starts[shard]}"
         wanted = span_bytes(image_bytes, map_bytes)
         try:
-            span = os.pread(self._descriptor(shard), wanted, offset)
+            descriptor, path = self._opened(shard)
+            span = os.pread(descriptor, wanted, offset)
         except OSError as error:
-            raise DataError(f"{place} (number {sample} of the set) cannot be read ({error.strerror})") from None
+            raise self._refusal(sample, f"cannot be read ({error.strerror})") from None
         except DataError as error:
-            raise DataError(f"{place} (number {sample} of the set) is not here: {error}") from None
+            raise self._refusal(sample, f"is not here: {error}") from None
         name = span[:100].partition(b"\0")[0].decode("ascii", "replace")
         if len(span) < wanted:
-            raise DataError(f"{place} (number {sample} of the set) is cut off; copy the shard here again")
+            raise self._refusal(sample, "is cut off; copy the shard here again")
         if check_of(span) != check:
-            raise DataError(
-                f"{place} (number {sample} of the set, found as {name!r}) is damaged or of another set; "
-                "copy the shard here again, data_tools/verify.py lists every fault"
+            raise self._refusal(
+                sample,
+                "is damaged or of another set; copy the shard here again, data_tools/verify.py lists every fault",
+                found=f", found as {name!r}",
             )
         view = memoryview(span)
+        number = sample - int(self.index.starts[shard])
         if self._only_maps:
-            return RawSample(view[:0], view[BLOCK:], label, name, f"{place} ({name})")
+            return RawSample(view[:0], view[BLOCK:], label, name, path, number)
         map_start = BLOCK + padded(image_bytes) + BLOCK
-        return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, name, f"{place} ({name})")
+        return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, name, path, number)
+
+    def _refusal(self, sample: int, reason: str, found: str = "") -> DataError:
+        shard = self.index.shard_of(sample)
+        number = sample - int(self.index.starts[shard])
+        path = self.index.folder / self.index.shards[shard].name
+        return DataError(f"{path}: sample {number} (number {sample} of the set{found}) {reason}")
 
 
 def decode_image(raw: RawSample) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.batch import Batch, MapBatch, Parcel
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.loader import Batch, eval_batches, train_batches
+from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.order import samples_at
 from refiner_ds.errors import DataError
 
@@ -84,6 +87,44 @@ def test_each_epoch_has_each_sample_once_and_counts_its_padding(make_set: Callab
 def test_set_smaller_than_a_batch(make_set: Callable[..., ShardIndex]) -> None:
     batch = next(iter(train_batches(make_set(5), PLAIN, global_batch=12, micro_batch=12, rank=0, world_size=1, seed=0)))
     assert torch.bincount(batch.sample_B, minlength=5).min() >= 2 and batch.padded == 7
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    batch.each(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_parcel_gives_back_the_batch_to_the_bit(size: int) -> None:
+    """Odd sizes, every dtype that travels, and fields that are no tensors."""
+    generator = torch.Generator().manual_seed(size)
+
+    def random_of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        made = torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8)
+        return made.view(dtype).squeeze(-1)
+
+    maps = MapBatch(
+        random_of(torch.int16, size, 5, 3, 7).view(torch.float16), random_of(torch.int16, size, 5, 3, 7),
+        random_of(torch.int32, size, 3, 2, 3).view(torch.float32),
+    )  # fmt: skip
+    valid_B = torch.arange(size) % 2 == 0
+    labels_B, sample_B = (random_of(torch.int64, size) for _ in range(2))
+    batch = Batch(random_of(torch.uint8, size, 5, 5, 3), labels_B, sample_B, valid_B, padded=2, bad=1, maps=maps)
+    again = pickle.loads(pickle.dumps(Parcel.of(batch))).opened()
+    for one, other in zip(tensors_of(batch), tensors_of(again), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape and other.is_contiguous()
+        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    assert (again.padded, again.bad) == (2, 1)
+    assert Parcel.of(replace(batch, maps=None)).opened().maps is None
+
+
+def test_worker_hands_a_batch_over_as_one_piece(make_set: Callable[..., ShardIndex]) -> None:
+    """A descriptor and a connection a tensor would cost more than the tensors."""
+    index = make_set(20)
+    for workers, pieces in ((0, 4), (1, 1)):
+        batch = next(iter(eval_batches(index, EvalSettings(8), batch=8, rank=0, world_size=1, workers=workers)))
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors_of(batch)}) == pieces
 
 
 def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:

@@ -1,0 +1,84 @@
+"""The loader's benchmark measures what it says, and shows this loader ahead of the usual one."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refiner_ds.benchmark.loader import LooseReader, epoch_of_shards, find_photographs, lay_out, main
+from refiner_ds.data.samples import SampleReader
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG of the size and detail of ImageNet's."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((500, 375))
+    pixels = np.asarray(coarse) + rng.normal(0, 12, (375, 500, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(20):
+        (tmp_path / f"{number}.jpg").write_bytes(photograph(number))
+    return tmp_path
+
+
+FIGURES = r"(\d+) \((\d+) to (\d+)\)"
+
+
+def test_benchmark_tells_costs_sizes_and_scaling(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--images", str(folder), "--rounds", "3", "--workers", "0", "1"]) == 0
+    told = capsys.readouterr().out
+    assert re.match(r"20 photographs, mean \d+ kB and 0.19 megapixels", told)
+    rows = re.findall(rf"^(\w+(?: \w+)?) +{FIGURES} +\d+ +([0-9.]+)$", told, re.M)
+    costs = {name: float(middle) for name, middle, *_ in rows}
+    assert list(costs) == ["shards", "loose files", "usual", "decoding", "entropy"]
+    assert costs["entropy"] < costs["decoding"]
+    assert max(costs["entropy"], costs["decoding"], costs["shards"]) < costs["usual"]  # twice, where nothing else runs
+    for name, middle, lowest, highest, times in rows:
+        assert int(lowest) <= int(middle) <= int(highest)
+        assert float(times) == pytest.approx(costs["usual"] / costs[name], rel=0.5)
+    signed = r"([+-]\d+\.\d)"
+    difference = re.search(rf"^shards against loose files: {signed} \({signed} to {signed}\) %$", told, re.M)
+    assert difference and float(difference[2]) <= float(difference[1]) <= float(difference[3])
+    assert float(difference[1]) == pytest.approx(100 * (costs["shards"] / costs["loose files"] - 1), abs=30)
+    scaled = re.findall(rf"^(\d) workers?: {FIGURES} images/s elapsed, (\d+) CPU µs/image in", told, re.M)
+    assert [row[0] for row in scaled] == ["0", "1"]
+    for row in scaled:  # the workers' time counts too
+        assert 0.5 * costs["shards"] < float(row[4]) < 3 * costs["shards"]
+
+
+def test_shards_and_loose_files_give_the_same_batches(folder: Path, tmp_path: Path) -> None:
+    photographs = lay_out(find_photographs(folder), tmp_path / "workshop")
+    one, other = next(epoch_of_shards(photographs)()), next(epoch_of_shards(photographs, loose=True)())
+    assert torch.equal(one.images_BHWC, other.images_BHWC)  # type: ignore[attr-defined]
+    assert one.images_BHWC.shape == (20, 224, 224, 3) and one.images_BHWC.float().std() > 20  # type: ignore[attr-defined]
+
+
+def test_reading_a_tar_costs_no_more_than_a_loose_file(folder: Path, tmp_path: Path) -> None:
+    """Half to two thirds of it is measured; the least of many rounds, so that a busy machine changes nothing."""
+    photographs = lay_out(find_photographs(folder), tmp_path / "workshop")
+    readers = SampleReader(photographs.index), LooseReader(photographs.files, photographs.index)
+    least = [float("inf"), float("inf")]
+    for _ in range(40):
+        for which, reader in enumerate(readers):
+            begin = time.process_time()
+            for sample in range(20):
+                reader.read(sample)
+            least[which] = min(least[which], time.process_time() - begin)
+    assert least[0] < least[1]
+
+
+def test_too_few_photographs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--images", str(tmp_path)]) == 2
+    assert "0 JPEG files; at least 20" in capsys.readouterr().err
