@@ -4,9 +4,10 @@
     refine   A, or q and k, and v ──> refined A·V              a block that refines one
     plain    q, k, v ──> A·V                                   a block of a plain ViT
 
-REFINER_ATTENTION, or ``way``, names the way; without either it is "lean", and what lean does not know (lean.py lists
-it) is composed plainly. Lean keeps a quarter to a fiftieth of the plain composition's bytes. Its time on CPU, as a
-ratio to the plain composition (12 heads of 32, r = 3, training, ``python -m refiner_ds.benchmark attention``):
+REFINER_ATTENTION, or ``way``, names the way; without either it is "fused" on a GPU and "lean" elsewhere. What fused does
+not know is computed leanly, and what lean does not know (lean.py lists it) is composed plainly. Lean keeps a quarter to
+a fiftieth of the plain composition's bytes. Its time on CPU, as a ratio to the plain composition (12 heads of 32, r = 3,
+training, ``python -m refiner_ds.benchmark attention``):
 
     tokens               50      197     577
     bottleneck fp32      0.9     0.6     0.3
@@ -21,7 +22,11 @@ models lack, and "reference" is there for who has it.
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,21 +35,60 @@ from refiner_ds.attention.parameters import Refiner, Scores
 
 __all__ = ["WAYS", "attend", "plain", "refine", "set_keep", "way_chosen"]
 
-WAYS = {"reference": "the plain composition, every map written out", "lean": "tiles, no expanded map kept"}
+WAYS = {
+    "reference": "the plain composition, every map written out",
+    "lean": "tiles, no expanded map kept",
+    "fused": "Triton kernels on a GPU, maps kept as in lean",
+}
 
 _keep = "auto"
 
 
-def way_chosen(way: str | None = None) -> str:
-    """The way that will be used: ``way``, else REFINER_ATTENTION, else the default.
+@cache
+def _kernels() -> ModuleType | None:
+    """The way "fused", where Triton is installed; imported when first asked for, as it takes a while."""
+    if find_spec("triton") is None:
+        return None
+    from refiner_ds.attention.fused import ways
 
+    return ways
+
+
+@cache
+def _trusted(device: torch.device) -> bool:
+    """Whether kernels are chosen without having been asked for: on a GPU where they give what lean gives."""
+    return False
+
+
+def way_chosen(way: str | None = None, device: torch.device | None = None) -> str:
+    """The way that will be used: ``way``, else REFINER_ATTENTION, else what is fastest on the device.
+
+    Args:
+        way: a key of :data:`WAYS`, or ``None``.
+        device: where the tensors are; ``None`` asks for the CPU.
     Raises:
-        ValueError: no way has that name.
+        ValueError: no way has that name, or the device cannot run it.
     """
-    name = way or os.environ.get("REFINER_ATTENTION", "") or "lean"
+    device = device or torch.device("cpu")
+    name = way or os.environ.get("REFINER_ATTENTION", "") or ("fused" if _trusted(device) else "lean")
     if name not in WAYS:
         raise ValueError(f"REFINER_ATTENTION is {name!r}; it must be one of {', '.join(WAYS)}")
+    if name == "fused" and ((kernels := _kernels()) is None or not kernels.runs_on(device)):
+        wanted = "which needs Triton and a GPU"
+        raise ValueError(f"REFINER_ATTENTION is 'fused', {wanted}; on {device} it must be lean or reference")
     return name
+
+
+def _takers(way: str | None, device: torch.device) -> list[ModuleType]:
+    """Who is asked to compute, in turn; the plain composition knows everything, what compilers trace included."""
+    if lean.traced():
+        return []
+    name = way_chosen(way, device)
+    if name == "fused":
+        kernels = _kernels()
+        assert kernels is not None
+        return [kernels, lean]
+    return [lean] if name == "lean" else []
 
 
 def set_keep(keep: str) -> None:
@@ -77,8 +121,8 @@ def attend(
     Raises:
         ValueError: no way has that name.
     """
-    leanly = way_chosen(way) == "lean" and lean.knows_maps()
-    make, multiply = (lean_map.make_map, lean_map.attend) if leanly else (composed.make_map, reference.attend)
+    taker = next((taker for taker in _takers(way, value_BHNd.device) if taker.knows_maps(scores)), None)
+    make, multiply = (taker.make_map, lean_map.attend) if taker else (composed.make_map, reference.attend)
     map_BHNN = make(scores, handed_BHNN).to(value_BHNd.dtype)
     return multiply(map_BHNN, value_BHNd), map_BHNN
 
@@ -108,8 +152,9 @@ def refine(
     # The view gathers the refiner's own gradients of the map before those of its other users, so that the sum is
     # rounded in the same order whether or not the refiner is recomputed by itself.
     attn = attn if isinstance(attn, Scores) else attn.view_as(attn).to(value_BHNd.dtype)
-    if way_chosen(way) == "lean" and lean.knows(attn, value_BHNd, refiner):
-        return lean.refine(attn, value_BHNd, refiner, scale, keep or _keep)
+    for taker in _takers(way, value_BHNd.device):
+        if taker.knows(attn, value_BHNd, refiner):
+            return taker.refine(attn, value_BHNd, refiner, scale, keep or _keep)
     map_BHNN = composed.make_map(attn).to(value_BHNd.dtype) if isinstance(attn, Scores) else attn
     return composed.refine(map_BHNN, value_BHNd, refiner, scale)[0]
 

@@ -31,7 +31,7 @@ from refiner_ds.attention.parameters import (
     Scores,
 )
 
-__all__ = ["KEEPS", "knows", "knows_maps", "refine", "stacks_or_map"]
+__all__ = ["KEEPS", "knows", "knows_maps", "make_map", "refine", "stacks_or_map", "traced"]
 
 KEEPS = ("auto", "map", "stacks")
 
@@ -39,14 +39,19 @@ KEEPS = ("auto", "map", "stacks")
 STACKS_SHARE = 1 / (4 * 16)
 
 
-def knows_maps() -> bool:
-    """Whether making a map can be lean here: not while a compiler or an exporter traces."""
-    return not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export())
+def traced() -> bool:
+    """Whether a compiler or an exporter is tracing: they are shown the plain composition."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
+def knows_maps(scores: Scores) -> bool:
+    """Whether making this map can be lean."""
+    return not traced()
 
 
 def knows(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner) -> bool:
     """Whether :func:`refine` computes this case."""
-    if not knows_maps() or refiner.local.constraint != "none":
+    if traced() or refiner.local.constraint != "none":
         return False
     if isinstance(refiner, LinearRefiner):
         return True
