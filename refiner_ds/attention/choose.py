@@ -4,10 +4,10 @@
     refine   A, or q and k, and v ──> refined A·V              a block that refines one
     plain    q, k, v ──> A·V                                   a block of a plain ViT
 
-REFINER_ATTENTION, or ``way``, names the way; without either it is "fused" on a GPU and "lean" elsewhere. What fused does
-not know is computed leanly, and what lean does not know (lean.py lists it) is composed plainly. Lean keeps a quarter to
-a fiftieth of the plain composition's bytes. Its time on CPU, as a ratio to the plain composition (12 heads of 32, r = 3,
-training, ``python -m refiner_ds.benchmark attention``):
+REFINER_ATTENTION, or ``way``, names the way; without either it is "fused" on a GPU and "lean" elsewhere. What fused
+does not know is computed leanly, and what lean does not know (lean.py lists it) is composed plainly. Lean keeps a
+quarter to a fiftieth of the plain composition's bytes. Its time on CPU, as a ratio to the plain composition (12 heads of
+32, r = 3, training, ``python -m refiner_ds.benchmark attention``):
 
     tokens               50      197     577
     bottleneck fp32      0.9     0.6     0.3
