@@ -34,7 +34,7 @@ from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import ScoreMap, encode
 from refiner_ds.data.targets import normalise
 from refiner_ds.data.writer import FinishedShard, ShardWriter
-from refiner_ds.errors import DataError, RefinerError
+from refiner_ds.errors import DataError, refusals_are_told
 
 LARGEST_FP16 = 65504.0
 
@@ -212,23 +212,20 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
     settings = Settings(given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16)
-    try:
-        if min(given.size, given.top, given.batch, given.processes) < 1:
-            raise DataError("--size, --top, --batch and --processes must be above 0")
-        if given.device == "cuda" and not torch.cuda.is_available():
-            raise DataError("--device cuda: there is no GPU here; take --device cpu")
-        index = ShardIndex.load(locate(given.set))
-        out = given.beside or parallel_folder(index.folder)
-        annotate_set(index, out, settings, given.processes, given.beside is not None)
-        print(ShardIndex.load(out).describe())
-        return 0
-    except RefinerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if min(given.size, given.top, given.batch, given.processes) < 1:
+        raise DataError("--size, --top, --batch and --processes must be above 0")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: there is no GPU here; take --device cpu")
+    index = ShardIndex.load(locate(given.set))
+    out = given.beside or parallel_folder(index.folder)
+    annotate_set(index, out, settings, given.processes, given.beside is not None)
+    print(ShardIndex.load(out).describe())
+    return 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from data_tools.workshop import finish, recall, remember, workshop
 from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
-from refiner_ds.errors import DataError, RefinerError
+from refiner_ds.errors import DataError, refusals_are_told
 
 KEY_STEM = 70  # bytes of a file name that go into its key; number, ending and a margin fill a tar header's 100
 NOTES_NAME = "notes.txt"
@@ -179,35 +179,32 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    try:
-        if given.shard_mb <= 0 or given.processes < 1:
-            raise DataError("--shard-mb and --processes must be above 0")
-        if given.labels:
-            source = flat_files(given.source, given.labels, given.classes)
-        else:
-            source = class_folders(given.source)
-        notes = write_set(
-            source,
-            given.out,
-            seed=given.seed,
-            shard_bytes=int(given.shard_mb * 1e6),
-            processes=given.processes,
-            decode=given.decode,
-            maps=given.maps,
+    if given.shard_mb <= 0 or given.processes < 1:
+        raise DataError("--shard-mb and --processes must be above 0")
+    if given.labels:
+        source = flat_files(given.source, given.labels, given.classes)
+    else:
+        source = class_folders(given.source)
+    notes = write_set(
+        source,
+        given.out,
+        seed=given.seed,
+        shard_bytes=int(given.shard_mb * 1e6),
+        processes=given.processes,
+        decode=given.decode,
+        maps=given.maps,
+    )
+    print(ShardIndex.load(given.out).describe())
+    if notes:
+        print(
+            f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "
+            f"{given.out / NOTES_NAME}"
         )
-        print(ShardIndex.load(given.out).describe())
-        if notes:
-            print(
-                f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "
-                f"{given.out / NOTES_NAME}"
-            )
-        return 0
-    except RefinerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from refiner_ds.data.packaged import locate
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import cannot_write
-from refiner_ds.errors import DataError, RefinerError
+from refiner_ds.errors import DataError, refusals_are_told
 
 TILE = 224  # pixels a picture
 LINE = 14  # pixels a line of text
@@ -163,6 +163,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
@@ -173,22 +174,18 @@ def main(argv: list[str] | None = None) -> int:
         auto_augment=given.auto_augment,
         random_erasing=given.random_erasing,
     )
+    if given.count < 1 or given.columns < 1:
+        raise DataError("--count and --columns must be above 0")
+    index = ShardIndex.load(locate(given.set))
+    shown = choose(index, settings, given.count, given.seed, given.epoch)
+    sheet = draw_sheet([draw_pair(one, index.classes, given.grid) for one in shown], given.columns)
     try:
-        if given.count < 1 or given.columns < 1:
-            raise DataError("--count and --columns must be above 0")
-        index = ShardIndex.load(locate(given.set))
-        shown = choose(index, settings, given.count, given.seed, given.epoch)
-        sheet = draw_sheet([draw_pair(one, index.classes, given.grid) for one in shown], given.columns)
-        try:
-            sheet.save(given.out)
-        except (OSError, ValueError) as error:
-            reason = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
-            raise DataError(cannot_write(given.out, reason)) from None
-        print(f"{given.out}: {len(shown)} of {index.count:,} samples of {index.folder}")
-        return 0
-    except RefinerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        sheet.save(given.out)
+    except (OSError, ValueError) as error:
+        reason = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
+        raise DataError(cannot_write(given.out, reason)) from None
+    print(f"{given.out}: {len(shown)} of {index.count:,} samples of {index.folder}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from refiner_ds.data.packaged import locate
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
-from refiner_ds.errors import DataError, RefinerError
+from refiner_ds.errors import DataError, refusals_are_told
 
 
 @dataclass
@@ -146,14 +146,11 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    try:
-        index = ShardIndex.load(locate(given.set, given.cache), check_files=False)
-    except RefinerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    index = ShardIndex.load(locate(given.set, given.cache), check_files=False)
     faults = 0
     for fault in check_set(index, max(1, given.processes), not given.no_decode):
         faults += 1

@@ -30,19 +30,16 @@ from launch.job import Failure, TrainJob
 from launch.plan import Plan
 from launch.snapshot import RUN_FILE, take_snapshot
 from refiner_ds.config import load
-from refiner_ds.errors import LaunchError, RefinerError
+from refiner_ds.errors import LaunchError, refusals_are_told
 
 FLAG_TYPES = {"str | None": str, "float | None": float, "int | None": int, "int": int}
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit code: 0, 2 where it refuses, or with ``--wait`` and ``--local`` the job's."""
     args = _parser().parse_args(argv)
-    try:
-        return _submit(args)
-    except RefinerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _submit(args)
 
 
 def _parser() -> argparse.ArgumentParser:

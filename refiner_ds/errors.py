@@ -1,10 +1,17 @@
 """What a user can be refused for.
 
 Every one of these carries one sentence that names the file, key or sample and says what would be right. Commands print
-it after ``error:`` and leave with exit code 2; nothing else in the package may end that way.
+it after ``error:`` and leave with exit code 2 (`refusals_are_told`); nothing else in the package may end that way.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+REFUSED = 2  # exit code
 
 
 class RefinerError(Exception):
@@ -25,3 +32,21 @@ class LaunchError(RefinerError):
 
 class CheckpointError(RefinerError):
     """A checkpoint is missing, damaged or does not fit the run."""
+
+
+def refusals_are_told(main: Callable[..., int]) -> Callable[..., int]:
+    """Let a command's ``main`` end with one sentence on stderr and exit code 2 where it is refused.
+
+    Among the processes of a group every one meets the same refusal; the first says it.
+    """
+
+    @wraps(main)
+    def told(*arguments: object, **named: object) -> int:
+        try:
+            return main(*arguments, **named)
+        except RefinerError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return REFUSED
+
+    return told

@@ -18,27 +18,22 @@ if sys.path and Path(sys.path[0]).resolve() == HERE.parent:
 
 import argparse
 import json
-import os
 from typing import TYPE_CHECKING
 
 from refiner_ds.config import load
-from refiner_ds.errors import CheckpointError, DataError, RefinerError
+from refiner_ds.errors import CheckpointError, DataError, refusals_are_told
 from refiner_ds.training.console import hush
 
 if TYPE_CHECKING:
     from refiner_ds.training.evaluation import Accuracy
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
     hush()
     options = _parser().parse_args(argv)
-    try:
-        return evaluate_checkpoint(options)
-    except RefinerError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    return evaluate_checkpoint(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,13 +68,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     if place is None:
         raise DataError(f"{options.place}: its run file has no refiner.data.val; give --data FOLDER")
     index = load_index(place, run)
-    choose_attention(run)
     model = build_model(run, len(index.classes))
     try:
         model.load_state_dict(read_weights(checkpoint, options.weights))
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint}: does not fit the model of its own config.json: {error}") from None
     world = join()
+    choose_attention(run, world.device)
     data = run.refiner.data
     view = EvalSettings(run.refiner.model.img_size, options.crop_ratio or data.eval_crop_ratio)
     batches = eval_batches(

@@ -23,29 +23,25 @@ import json
 import os
 
 from refiner_ds.config import RunFile, load
-from refiner_ds.errors import ConfigError, DataError, RefinerError
+from refiner_ds.errors import ConfigError, DataError, refusals_are_told
 from refiner_ds.training.console import hush
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
     hush()
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(arguments)
-    try:
-        run = load(options.config, options.set)
-        if options.print_config:
-            print(json.dumps(run.resolved(), indent=2))
-            return 0
-        if options.check:
-            return check(run, options.world_size)
-        if options.ready:
-            return ready_to_start(run, options.world_size)
-        return train(run, arguments)
-    except RefinerError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank meets the same refusal; one says it
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    run = load(options.config, options.set)
+    if options.print_config:
+        print(json.dumps(run.resolved(), indent=2))
+        return 0
+    if options.check:
+        return check(run, options.world_size)
+    if options.ready:
+        return ready_to_start(run, options.world_size)
+    return train(run, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

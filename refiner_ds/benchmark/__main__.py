@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from refiner_ds.errors import ConfigError, refusals_are_told
+
 # Name -> module with main(argv); imported only when asked for, since each brings its own weight.
 BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
@@ -14,6 +16,7 @@ BENCHMARKS = {
 }
 
 
+@refusals_are_told
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark named first; the rest of the line is its own.
 
@@ -27,8 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in BENCHMARKS:
         said = f"{name} is not a benchmark" if name else "no benchmark is named"
-        print(f"error: {said}; it must be one of {', '.join(BENCHMARKS)}", file=sys.stderr)
-        return 2
+        raise ConfigError(f"{said}; it must be one of {', '.join(BENCHMARKS)}")
     run: Callable[[list[str]], int] = import_module(BENCHMARKS[name]).main
     return run(rest)
 

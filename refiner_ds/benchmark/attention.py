@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from refiner_ds import attention
 from refiner_ds.attention import BottleneckRefiner, LinearRefiner, LocalKernels, Norm, Refiner, Scores
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes
+from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "Setting", "main", "measure"]
 
@@ -230,10 +230,10 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print and draw; see the head of this file.
+    """Measure, print and draw; see the head of this file. Returns 0.
 
-    Returns:
-        0, or 2 when an option cannot be.
+    Raises:
+        ConfigError: an option cannot be.
     """
     parser = argparse.ArgumentParser(
         prog="python -m refiner_ds.benchmark attention", description=__doc__.split("\n")[0]
@@ -250,11 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(argv)
     if min(given.batch, given.heads, given.width, given.ratio, given.rounds) < 1 or min(given.tokens) < 2:
-        print("error: --batch, --heads, --width, --ratio and --rounds must be 1 or more, --tokens 2", file=sys.stderr)
-        return 2
+        raise ConfigError("--batch, --heads, --width, --ratio and --rounds must be 1 or more, --tokens 2")
     if not given.plot.absolute().parent.is_dir():
-        print(f"error: --plot {given.plot}: its folder does not exist", file=sys.stderr)
-        return 2
+        raise ConfigError(f"--plot {given.plot}: its folder does not exist")
     setting = Setting(given.batch, given.heads, given.width, given.ratio, given.device, given.dtype)
     on_cpu = torch.device(given.device).type == "cpu"
     if on_cpu:
@@ -271,7 +269,3 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(f"{title}; errors against float64\n{table(rows)}\n{given.plot}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

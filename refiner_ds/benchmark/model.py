@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes, peak_bytes
+from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "main", "measure"]
 
@@ -144,10 +144,10 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; see the head of this file.
+    """Measure and print; see the head of this file. Returns 0.
 
-    Returns:
-        0, or 2 when an option cannot be.
+    Raises:
+        ConfigError: an option cannot be.
     """
     parser = argparse.ArgumentParser(prog="python -m refiner_ds.benchmark model", description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=4, help="images a step")
@@ -160,15 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     setting = Setting(options.batch, options.img_size, options.device, options.dtype, options.depth)
     if options.batch < 1 or options.rounds < 1:
-        print("error: --batch and --rounds must be 1 or more", file=sys.stderr)
-        return 2
+        raise ConfigError("--batch and --rounds must be 1 or more")
     if torch.device(options.device).type == "cpu":
         torch.set_num_threads(1)
     try:
         rows = measure(setting, options.rounds)
     except ValueError as refusal:  # a model says what is wrong with its size or depth
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
+        raise ConfigError(str(refusal)) from None
     if options.json:
         print(json.dumps({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}))
     else:
@@ -176,7 +174,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{setting.batch} images of {setting.img_size} px, {setting.dtype}, {setting.device}, {clock}")
         print(table(rows))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from refiner_ds.benchmark.loader import LooseReader, epoch_of_shards, find_photographs, lay_out, main
+from refiner_ds.benchmark.__main__ import main
+from refiner_ds.benchmark.loader import LooseReader, epoch_of_shards, find_photographs, lay_out
 from refiner_ds.data.samples import SampleReader
 
 
@@ -37,7 +38,7 @@ FIGURES = r"(\d+) \((\d+) to (\d+)\)"
 
 
 def test_benchmark_tells_costs_sizes_and_scaling(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--images", str(folder), "--rounds", "3", "--workers", "0", "1"]) == 0
+    assert main(["loader", "--images", str(folder), "--rounds", "3", "--workers", "0", "1"]) == 0
     told = capsys.readouterr().out
     assert re.match(r"20 photographs, mean \d+ kB and 0.19 megapixels", told)
     rows = re.findall(rf"^(\w+(?: \w+)?) +{FIGURES} +\d+ +([0-9.]+)$", told, re.M)
@@ -80,5 +81,5 @@ def test_reading_a_tar_costs_no_more_than_a_loose_file(folder: Path, tmp_path: P
 
 
 def test_too_few_photographs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--images", str(tmp_path)]) == 2
+    assert main(["loader", "--images", str(tmp_path)]) == 2
     assert "0 JPEG files; at least 20" in capsys.readouterr().err
