@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refiner_ds.attention.bottleneck_algebra import Affine
 from refiner_ds.attention.bottleneck_forward import ForwardPasses
-from refiner_ds.attention.tiles import Tile, convolve, kernel_gradient
+from refiner_ds.attention.tiles import Tile, convolution_gradients
 
 __all__ = ["TiledPasses"]
 
@@ -78,7 +78,6 @@ class TiledPasses(ForwardPasses):
         algebra = self.algebra
         slope_E, level_E, gain2_E = (self.exact(x_E) for x_E in (slope_E, level_E, algebra.gain2_E))
         folded_HE, mean_H11 = self.exact(algebra.folded_EH).T, self.column(algebra.mean_H)
-        turned_E1kk = self.kernel_E1kk.flip(-1, -2)
         d_kernel_E1kk = torch.zeros_like(self.kernel_E1kk, dtype=torch.float64)
         through_EH = torch.zeros_like(algebra.folded_EH)
         p0_E = through_EH.new_zeros(self.expanded)
@@ -87,9 +86,9 @@ class TiledPasses(ForwardPasses):
             dh2_bRNE.addcmul_(self.read_wide(self.m2_BNNE, tile, tile.reach), gain2_E)
             u1_bRNE = self.activated(tile, tile.reach)
             u1_bERN, dh2_bERN = (x_bRNE.permute(0, 3, 1, 2) for x_bRNE in (u1_bRNE, dh2_bRNE))
-            made_bERN = dh2_bERN[:, :, tile.inner]
-            d_kernel_E1kk += kernel_gradient(u1_bERN, made_bERN, self.kernel_E1kk, tile, self.expanded)
-            du1_bRNE = convolve(dh2_bERN, turned_E1kk, tile, self.expanded).permute(0, 2, 3, 1)
+            du1_bERN, share_E1kk = convolution_gradients(u1_bERN, dh2_bERN, self.kernel_E1kk, tile, self.expanded)
+            d_kernel_E1kk += share_E1kk
+            du1_bRNE = du1_bERN.permute(0, 2, 3, 1)
             m1_bLE = _gate(du1_bRNE, u1_bRNE[:, tile.inner]).flatten(1, 2)
             map_bHRN = self.read(self.map_BHNN, tile) - mean_H11
             p0_E += m1_bLE.sum((0, 1))

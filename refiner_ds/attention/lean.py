@@ -1,9 +1,9 @@
 """The way "lean": which cases it knows, and what computes each. No expanded map is kept, or ever whole.
 
     BottleneckRefiner in training                  bottleneck_*.py       keeps A, and two stacks if told to
-    LinearRefiner                                  lean_linear.py        keeps q, k, v and a row statistic, or A and v
+    LinearRefiner                                  lean_linear.py        keeps q, k and v, or A and v
     FoldedRefiner, BottleneckRefiner evaluating    lean_inference.py     keeps nothing
-    a freshly made map                             lean_map.py           keeps q, k and a row statistic
+    a freshly made map                             lean_map.py           keeps q and k
 
 The plain composition knows the rest: kernels over the patch grid, gradients of a bottleneck in evaluation, norms of
 which some train and some do not, and whatever torch.compile and exporters trace.

@@ -1,130 +1,203 @@
-"""The paper's refiner as one convolution, tile by tile, keeping no map that it can make again.
+"""The paper's refiner, tile by tile, keeping no map that it can make again.
 
-    q, k ─ softmax ─> A ─ ∗ W ─> T ─ · V ─> out       W[o,i] = Σ_e reduce[o,e]·kernel[e]·expand[e,i], under autograd
+    q, k ─ softmax ─> A ─ expand ─ ∗ K ─ reduce ─> T ─ · V ─> out        in steps, or composed:
+                      A ─────── ∗ W ─────────────> T                     W[o,i] = Σ_e reduce[o,e]·K[e]·expand[e,i]
 
-The three linear steps compose to one small dense kernel, whose own gradient autograd carries on to the weights. By
-arithmetic that pays from r = 3.3 on; by the clock (12 heads, 197 tokens, CPU, fp32) the three plain steps take three
-quarters of its time at r = 1 and twice as long at r = 3. As it keeps the least, it is used at every r. From
-queries and keys, q, k, v, each row's log-sum-exp and W are kept for backward; from a map, the map, v and W.
-Axes: B batch, H heads, M maps that multiply values (E expanded without reduction), N tokens, d head width; b, R the
-images and query rows of a tile.
+Composed, one small dense kernel takes the place of all three; it is made under autograd, which carries its gradient on
+to the weights. From queries and keys, q, k, v and the weights or W are kept for backward; from a map, the map instead.
+Axes: B batch, H heads, E expanded maps, M maps that multiply values (E without reduction), N tokens, d head width; b, R
+the images and query rows of a tile, L = R·N.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import reference
-from refiner_ds.attention.lean_map import make_map, score_gradients, softmax_again, softmax_rows
+from refiner_ds.attention.lean_map import make_map, score_gradients, softmax_rows
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.parameters import LinearRefiner, Scores
-from refiner_ds.attention.tiles import Tile, convolve, kernel_gradient, tiles
+from refiner_ds.attention.tiles import Tile, convolution_gradients, convolve, narrow, product_dtype, tiles, widen
 
-__all__ = ["one_kernel", "refine_linear"]
+__all__ = ["Steps", "composing_pays", "refine_linear", "steps_of"]
+
+# By arithmetic composing pays from r = 3.3 on (12 heads, k = 3), but a multiplication takes longer in thin products and
+# depthwise convolutions than in a dense one. Training at N = 197 on CPU, steps over composed: at r = 1 0.8 of the time,
+# at r = 2 0.95 to 1.2, at r = 3 1.5 (bf16 autocast 0.9, 1.1, 1.6).
+STEP_COST = 1.8
 
 
-def one_kernel(refiner: LinearRefiner) -> tuple[Tensor, int]:
-    """The whole refiner as one kernel over the (query, key) plane, and its groups; constraint "none" only.
+class Steps(NamedTuple):
+    """What is done to a map, either form.
 
-    Returns:
-        [M, H, k, k] and 1, or [H, 1, k, k] and H where nothing is expanded.
+    Args:
+        kernel: [E, 1, k, k], or composed [H, H, k, k].
+        expand_EH, reduce_HE: before and after; ``None`` where there is no such step.
     """
-    kernel_E1kk = _exactly(refiner.local.kernels[0])
-    if refiner.expand_EH is None:
-        return kernel_E1kk, kernel_E1kk.shape[0]
-    expand_EH = _exactly(refiner.expand_EH)
-    if refiner.reduce_HE is None:
-        return kernel_E1kk * expand_EH[:, :, None, None], 1
+
+    kernel: Tensor
+    expand_EH: Tensor | None = None
+    reduce_HE: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """1 for a dense kernel; otherwise each map has its own."""
+        return self.kernel.shape[0] if self.kernel.shape[1] == 1 else 1
+
+    @property
+    def maps_out(self) -> int:
+        """M."""
+        return len(self.kernel if self.reduce_HE is None else self.reduce_HE)
+
+    def to(self, dtype: torch.dtype) -> Steps:
+        """The same in another precision."""
+        around = (None if weight is None else weight.to(dtype) for weight in self[1:])
+        return Steps(self.kernel.to(dtype), *around)
+
+
+def composing_pays(heads: int, expanded: int, kernel_size: int) -> bool:
+    """Whether one dense kernel is faster than expansion, depthwise kernels and reduction."""
+    taps = kernel_size**2
+    return heads * heads * taps <= STEP_COST * expanded * (2 * heads + taps)
+
+
+def steps_of(refiner: LinearRefiner, scale: float) -> Steps:
+    """The refiner's weights in the form that is faster, ``scale`` included; constraint "none" only."""
+    kernel_E1kk = _exactly(refiner.local.kernels[0]) * scale
+    if refiner.expand_EH is None or refiner.reduce_HE is None:
+        return Steps(kernel_E1kk, refiner.expand_EH)
+    expand_EH, reduce_HE = _exactly(refiner.expand_EH), _exactly(refiner.reduce_HE)
+    if not composing_pays(expand_EH.shape[1], len(expand_EH), kernel_E1kk.shape[-1]):
+        return Steps(kernel_E1kk, expand_EH, reduce_HE)
     with torch.autocast(kernel_E1kk.device.type, enabled=False):
-        return reference.compose_kernel(expand_EH, kernel_E1kk, _exactly(refiner.reduce_HE)), 1
+        return Steps(reference.compose_kernel(expand_EH, kernel_E1kk, reduce_HE).contiguous())
 
 
 def _exactly(weight: Tensor) -> Tensor:
     return weight.to(statistics_dtype(weight.dtype))
 
 
-def _turned(kernel: Tensor, groups: int) -> Tensor:
-    """The kernel that carries a gradient back through the convolution."""
-    flipped = kernel.flip(-1, -2)
-    return flipped if groups > 1 else flipped.transpose(0, 1).contiguous()
+def _in(x_bCRN: Tensor, weight: Tensor | None) -> Tensor:
+    """Maps as the convolution wants them, last in memory; combined by ``weight`` if there is one."""
+    return x_bCRN.contiguous(memory_format=torch.channels_last) if weight is None else widen(x_bCRN, weight)
+
+
+def _out(x_bCRN: Tensor, weight: Tensor | None) -> Tensor:
+    """Maps behind the convolution as products with values want them, combined by ``weight`` if there is one."""
+    return x_bCRN.contiguous() if weight is None else narrow(x_bCRN, weight)
 
 
 class _Refine(torch.autograd.Function):
-    """(map) or (q, k), with value and kernel, to refined map times value."""
+    """(map) or (q, k), with value and the weights of steps, to refined map times value."""
 
     @staticmethod
-    def forward(ctx: Any, groups: int, scale: float, value_BHNd: Tensor, kernel: Tensor, *source: Tensor) -> Tensor:
-        batch, heads, tokens, width = value_BHNd.shape
-        maps_out, precision = kernel.shape[0], statistics_dtype(value_BHNd.dtype)
-        out_BMNd = value_BHNd.new_empty(batch, maps_out, tokens, width)
-        lse_BHN = value_BHNd.new_empty(batch, heads, tokens, dtype=precision) if len(source) == 2 else None
-        exact = kernel.to(precision)
+    def forward(
+        ctx: Any, scale: float, value_BHNd: Tensor, kernel: Tensor, expand_EH: Tensor | None, reduce_HE: Tensor | None,
+        *source: Tensor,
+    ) -> Tensor:  # fmt: skip
+        steps = Steps(kernel, expand_EH, reduce_HE)
+        ctx.save_for_backward(value_BHNd, *steps, *source)
+        ctx.scale = scale
+        batch, _, tokens, width = value_BHNd.shape
+        out_BMNd = value_BHNd.new_empty(batch, steps.maps_out, tokens, width)
+        dtype = product_dtype(value_BHNd)
         with torch.autocast(value_BHNd.device.type, enabled=False):
-            for tile in _cut(value_BHNd, kernel):
-                if lse_BHN is None:
-                    map_bHRN = source[0][tile.images, :, tile.reach].to(precision)
-                else:
-                    map_bHRN, lse_bHR = softmax_rows(source[0], source[1], scale, tile, tile.reach)
-                    lse_BHN[tile.images, :, tile.reach] = lse_bHR
-                refined_bMRN = convolve(map_bHRN, exact, tile, groups)
-                value_bHNd = value_BHNd[tile.images].to(precision)
-                out_BMNd[tile.images, :, tile.rows] = reference.attend(refined_bMRN, value_bHNd)
-        ctx.save_for_backward(value_BHNd, kernel, *source, *(() if lse_BHN is None else (lse_BHN,)))
-        ctx.groups, ctx.scale = groups, scale
+            steps = steps.to(dtype)
+            for tile in _cut(value_BHNd, steps):
+                map_bHRN = _map_rows(source, scale, tile).to(dtype)
+                # The dense convolution alone is as fast on maps as they come.
+                wide_bERN = map_bHRN if steps.groups == 1 else _in(map_bHRN, steps.expand_EH)
+                refined_bMRN = _out(convolve(wide_bERN, steps.kernel, tile, steps.groups), steps.reduce_HE)
+                out_BMNd[tile.images, :, tile.rows] = reference.attend(refined_bMRN, value_BHNd[tile.images].to(dtype))
         return out_BMNd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BMNd: Tensor) -> tuple[Tensor | None, ...]:
-        value_BHNd, kernel, *source = ctx.saved_tensors
+        value_BHNd, kernel, expand_EH, reduce_HE, *source = ctx.saved_tensors
         with torch.autocast(value_BHNd.device.type, enabled=False):
-            grads = _gradients(grad_BMNd, value_BHNd, kernel, source, ctx.groups, ctx.scale)
-        inputs = (value_BHNd, kernel, *source[:2])
-        return None, None, *(grad.to(like.dtype) for grad, like in zip(grads, inputs, strict=True))
+            way_back = _WayBack(value_BHNd, Steps(kernel, expand_EH, reduce_HE), source, ctx.scale)
+            for tile in _cut(value_BHNd, way_back.steps):
+                way_back.add(grad_BMNd, tile)
+        inputs = (value_BHNd, kernel, expand_EH, reduce_HE, *source)
+        pairs = zip(way_back.gradients(), inputs, strict=True)
+        return None, *(None if like is None or grad is None else grad.to(like.dtype) for grad, like in pairs)
 
 
-def _cut(value_BHNd: Tensor, kernel: Tensor) -> list[Tile]:
-    """Tiles for the maps that go in or come out, whichever are more."""
+def _cut(value_BHNd: Tensor, steps: Steps) -> list[Tile]:
+    """Tiles for the maps that go in, come out, or lie between, whichever are most."""
     batch, heads, tokens, _ = value_BHNd.shape
-    return list(tiles(batch, tokens, max(heads, kernel.shape[0]), value_BHNd.device, kernel.shape[-1] // 2))
+    most = max(heads, steps.maps_out, len(steps.kernel))
+    return list(tiles(batch, tokens, most, value_BHNd.device, steps.kernel.shape[-1] // 2))
 
 
-def _gradients(
-    grad_BMNd: Tensor, value_BHNd: Tensor, kernel: Tensor, source: list[Tensor], groups: int, scale: float
-) -> tuple[Tensor, ...]:
-    """Gradients of value and kernel, then of the map, or of queries and keys, whose log-sum-exps come last."""
-    precision, heads = statistics_dtype(value_BHNd.dtype), value_BHNd.shape[1]
-    d_value_BHNd = torch.zeros_like(value_BHNd, dtype=precision)
-    d_kernel = torch.zeros_like(kernel, dtype=torch.float64)
-    d_source = [torch.zeros_like(x, dtype=precision if len(source) > 1 else x.dtype) for x in source[:2]]
-    exact = kernel.to(precision)
-    back, shares = _turned(exact, groups), kernel.shape[0] // heads
-    for tile in _cut(value_BHNd, kernel):
-        if len(source) == 1:
-            map_bHRN = source[0][tile.images, :, tile.reach].to(precision)
-        else:
-            map_bHRN = softmax_again(source[0], source[1], source[2], scale, tile, tile.reach)
-        value_bMNd = value_BHNd[tile.images].to(precision).repeat_interleave(shares, 1)
-        reach_bMRd = grad_BMNd[tile.images, :, tile.reach].to(precision)
-        grad_bMRd = reach_bMRd[:, :, tile.inner]
+def _map_rows(source: tuple[Tensor, ...] | list[Tensor], scale: float, tile: Tile) -> Tensor:
+    """A tile's rows of the map and those that kernels reach, [b, H, R, N]: read, or made of queries and keys."""
+    if len(source) == 1:
+        return source[0][tile.images, :, tile.reach]
+    return softmax_rows(source[0], source[1], scale, tile, tile.reach)
+
+
+class _WayBack:
+    """Gradients, tile by tile: sums for what all tiles share, rows for what each has of its own."""
+
+    def __init__(self, value_BHNd: Tensor, steps: Steps, source: list[Tensor], scale: float) -> None:
+        precision = statistics_dtype(value_BHNd.dtype)
+        self.value_BHNd, self.source, self.scale = value_BHNd, source, scale
+        self.dtype = product_dtype(value_BHNd)
+        self.steps = steps.to(self.dtype)
+        self.d_value_BHNd = torch.zeros_like(value_BHNd, dtype=precision)
+        self.d_steps = [None if weight is None else torch.zeros_like(weight, dtype=torch.float64) for weight in steps]
+        self.d_source = [torch.zeros_like(x, dtype=precision if len(source) > 1 else x.dtype) for x in source]
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of value, kernel, expansion, reduction, and the map or queries and keys."""
+        return [self.d_value_BHNd, *self.d_steps, *self.d_source]
+
+    def add(self, grad_BMNd: Tensor, tile: Tile) -> None:
+        """What one tile brings."""
+        softmax_bHRN = _map_rows(self.source, self.scale, tile)
+        d_map_bHRN = self._through_steps(softmax_bHRN.to(self.dtype), grad_BMNd, tile)
+        if len(self.source) == 1:
+            self.d_source[0][tile.images, :, tile.rows] = d_map_bHRN
+            return
+        q_BHNd, k_BHNd = self.source
+        inner_bHRN = softmax_bHRN[:, :, tile.inner]
+        dq_bHRd, dk_bHNd = score_gradients(inner_bHRN, d_map_bHRN, q_BHNd, k_BHNd, self.scale, tile)
+        self.d_source[0][tile.images, :, tile.rows] = dq_bHRd
+        self.d_source[1][tile.images] += dk_bHNd
+
+    def _through_steps(self, map_bHRN: Tensor, grad_BMNd: Tensor, tile: Tile) -> Tensor:
+        """Adds to the gradients of values and weights; returns that of the map's rows."""
+        steps, (d_kernel, d_expand_EH, d_reduce_HE) = self.steps, self.d_steps
+        heads = self.value_BHNd.shape[1]
+        shares = steps.maps_out // heads
+        reach_bMRd = grad_BMNd[tile.images, :, tile.reach].to(self.dtype)
+        value_bMNd = self.value_BHNd[tile.images].to(self.dtype).repeat_interleave(shares, 1)
         d_refined_bMRN = reach_bMRd @ value_bMNd.mT
-        d_value_bMNd = convolve(map_bHRN, exact, tile, groups).mT @ grad_bMRd
-        d_value_BHNd[tile.images] += d_value_bMNd.unflatten(1, (heads, shares)).sum(2)
-        inner_bMRN = d_refined_bMRN[:, :, tile.inner]
-        d_kernel += kernel_gradient(map_bHRN, inner_bMRN, exact, tile, groups)
-        d_map_bHRN = convolve(d_refined_bMRN, back, tile, groups)
-        if len(source) == 1:
-            d_source[0][tile.images, :, tile.rows] = d_map_bHRN
-            continue
-        q_BHNd, k_BHNd, _ = source
-        dq_bHRd, dk_bHNd = score_gradients(map_bHRN[:, :, tile.inner], d_map_bHRN, q_BHNd, k_BHNd, scale, tile)
-        d_source[0][tile.images, :, tile.rows] = dq_bHRd
-        d_source[1][tile.images] += dk_bHNd
-    return d_value_BHNd, d_kernel, *d_source
+        wide_bERN = _in(map_bHRN, steps.expand_EH)
+        local_bERN = convolve(wide_bERN, steps.kernel, tile, steps.groups)
+        d_value_bMNd = _out(local_bERN, steps.reduce_HE).mT @ reach_bMRd[:, :, tile.inner]
+        self.d_value_BHNd[tile.images] += d_value_bMNd.unflatten(1, (heads, shares)).sum(2)
+        if d_reduce_HE is not None:
+            d_reduce_HE += _correlate(d_refined_bMRN[:, :, tile.inner], local_bERN)
+        d_local_bERN = _in(d_refined_bMRN, None if steps.reduce_HE is None else steps.reduce_HE.T)
+        d_wide_bERN, share = convolution_gradients(wide_bERN, d_local_bERN, steps.kernel, tile, steps.groups)
+        assert d_kernel is not None
+        d_kernel += share
+        if steps.expand_EH is None or d_expand_EH is None:
+            return _out(d_wide_bERN, None)
+        d_expand_EH += _correlate(map_bHRN[:, :, tile.inner], d_wide_bERN).T
+        return _out(d_wide_bERN, steps.expand_EH.T)
+
+
+def _correlate(narrow_bHRN: Tensor, wide_bERN: Tensor) -> Tensor:
+    """Products of two stacks of maps summed over all entries, [H, E]; the second has its maps last in memory."""
+    return torch.bmm(narrow_bHRN.flatten(2), wide_bERN.permute(0, 2, 3, 1).flatten(1, 2)).sum(0)
 
 
 def refine_linear(attn: Tensor | Scores, value_BHNd: Tensor, refiner: LinearRefiner, scale: float) -> Tensor:
@@ -133,9 +206,9 @@ def refine_linear(attn: Tensor | Scores, value_BHNd: Tensor, refiner: LinearRefi
     With dropout the map is made first and kept: tiles overlap by the kernel's reach, and an entry must be dropped in
     all of them or in none.
     """
-    kernel, groups = one_kernel(refiner)
+    steps = steps_of(refiner, scale)
     if isinstance(attn, Scores) and attn.dropout:
         attn = make_map(attn).to(value_BHNd.dtype)
     if isinstance(attn, Scores):
-        return _Refine.apply(groups, attn.scale, value_BHNd, kernel * scale, attn.q_BHNd, attn.k_BHNd)
-    return _Refine.apply(groups, 1.0, value_BHNd, kernel * scale, attn)
+        return _Refine.apply(attn.scale, value_BHNd, *steps, attn.q_BHNd, attn.k_BHNd)
+    return _Refine.apply(1.0, value_BHNd, *steps, attn)

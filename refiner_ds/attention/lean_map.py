@@ -1,7 +1,7 @@
-"""Making a map and keeping none of it: queries, keys and each row's log-sum-exp are enough to make it again.
+"""Making a map and keeping none of it: queries and keys are enough to make it again, row by row.
 
     q, k (+ the map handed on) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out ──> A·V
-                                   └─ backward: exp(scale·QKᵀ − lse), tile by tile, in fp32
+                                   └─ backward: softmax(scale·QKᵀ) again, tile by tile, in fp32
 
 The softmax is never taken back out of A as A − scale·A_before: in half precision that difference has no digits left.
 Axes: B batch, H heads, N tokens, d head width; b, R the images and query rows of a tile.
@@ -18,46 +18,29 @@ from torch.autograd.function import once_differentiable
 from refiner_ds.attention import reference
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.parameters import Scores
-from refiner_ds.attention.tiles import Tile, tiles
+from refiner_ds.attention.tiles import Tile, product_dtype, tiles
 
-__all__ = ["attend", "make_map", "score_gradients", "softmax_again", "softmax_rows"]
-
-
-def softmax_rows(
-    q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None
-) -> tuple[Tensor, Tensor]:
-    """A tile's rows of softmax(scale·QKᵀ), [b, H, R, N], and their log-sum-exps, [b, H, R]; fp32 or better."""
-    e_bHRN = _logits(q_BHNd, k_BHNd, scale, tile, rows or tile.rows)
-    most_bHR1 = e_bHRN.amax(-1, keepdim=True)
-    e_bHRN = e_bHRN.sub_(most_bHR1).exp_()
-    sum_bHR1 = e_bHRN.sum(-1, keepdim=True)
-    return e_bHRN.div_(sum_bHR1), sum_bHR1.log_().add_(most_bHR1).squeeze(-1)
+__all__ = ["attend", "make_map", "score_gradients", "softmax_rows"]
 
 
-def softmax_again(
-    q_BHNd: Tensor, k_BHNd: Tensor, lse_BHN: Tensor, scale: float, tile: Tile, rows: slice | None = None
-) -> Tensor:
-    """The same rows from the log-sum-exps of all, [b, H, R, N]."""
-    rows = rows or tile.rows
-    logits_bHRN = _logits(q_BHNd, k_BHNd, scale, tile, rows)
-    return logits_bHRN.sub_(lse_BHN[tile.images, :, rows, None]).exp_()
+def softmax_rows(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None) -> Tensor:
+    """A tile's rows of softmax(scale·QKᵀ), [b, H, R, N], fp32 or better; the same bits whenever they are made."""
+    precision = statistics_dtype(q_BHNd.dtype)
+    q_bHRd = q_BHNd[tile.images, :, rows or tile.rows].to(precision) * scale
+    return (q_bHRd @ k_BHNd[tile.images].to(precision).mT).softmax(-1)
 
 
 def score_gradients(
     softmax_bHRN: Tensor, grad_bHRN: Tensor, q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """What a tile's rows of the softmax's gradient bring: ∂q for those rows [b, H, R, d], ∂k for all [b, H, N, d]."""
-    mean_bHR1 = torch.linalg.vecdot(softmax_bHRN, grad_bHRN).unsqueeze(-1)
-    logits_bHRN = (grad_bHRN - mean_bHR1).mul_(softmax_bHRN).mul_(scale)
-    precision = softmax_bHRN.dtype
-    q_bHRd = q_BHNd[tile.images, :, tile.rows].to(precision)
-    return logits_bHRN @ k_BHNd[tile.images].to(precision), logits_bHRN.mT @ q_bHRd
-
-
-def _logits(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice) -> Tensor:
-    precision = statistics_dtype(q_BHNd.dtype)
-    q_bHRd = q_BHNd[tile.images, :, rows].to(precision) * scale
-    return q_bHRd @ k_BHNd[tile.images].to(precision).mT
+    precise = softmax_bHRN.dtype
+    d_logits_bHRN = torch.ops.aten._softmax_backward_data(grad_bHRN.to(precise), softmax_bHRN, -1, precise)
+    dtype = product_dtype(q_BHNd)
+    d_logits_bHRN = d_logits_bHRN.to(dtype)
+    q_bHRd, k_bHNd = q_BHNd[tile.images, :, tile.rows].to(dtype), k_BHNd[tile.images].to(dtype)
+    dq_bHRd, dk_bHNd = d_logits_bHRN @ k_bHNd, d_logits_bHRN.mT @ q_bHRd
+    return dq_bHRd.to(precise).mul_(scale), dk_bHNd.to(precise).mul_(scale)
 
 
 class _MakeMap(torch.autograd.Function):
@@ -70,16 +53,15 @@ class _MakeMap(torch.autograd.Function):
         batch, heads, tokens, _ = q_BHNd.shape
         precision = statistics_dtype(q_BHNd.dtype)
         map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
-        lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=precision)
         with torch.autocast(q_BHNd.device.type, enabled=False):
             for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
-                rows_bHRN, lse_BHN[tile.images, :, tile.rows] = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+                rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
                 if handed_BHNN is not None:
                     rows_bHRN.add_(handed_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
                 if dropout:
                     rows_bHRN.mul_(_kept(rows_bHRN, dropout, seed + index))
                 map_BHNN[tile.images, :, tile.rows] = rows_bHRN
-        ctx.save_for_backward(q_BHNd, k_BHNd, lse_BHN)
+        ctx.save_for_backward(q_BHNd, k_BHNd)
         ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
         ctx.handed = None if handed_BHNN is None else handed_BHNN.dtype
         return map_BHNN
@@ -87,19 +69,20 @@ class _MakeMap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHNd, k_BHNd, lse_BHN = ctx.saved_tensors
+        q_BHNd, k_BHNd = ctx.saved_tensors
         batch, heads, tokens, _ = q_BHNd.shape
         dq_BHNd = torch.empty_like(q_BHNd)
-        dk_BHNd = torch.zeros_like(k_BHNd, dtype=lse_BHN.dtype)
+        precision = statistics_dtype(q_BHNd.dtype)
+        dk_BHNd = torch.zeros_like(k_BHNd, dtype=precision)
         d_handed_BHNN = None if ctx.handed is None else torch.empty_like(grad_BHNN, dtype=ctx.handed)
         with torch.autocast(q_BHNd.device.type, enabled=False):
             for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
-                grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(lse_BHN.dtype)
+                grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(precision)
                 if ctx.dropout:
                     grad_bHRN = grad_bHRN * _kept(grad_bHRN, ctx.dropout, ctx.seed + index)
                 if d_handed_BHNN is not None:
                     d_handed_BHNN[tile.images, :, tile.rows] = grad_bHRN * ctx.scale
-                softmax_bHRN = softmax_again(q_BHNd, k_BHNd, lse_BHN, ctx.scale, tile)
+                softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, ctx.scale, tile)
                 dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, ctx.scale, tile)
                 dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
                 dk_BHNd[tile.images] += dk_bHNd
@@ -115,7 +98,7 @@ def _kept(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
-    """As ``composed.make_map``, [B, H, N, N] in the queries' dtype, keeping q, k and the log-sum-exps for backward.
+    """As ``composed.make_map``, [B, H, N, N] in the queries' dtype, keeping q and k for backward.
 
     Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
     """

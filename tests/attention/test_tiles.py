@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refiner_ds.attention import reference, tiles
-from refiner_ds.attention.tiles import convolve, kernel_gradient
+from refiner_ds.attention.tiles import convolution_gradients, convolve
 from tests.attention.cases import leaf, maps
 
 CPU = torch.device("cpu")
@@ -36,16 +36,19 @@ def test_small_budgets_cut_images_and_large_ones_join_them(monkeypatch):
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("tile_bytes", [300, 2**20])
-def test_convolution_in_tiles_is_convolution(kernel_size, tile_bytes, monkeypatch):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_convolution_in_tiles_is_convolution_there_and_back(groups, kernel_size, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
-    whole, kernel = maps(2, 3, 11), leaf(3, 1, kernel_size, kernel_size)
-    truth = reference.distributed_local_attention(whole, kernel)
+    whole, kernel = maps(2, 3, 11), leaf(3, 3 // groups, kernel_size, kernel_size)
+    truth = (reference.dense_refiner if groups == 1 else reference.distributed_local_attention)(whole, kernel)
     direction = torch.randn_like(truth)
-    pieces, gradient = torch.empty_like(truth), torch.zeros_like(kernel)
+    pieces, back, gradient = torch.empty_like(truth), torch.empty_like(truth), torch.zeros_like(kernel)
     with torch.no_grad():
         for tile in tiles.tiles(2, 11, 3, CPU, kernel_size // 2):
-            seen = whole[tile.images, :, tile.reach]
-            pieces[tile.images, :, tile.rows] = convolve(seen, kernel, tile, groups=3)
-            gradient += kernel_gradient(seen, direction[tile.images, :, tile.rows], kernel, tile, groups=3)
+            seen, behind = whole[tile.images, :, tile.reach], direction[tile.images, :, tile.reach]
+            pieces[tile.images, :, tile.rows] = convolve(seen, kernel, tile, groups)
+            back[tile.images, :, tile.rows], share = convolution_gradients(seen, behind, kernel, tile, groups)
+            gradient += share
     torch.testing.assert_close(pieces, truth.detach())
-    torch.testing.assert_close(gradient, torch.autograd.grad(truth, kernel, direction)[0])
+    for ours, exact in zip((back, gradient), torch.autograd.grad(truth, (whole, kernel), direction), strict=True):
+        torch.testing.assert_close(ours, exact)
