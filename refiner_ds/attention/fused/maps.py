@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention.fused.launching import launch
-from refiner_ds.attention.fused.tools import at_least_16, product
+from refiner_ds.attention.fused.tools import at_least_16, product, readable
 from refiner_ds.attention.parameters import Scores
 
 __all__ = ["make_map", "score_gradients", "softmax_map"]
@@ -159,11 +159,6 @@ def _key_gradients(
     tl.store(dk_BHNd + place_Kd, (dk_Kd * scale).to(dk_BHNd.dtype.element_ty), mask=here_Kd)
 
 
-def _readable(x_BHNd: Tensor) -> Tensor:
-    """The same numbers with a head's width in one piece, as kernels read them; heads may lie anywhere."""
-    return x_BHNd if x_BHNd.stride(-1) == 1 else x_BHNd.contiguous()
-
-
 def softmax_map(
     q_BHNd: Tensor, k_BHNd: Tensor, scale: float, handed_BHNN: Tensor | None = None, dropout: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +171,7 @@ def softmax_map(
         dropout, seed: probability below 1 that an entry is dropped, and what it is drawn from.
     """
     batch, heads, tokens, width = q_BHNd.shape
-    q_BHNd, k_BHNd = _readable(q_BHNd), _readable(k_BHNd)
+    q_BHNd, k_BHNd = readable(q_BHNd), readable(k_BHNd)
     map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
     lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=torch.float32)
     handed = map_BHNN if handed_BHNN is None else handed_BHNN.contiguous()
@@ -201,7 +196,7 @@ def score_gradients(
         grad_BHNN: the gradient of the map.
     """
     batch, heads, tokens, width = q_BHNd.shape
-    q_BHNd, k_BHNd, grad_BHNN = _readable(q_BHNd), _readable(k_BHNd), grad_BHNN.contiguous()
+    q_BHNd, k_BHNd, grad_BHNN = readable(q_BHNd), readable(k_BHNd), grad_BHNN.contiguous()
     dq_BHNd, dk_BHNd = (x.new_empty(batch, heads, tokens, width) for x in (q_BHNd, k_BHNd))
     d_handed_BHNN = None if handed is None else torch.empty_like(grad_BHNN, dtype=handed)
     mean_BHN = torch.empty_like(lse_BHN)

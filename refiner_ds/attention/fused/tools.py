@@ -1,17 +1,19 @@
 """What the kernels share. Small matrices of weights are fp32, sums are fp32, maps are whatever they are stored in.
 
-``mix`` is for the few heads: exact to fp32's last bits on tensor cores, by three products in tf32. ``product`` is for
-long sums of stored numbers: half precision multiplies as it is, fp32 as ``mix`` does.
+``mix`` is for the few heads: exact to fp32's last bits on tensor cores, by three products in tf32; ``mix_stored`` for
+maps that are as they are stored. ``product`` is for long sums of stored numbers: half precision multiplies as it is,
+fp32 as ``mix`` does.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from refiner_ds.attention.fused.launching import INTERPRETED
 
-__all__ = ["at_least_16", "mix", "product", "relu6"]
+__all__ = ["at_least_16", "mix", "mix_stored", "product", "readable", "relu6"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -19,6 +21,11 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def at_least_16(count: int) -> int:
     """The next power of two that tensor cores multiply: heads, maps and head widths are padded to it."""
     return max(16, triton.next_power_of_2(count))
+
+
+def readable(x_BHNd: Tensor) -> Tensor:
+    """The same numbers with a head's width in one piece, as kernels read them; heads may lie anywhere."""
+    return x_BHNd if x_BHNd.stride(-1) == 1 else x_BHNd.contiguous()
 
 
 @triton.jit
@@ -34,6 +41,21 @@ def product(left, right):
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="tf32x3")
     else:
         return tl.dot(left, right)
+
+
+@triton.jit
+def mix_stored(weight, maps, sums):
+    """sums + weight [M, C] in fp32 · maps [C, L] as they are stored.
+
+    For half precision the weight goes in two pieces: twice the digits for a third of the time that ``mix`` takes.
+    """
+    if maps.dtype == tl.float32:
+        sums += mix(weight, maps)
+    else:
+        coarse = weight.to(maps.dtype)
+        sums += product(coarse, maps)
+        sums += product((weight - coarse.to(tl.float32)).to(maps.dtype), maps)
+    return sums
 
 
 @triton.jit
