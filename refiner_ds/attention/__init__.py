@@ -3,12 +3,13 @@
     reference.py   the paper's equations            norms.py       batch norm in fp32, counted once a step
     composed.py    the plain composition            parameters.py  what a refiner is made of
     lean.py        without the expanded maps        folding.py     norms folded for inference
-    choose.py      attend, refine, plain: what models call
+    fused/         the same in Triton kernels       choose.py      attend, refine, plain: what models call
 
-Lean is built of tiles.py and moments.py, and a file for each case that lean.py lists.
+Lean is built of tiles.py and moments.py, and a file for each case that lean.py lists; bottleneck_algebra.py and
+bottleneck_function.py are shared with fused.
 """
 
-from refiner_ds.attention.choose import WAYS, attend, plain, refine, set_keep, way_chosen
+from refiner_ds.attention.choose import WAYS, attend, plain, refine, set_keep, using, way_chosen
 from refiner_ds.attention.composed import make_map, refined_map
 from refiner_ds.attention.folding import fold_refiner
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
@@ -45,5 +46,6 @@ __all__ = [
     "refine",
     "refined_map",
     "set_keep",
+    "using",
     "way_chosen",
 ]

@@ -6,8 +6,8 @@
 
 REFINER_ATTENTION, or ``way``, names the way; without either it is "fused" on a GPU and "lean" elsewhere. What fused
 does not know is computed leanly, and what lean does not know (lean.py lists it) is composed plainly. Lean keeps a
-quarter to a fiftieth of the plain composition's bytes. Its time on CPU, as a ratio to the plain composition (12 heads of
-32, r = 3, training, ``python -m refiner_ds.benchmark attention``):
+quarter to a fiftieth of the plain composition's bytes. Its time on CPU, as a ratio to the plain composition (12 heads
+of 32, r = 3, training, ``python -m refiner_ds.benchmark attention``):
 
     tokens               50      197     577
     bottleneck fp32      0.9     0.6     0.3
@@ -22,6 +22,8 @@ models lack, and "reference" is there for who has it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -33,7 +35,7 @@ from torch import Tensor
 from refiner_ds.attention import composed, lean, lean_map, reference
 from refiner_ds.attention.parameters import Refiner, Scores
 
-__all__ = ["WAYS", "attend", "plain", "refine", "set_keep", "way_chosen"]
+__all__ = ["WAYS", "attend", "plain", "refine", "set_keep", "using", "way_chosen"]
 
 WAYS = {
     "reference": "the plain composition, every map written out",
@@ -77,6 +79,19 @@ def way_chosen(way: str | None = None, device: torch.device | None = None) -> st
         wanted = "which needs Triton and a GPU"
         raise ValueError(f"REFINER_ATTENTION is 'fused', {wanted}; on {device} it must be lean or reference")
     return name
+
+
+@contextmanager
+def using(way: str) -> Iterator[None]:
+    """Inside, REFINER_ATTENTION is ``way``."""
+    before = os.environ.get("REFINER_ATTENTION")
+    os.environ["REFINER_ATTENTION"] = way
+    try:
+        yield
+    finally:
+        os.environ.pop("REFINER_ATTENTION")
+        if before is not None:
+            os.environ["REFINER_ATTENTION"] = before
 
 
 def _takers(way: str | None, device: torch.device) -> list[ModuleType]:

@@ -59,11 +59,12 @@ class ModelKeys(Section):
     cos_reg: float = Field(
         0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps; released: 0.1"
     )
-    attention: Literal["reference", "lean"] | None = Field(
-        None, description="how refined attention is computed; $REFINER_ATTENTION overrides; null: lean where it can"
+    attention: Literal["reference", "lean", "fused"] | None = Field(
+        None,
+        description="how refined attention is computed; $REFINER_ATTENTION overrides; null: fused on a GPU, else lean",
     )
     keep: Literal["auto", "map", "stacks"] = Field(
-        "auto", description="what lean refiners keep for backward: the map, or two stacks too, five times the bytes"
+        "auto", description="what lean and fused refiners keep for backward: the map, or two stacks too, five times the bytes"
     )
     checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
         "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"

@@ -55,7 +55,8 @@ def norm_linear(x_BND: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
         [..., M], under autocast in its dtype.
     """
     device = x_BND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else linear.weight.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+    dtype = torch.get_autocast_dtype(device) if autocast else linear.weight.dtype
     x_BND = x_BND.to(norm.weight.dtype)
     weight_MD, bias_M = linear.weight.to(dtype), linear.bias.to(dtype)
     return _NormLinear.apply(x_BND, norm.weight, norm.bias, norm.eps, weight_MD, bias_M)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refiner_ds.attention import set_keep
+from refiner_ds.attention import set_keep, using, way_chosen
 from refiner_ds.config import RunFile
 from refiner_ds.errors import ConfigError
 from refiner_ds.models import RefinedViT  # importing it registers the names with timm
@@ -21,25 +19,20 @@ from refiner_ds.models import RefinedViT  # importing it registers the names wit
 TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
 
 
-def choose_attention(run: RunFile) -> None:
-    """Let this process compute refined attention as the run file says; $REFINER_ATTENTION has the last word."""
+def choose_attention(run: RunFile, device: torch.device) -> None:
+    """Let this process compute refined attention as the run file says; $REFINER_ATTENTION has the last word.
+
+    Raises:
+        ConfigError: there is no such way, or not on this device.
+    """
     keys = run.refiner.model
     if keys.attention is not None:
         os.environ.setdefault("REFINER_ATTENTION", keys.attention)
-    set_keep(keys.keep)
-
-
-@contextmanager
-def plain_composition() -> Iterator[None]:
-    """Inside, refined attention is composed plainly, as the equations stand."""
-    chosen = os.environ.get("REFINER_ATTENTION")
-    os.environ["REFINER_ATTENTION"] = "reference"
     try:
-        yield
-    finally:
-        os.environ.pop("REFINER_ATTENTION")
-        if chosen is not None:
-            os.environ["REFINER_ATTENTION"] = chosen
+        way_chosen(device=device)
+    except ValueError as refusal:
+        raise ConfigError(str(refusal)) from None
+    set_keep(keys.keep)
 
 
 def build_model(run: RunFile, num_classes: int) -> RefinedViT:
@@ -83,7 +76,7 @@ def training_flops(run: RunFile, num_classes: int) -> int:
 
     Those of the plain composition, whichever way is going to be taken: recomputation is no use to anybody.
     """
-    with plain_composition(), torch.device("meta"):
+    with using("reference"), torch.device("meta"):
         model = build_model(run, num_classes).train()
         side = run.refiner.model.img_size
         # Two images and halving: batch norms and mix-token want more than one.

@@ -21,7 +21,7 @@ from refiner_ds.data.loader import Batches, eval_batches, train_batches
 from refiner_ds.data.targets import normalise
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.averages import Averages
-from refiner_ds.training.build import build_model, choose_attention, peak_flops, training_flops
+from refiner_ds.training.build import build_model, peak_flops, training_flops
 from refiner_ds.training.checkpoint_files import State, write_atomically
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
@@ -54,7 +54,6 @@ class Training:
         self.run, self.schedule, self.batch = ready.run, ready.schedule, ready.batch
         self.keys, self.folder = self.run.refiner, self.run.folder
         self.console = Console(world.leads, self.schedule.total_steps)
-        choose_attention(self.run)
         torch.manual_seed(derived_seed(self.keys.run.seed))
         model = build_model(self.run, ready.num_classes)
         self._set_recompute(model)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import refiner_ds
+from refiner_ds.training.build import choose_attention
 from refiner_ds.training.checkpoint_files import write_atomically
 from refiner_ds.training.console import Console, log, write_logs
 from refiner_ds.training.loop import FINISHED, Training
@@ -18,9 +19,14 @@ from refiner_ds.training.world import World, join, leave
 
 
 def take_part(ready: Preparation) -> int:
-    """Train ``ready`` together with the other processes of the group. Returns the exit code."""
+    """Train ``ready`` together with the other processes of the group. Returns the exit code.
+
+    Raises:
+        ConfigError: refined attention cannot be computed here as the run file says.
+    """
     with stop_flag() as stop:
         world = join()
+        choose_attention(ready.run, world.device)
         write_logs(ready.run.folder, world.rank)
         log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
         _greet(ready, world)

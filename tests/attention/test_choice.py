@@ -1,0 +1,42 @@
+"""Fused can be asked for where kernels run, and is refused in one sentence where they do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refiner_ds import attention
+from refiner_ds.attention.fused import launching
+from refiner_ds.config import load
+from refiner_ds.errors import ConfigError
+from refiner_ds.training.build import choose_attention
+
+REFUSAL = "^REFINER_ATTENTION is 'fused', which needs Triton and a GPU; on cpu it must be lean or reference$"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch):
+    monkeypatch.delenv("REFINER_ATTENTION", raising=False)
+
+
+def test_a_way_that_the_device_cannot_run_is_refused_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=REFUSAL):
+        attention.way_chosen("fused", CPU)
+    run = load(None, [f"refiner.run.output={tmp_path}", "refiner.model.attention=fused"])
+    monkeypatch.setenv("REFINER_ATTENTION", "lean")
+    choose_attention(run, CPU)  # the environment has the last word
+    monkeypatch.setenv("REFINER_ATTENTION", "fused")
+    with pytest.raises(ConfigError, match=REFUSAL):
+        choose_attention(run, CPU)
+
+
+def test_a_way_holds_inside_using_and_not_after(monkeypatch):
+    monkeypatch.setattr(launching, "INTERPRETED", True)
+    with attention.using("fused"):
+        assert attention.way_chosen() == "fused"
+        with attention.using("reference"):
+            assert attention.way_chosen() == "reference"
+        assert attention.way_chosen() == "fused"
+    assert attention.way_chosen() == "lean"
