@@ -9,33 +9,52 @@ import pytest
 import torch
 from torch import nn
 
+from refiner_ds.attention.fused import launching
 from refiner_ds.benchmark.__main__ import BENCHMARKS, main
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes, peak_bytes
-from refiner_ds.benchmark.model import MODELS, Row, table
+from refiner_ds.benchmark.model import Row, Setting, largest, table
 
 CPU = torch.device("cpu")
 
 
-def test_every_model_gets_every_figure(capsys):
+def test_every_model_gets_every_figure(capsys, monkeypatch):
+    monkeypatch.setattr(launching, "INTERPRETED", False)  # the interpreter would take minutes
     assert main(["model", "--depth", "2", "--img-size", "64", "--batch", "2", "--rounds", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     rows = {row["model"]: row for row in result["rows"]}
-    assert list(rows) == list(MODELS)
+    assert list(rows) == ["reference", "lean", "plain twin", "timm DeiT-S"]
     assert result["setting"]["img_size"] == 64
     for row in rows.values():
         assert 0 < row["forward_ms"] < row["training_ms"]
         assert row["kept_mib_image"] > 0
         assert row["peak_mib"] > row["kept_mib_image"]
-    assert rows["released S"]["kept_mib_image"] > rows["plain twin"]["kept_mib_image"]
+    kept = {name: row["kept_mib_image"] for name, row in rows.items()}
+    assert kept["reference"] > kept["lean"] > kept["plain twin"]
 
 
-def test_the_table_gives_ratios_to_the_plain_twin():
-    rows = [Row("released S", 10, 3.0, 4.0, 5.0, 6.0), Row("plain twin", 9, 1.5, 1.0, 2.5, 2.0)]
+def test_a_gpu_adds_the_fused_way_and_compiling_the_two_that_compilers_see(monkeypatch):
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    labels = [one.label for one in Setting("refiner_vit_l", 1, 64, "cuda", "bf16", compile=True).contenders()]
+    assert labels == ["reference", "lean", "fused", "plain twin", "reference, compiled", "plain twin, compiled"]
+
+
+def test_the_table_gives_ratios_to_the_plain_twin_and_to_the_plain_composition():
+    rows = [Row("reference", 10, 3.0, 4.0, 5.0, 6.0), Row("plain twin", 9, 1.5, 1.0, 2.5, 2.0, largest=7)]
     lines = table(rows).splitlines()
     assert len(lines) == 3
     for ratio in ("2.00 x", "4.00 x", "2.00 x", "3.00 x"):
         assert ratio in lines[1]
     assert lines[2].count("1.00 x") == 4
+    assert lines[2].split()[-3:] == ["4.00x", "2.00x", "7"]
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 16])
+def test_the_largest_batch_that_fits_is_found(most):
+    assert largest(lambda count: count <= most) == most
+
+
+def test_a_large_batch_is_found_to_one_in_sixteen():
+    assert 1000 * 15 / 16 <= largest(lambda count: count <= 1000) <= 1000
 
 
 def test_kept_bytes_count_each_storage_once_and_no_weight():
@@ -74,6 +93,7 @@ def test_the_best_of_interleaved_rounds_counts():
         ([], f"no benchmark is named; it must be one of {', '.join(BENCHMARKS)}"),
         (["speed"], f"speed is not a benchmark; it must be one of {', '.join(BENCHMARKS)}"),
         (["model", "--rounds", "0"], "--batch and --rounds must be 1 or more"),
+        (["model", "--largest", "9"], "--largest measures the memory of a GPU; leave it out, or give --device cuda"),
         (["model", "--img-size", "100"], "img_size 100x100 is not a multiple of patch_size 16; near are 96 and 112"),
     ],
 )
