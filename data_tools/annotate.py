@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,12 +25,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
 from data_tools.annotators import PACKAGED, Annotator, load_annotator
-from data_tools.workshop import finish, recall, remember, workshop
+from data_tools.workshop import finish, recall, remember, spread, workshop
 from refiner_ds.data.augment import resize
 from refiner_ds.data.index import MapFormat, ShardIndex, parallel_folder
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
-from refiner_ds.data.score_maps import ScoreMap, encode
+from refiner_ds.data.score_maps import MOST_CLASSES, MOST_TOP, ScoreMap, encode
 from refiner_ds.data.targets import normalise
 from refiner_ds.data.writer import FinishedShard, ShardWriter
 from refiner_ds.errors import DataError, refusals_are_told
@@ -58,22 +57,22 @@ class Task:
 
     number: int
     partial: Path
-    index: ShardIndex
     beside: bool
 
 
 class Worker:
-    """A process's annotator, on its device."""
+    """A process's annotator, on its device, and the set it annotates."""
 
-    def __init__(self, settings: Settings, classes: int, number: int) -> None:
+    def __init__(self, settings: Settings, index: ShardIndex, number: int) -> None:
         torch.set_num_threads(1)  # processes are the parallelism, and one thread gives the same bits everywhere
         torch.backends.cudnn.benchmark = False
         device = settings.device
         if device == "cuda":
             device = f"cuda:{number % torch.cuda.device_count()}"
         self.settings = settings
+        self.index = index
         self.device = torch.device(device)
-        self.annotator: Annotator = load_annotator(settings.model, settings.checkpoint, classes)
+        self.annotator: Annotator = load_annotator(settings.model, settings.checkpoint, len(index.classes))
         self.annotator.network.to(self.device)
 
     @torch.inference_mode()
@@ -89,13 +88,13 @@ class Worker:
         classes_BKhw = classes.to(torch.int16).cpu().numpy()
         return list(map(ScoreMap, values_BKhw, classes_BKhw, labels))
 
-    def format(self, classes: int) -> MapFormat:
+    def format(self) -> MapFormat:
         """What every map will look like.
 
         Raises:
-            DataError: the network knows another number of classes than the set.
+            DataError: the network knows another number of classes than the set, or more than a record can name.
         """
-        side = self.settings.size
+        side, classes = self.settings.size, len(self.index.classes)
         with torch.inference_mode():
             known = self.annotator.network(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
         if known != classes:
@@ -103,16 +102,18 @@ class Worker:
                 f"--model {self.settings.model}: knows {known} classes where the set has {classes}; "
                 "take one trained on the set's own"
             )
+        if classes > MOST_CLASSES:
+            raise DataError(f"{self.index.folder}: {classes} classes; a score map can name {MOST_CLASSES}")
         return self.maps_of(np.zeros((1, side, side, 3), np.uint8), [0])[0].format
 
     def annotate(self, task: Task) -> FinishedShard:
         """Write the annotated twin of one shard, or take it from an earlier run."""
-        name = task.index.shards[task.number].name
+        name = self.index.shards[task.number].name
         if earlier := recall(task.partial, name):
             return earlier[0]
         writer = ShardWriter(task.partial / name)
-        reader = SampleReader(task.index)
-        start, end = task.index.starts[task.number : task.number + 2].tolist()
+        reader = SampleReader(self.index)
+        start, end = self.index.starts[task.number : task.number + 2].tolist()
         try:
             for first in range(start, end, self.settings.batch):
                 raws = [reader.read(sample) for sample in range(first, min(end, first + self.settings.batch))]
@@ -142,9 +143,9 @@ def _add(writer: ShardWriter, raw: RawSample, record: bytes, beside: bool) -> No
 _worker: Worker | None = None
 
 
-def _begin(settings: Settings, classes: int, numbers: multiprocessing.Queue) -> None:
+def _begin(settings: Settings, index: ShardIndex, numbers: multiprocessing.Queue) -> None:
     global _worker
-    _worker = Worker(settings, classes, numbers.get())
+    _worker = Worker(settings, index, numbers.get())
 
 
 def _annotate(task: Task) -> FinishedShard:
@@ -152,21 +153,14 @@ def _annotate(task: Task) -> FinishedShard:
     return _worker.annotate(task)
 
 
-def _results(tasks: list[Task], settings: Settings, first: Worker, processes: int) -> Iterator[FinishedShard]:
+def _results(tasks: list[Task], first: Worker, processes: int) -> Iterator[FinishedShard]:
     if processes == 1:
-        yield from map(first.annotate, tasks)
-        return
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    numbers = context.Queue()
-    classes = len(tasks[0].index.classes)
+        return map(first.annotate, tasks)
+    start = "spawn"  # CUDA does not survive a fork
+    numbers: multiprocessing.Queue = multiprocessing.get_context(start).Queue()
     for number in range(processes):
         numbers.put(number)
-    with ProcessPoolExecutor(processes, context, _begin, (settings, classes, numbers)) as pool:
-        try:
-            yield from pool.map(_annotate, tasks)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    return spread(_annotate, tasks, processes, start, _begin, (first.settings, first.index, numbers))
 
 
 def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: int, beside: bool) -> MapFormat:
@@ -179,16 +173,16 @@ def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: in
         raise DataError(f"{out}: already exists; choose another folder or remove it")
     if index.only_maps:
         raise DataError(f"{index.folder}: holds maps without images; name the set of their images")
-    first = Worker(settings, len(index.classes), 0)
-    form = first.format(len(index.classes))
+    first = Worker(settings, index, 0)
+    form = first.format()
     shards = [shard.sha256 for shard in index.shards]
-    described = {key: str(value) for key, value in asdict(settings).items()}
+    described = {key: str(value) for key, value in asdict(settings).items() if key != "checkpoint"}
     partial = out.with_name(out.name + ".partial")
-    with workshop(partial, {"shards": shards, "beside": beside, **described}):
-        tasks = [Task(number, partial, index, beside) for number in range(len(shards))]
+    with workshop(partial, {"shards": shards, "beside": beside, "weights": first.annotator.digest(), **described}):
+        tasks = [Task(number, partial, beside) for number in range(len(shards))]
         finished = []
         with tqdm(total=index.count, unit="img", desc=out.name, disable=None) as bar:
-            for shard in _results(tasks, settings, first, processes):
+            for shard in _results(tasks, first, processes):
                 finished.append(shard)
                 bar.update(shard.shard.count)
         finish(partial, out, finished, index.classes, form)
@@ -219,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16)
     if min(given.size, given.top, given.batch, given.processes) < 1:
         raise DataError("--size, --top, --batch and --processes must be above 0")
+    if given.top > MOST_TOP:
+        raise DataError(f"--top {given.top}: a score map holds at most {MOST_TOP} classes a place")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: there is no GPU here; take --device cpu")
     index = ShardIndex.load(locate(given.set))

@@ -11,6 +11,7 @@ Axes: B batch, C classes, h×w the feature grid.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ class Annotator:
     network: nn.Module
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def digest(self) -> str:
+        """A hash of the weights: maps of two networks must not end up in one set."""
+        hashed = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            hashed.update(name.encode())
+            hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return hashed.hexdigest()
 
 
 class _DenseTimm(nn.Module):

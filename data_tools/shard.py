@@ -14,8 +14,6 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from data_tools.looking import look_at
 from data_tools.sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
-from data_tools.workshop import finish, recall, remember, workshop
+from data_tools.workshop import finish, recall, remember, spread, workshop
 from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
@@ -139,7 +137,7 @@ def write_set(
         ]
         finished, notes = [], [f"ignored: {path}: not an image by its name" for path in source.ignored]
         with tqdm(total=len(source.images), unit="img", desc=out.name, disable=None) as bar:
-            for task, (shard, shard_notes) in zip(tasks, _results(tasks, processes), strict=True):
+            for task, (shard, shard_notes) in zip(tasks, spread(write_shard, tasks, processes), strict=True):
                 finished.append(shard)
                 notes += shard_notes
                 bar.update(len(task.samples))
@@ -149,18 +147,6 @@ def write_set(
             write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
         finish(partial, out, finished, source.classes, map_format)
     return notes
-
-
-def _results(tasks: list[ShardTask], processes: int) -> Iterator[tuple[FinishedShard, list[str]]]:
-    if processes == 1:
-        yield from map(write_shard, tasks)
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        try:
-            yield from pool.map(write_shard, tasks)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _arguments() -> argparse.ArgumentParser:

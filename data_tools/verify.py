@@ -12,8 +12,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
+from data_tools.workshop import spread
 from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.remote import fetch_shard
@@ -102,6 +102,20 @@ def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
     return faults, keys
 
 
+_checked: tuple[ShardIndex, bool] | None = None  # what a process checks, and whether it decodes
+
+
+def _begin(index: ShardIndex, decode: bool) -> None:
+    global _checked
+    _checked = index, decode
+
+
+def _check(number: int) -> ShardReport:
+    assert _checked is not None
+    index, decode = _checked
+    return check_shard(index, number, decode)
+
+
 def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
     """Every fault of a set, as one sentence each."""
     members = index.members
@@ -110,7 +124,8 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
         yield f"{index.folder / MEMBERS_NAME}: offsets do not grow within a shard"
     seen: list[np.ndarray] = []
     with tqdm(total=index.count, unit="img", desc=index.folder.name, disable=None) as bar:
-        for number, report in enumerate(_reports(index, processes, decode)):
+        reports = spread(_check, range(len(index.shards)), processes, begin=_begin, given=(index, decode))
+        for number, report in enumerate(reports):
             for fault in report.faults:
                 bar.clear()
                 yield fault
@@ -124,15 +139,6 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
     keys, times = np.unique(np.concatenate(seen) if seen else np.zeros(0), return_counts=True)
     if len(keys) and times.max() > 1:
         yield f"{index.folder}: {int((times > 1).sum())} keys occur more than once; make the set again"
-
-
-def _reports(index: ShardIndex, processes: int, decode: bool) -> Iterable[ShardReport]:
-    numbers = range(len(index.shards))
-    if processes == 1:
-        yield from (check_shard(index, number, decode) for number in numbers)
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(check_shard, [index] * len(numbers), numbers, [decode] * len(numbers))
 
 
 def _arguments() -> argparse.ArgumentParser:

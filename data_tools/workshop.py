@@ -1,4 +1,6 @@
-"""The folder a set is made in: held by one process, resumable shard by shard, renamed once everything is in it.
+"""The folder a set is made in, and the processes that make it.
+
+The folder is held by one process, resumable shard by shard, and renamed once everything is in it:
 
 <set>.partial/
   plan.json               what the set is made from; another plan is refused
@@ -10,11 +12,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +30,9 @@ from refiner_ds.data.writer import FinishedShard, cannot_write, publish, write_i
 from refiner_ds.errors import DataError
 
 PLAN_NAME = "plan.json"
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -81,3 +91,52 @@ def finish(
         (partial / f"{shard.shard.name}.json").unlink()
     (partial / PLAN_NAME).unlink()
     publish(partial, out)
+
+
+def spread(
+    work: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    processes: int,
+    start: str = "fork",
+    begin: Callable[..., None] | None = None,
+    given: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """Results of ``work`` for every task, in the order of the tasks, from several processes or from this one.
+
+    Args:
+        work, begin: functions of a module; ``begin(*given)`` is called first in every process that works.
+        processes: 1 works here.
+        start: how processes begin, as multiprocessing names it.
+    Raises:
+        DataError: what ``work`` raises, or a process was killed.
+    """
+    if processes == 1:
+        if begin:
+            begin(*given)
+        yield from map(work, tasks)
+        return
+    context = multiprocessing.get_context(start)
+    with ProcessPoolExecutor(min(processes, len(tasks) or 1), context, _enter, (begin, given)) as pool:
+        try:
+            yield from pool.map(work, tasks)
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise DataError(
+                    "a process was killed, for want of memory perhaps; repeat the command, with fewer --processes"
+                ) from None
+            raise
+
+
+def _enter(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+    """Begin a process of the pool: it ends with its parent, whose lock on the folder it would hold for ever."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if begin:
+        begin(*given)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

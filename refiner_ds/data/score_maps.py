@@ -30,6 +30,7 @@ MAGIC = b"RMAP"
 VERSION = 1
 LEVEL = 9
 MOST_CLASSES = 1 << 15  # int16
+MOST_TOP = 255  # u8
 EXACT_IN_FP16 = 2048  # class numbers of published maps are float16
 
 _compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
@@ -107,6 +108,8 @@ def read_published(path: Path, label: int, classes: int) -> ScoreMap:
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or len(tensor) != 2:
         raise DataError(f"{path}: not a published score map; wanted one tensor [2, k, h, w]")
     values, numbers = tensor.numpy()
+    if values.shape[0] > MOST_TOP:
+        raise DataError(f"{path}: {values.shape[0]} classes a place; a record holds at most {MOST_TOP}")
     if not (np.isfinite(values).all() and (numbers == np.round(numbers)).all()):
         raise DataError(f"{path}: scores must be finite and class numbers whole")
     if numbers.min() < 0 or numbers.max() >= min(classes, MOST_CLASSES):

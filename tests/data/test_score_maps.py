@@ -102,7 +102,8 @@ def test_file_that_would_run_code_is_refused_unrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [torch.zeros(5), {"a": 1}, torch.zeros(3, 5, 4, 4), b"rubbish", torch.full((2, 1, 1, 1), 0.5)]
+    "content",
+    [torch.zeros(5), {"a": 1}, torch.zeros(3, 5, 4, 4), torch.zeros(2, 256, 1, 1), torch.full((2, 1, 1, 1), 0.5), b"-"],
 )
 def test_other_files_are_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "a.pt"

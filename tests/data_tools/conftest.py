@@ -1,8 +1,16 @@
-"""Class-folder trees of small images to make shards of."""
+"""Class-folder trees of small images to make shards of, and ways to kill a command while it works."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +48,85 @@ def published_maps(tree: Path, folder: Path, rows: int = 4) -> Path:
         classes = torch.tensor([int(image.parent.name[1:]) - 1, 0])[:, None, None].expand(2, rows, 5)
         torch.save(torch.stack([values, classes.float()]).half(), path)
     return folder
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a set."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def killed_before(operation: int, work: Callable[[], int]) -> bool:
+    """Run ``work`` in a process of its own that is killed outright just before its n-th lasting change of the disk.
+
+    Returns:
+        whether it came to that; otherwise the work was done before.
+    """
+    process = os.fork()
+    if process == 0:
+        countdown = itertools.count(operation, -1)
+
+        def deadly(real: Callable[..., object]) -> Callable[..., object]:
+            def call(*arguments: object, **named: object) -> object:
+                if next(countdown) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **named)
+
+            return call
+
+        code = 99
+        try:
+            for name in ("mkdir", "fsync", "replace", "unlink", "rename"):
+                setattr(os, name, deadly(getattr(os, name)))
+            code = work()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+SLOWED = """
+import importlib, sys, time
+from refiner_ds.data.writer import ShardWriter
+append = ShardWriter._append
+def slowly(self, *sample):
+    append(self, *sample)
+    self._file.flush()
+    time.sleep(0.05)
+ShardWriter._append = slowly
+if __name__ == "__main__":
+    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
+"""
+
+
+def start_and_wait_until_it_writes(module: str, arguments: list[object], out: Path) -> subprocess.Popen[bytes]:
+    """Start a command, every sample slowed down, and wait until a shard is finished and another half-written."""
+    script = out.with_name("slowed.py")
+    script.write_text(SLOWED)
+    command = [sys.executable, script, module, *map(str, arguments)]
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root}
+    )
+    partial = out.with_name(out.name + ".partial")
+    deadline = time.monotonic() + 60
+    while not (list(partial.glob("*.tar.json")) and half_written(partial)):
+        assert process.poll() is None and time.monotonic() < deadline, "it could not be met at work"
+        time.sleep(0.005)
+    return process
+
+
+def half_written(partial: Path) -> list[Path]:
+    """Shards under their temporary names, with something in them."""
+    return [path for path in partial.glob("*.tar.tmp") if path.exists() and path.stat().st_size]
+
+
+def children_of(process: int) -> list[int]:
+    """Ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def finished_shards(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every shard that has its final name."""
+    found = [(path.name, path.stat()) for path in folder.glob("*.tar")]
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -21,7 +21,17 @@ from data_tools.workshop import PLAN_NAME
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import decode
-from tests.data_tools.conftest import picture, published_maps
+from refiner_ds.errors import DataError
+from tests.data_tools.conftest import (
+    children_of,
+    digest,
+    finished_shards,
+    half_written,
+    killed_before,
+    picture,
+    published_maps,
+    start_and_wait_until_it_writes,
+)
 
 COMMAND = str(Path(shard.__file__))
 
@@ -35,10 +45,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     return message
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def contents(folder: Path) -> list[tuple[bytes, str]]:
@@ -71,34 +77,77 @@ def test_seed_decides_the_order(tree: Path, tmp_path: Path) -> None:
     assert [name for _, name in one] != sorted(name for _, name in one)
 
 
-def test_killed_run_goes_on_and_ends_with_the_same_bytes(tree: Path, tmp_path: Path) -> None:
-    """Killed outright again and again while it writes; the target never shows before it is whole."""
-    assert run(tree, tmp_path / "whole") == 0
-    slow = (
-        "import sys, time; from data_tools import shard; real = shard.write_shard\n"
-        "shard.write_shard = lambda task: (time.sleep(0.08), real(task))[1]\n"
-        "sys.exit(shard.main(sys.argv[1:]))"
-    )
-    arguments = [str(tree), str(tmp_path / "out"), "--shard-mb", "0.002", "--processes", "1"]
-    kills = 0
-    for attempt in range(30):
-        process = subprocess.Popen([sys.executable, "-c", slow, *arguments], stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=0.7 + 0.1 * attempt)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            if (tmp_path / "out").exists():
-                break
-            assert (tmp_path / "out.partial").exists() or kills == 1
-        else:
-            assert process.returncode == 0
+def test_run_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    """Before every folder, fsync, rename and removal in turn; the target never shows before it is whole."""
+    out, arguments = tmp_path / "out", [tree, tmp_path / "out", "--shard-mb", 0.012]
+    assert run(tree, tmp_path / "whole", "--shard-mb", 0.012) == 0
+    whole = digest(tmp_path / "whole")
+    for operation in itertools.count():
+        if not killed_before(operation, lambda: run(*arguments)):
             break
-    assert kills >= 1
-    assert shard.main([str(tree), str(tmp_path / "again"), "--shard-mb", "0.002", "--processes", "1"]) == 0
-    assert digest(tmp_path / "out") == digest(tmp_path / "again")
-    assert not (tmp_path / "out.partial").exists()
+        if out.exists():
+            assert digest(out) == whole
+        else:
+            assert run(*arguments) == 0 and digest(out) == whole
+        assert not out.with_name("out.partial").exists()
+        shutil.rmtree(out)
+    assert operation > 3 + 4 * len(ShardIndex.load(out).shards) and digest(out) == whole
+
+
+def test_run_killed_outright_in_the_middle_goes_on_and_does_nothing_twice(tree: Path, tmp_path: Path) -> None:
+    """All its processes at once, a shard finished and others half-written."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    arguments = [tree, out, "--shard-mb", 0.003, "--processes", 2]
+    process = start_and_wait_until_it_writes("data_tools.shard", arguments, out)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert half_written(partial) and not out.exists()
+    with pytest.raises(DataError, match="not finished"):
+        ShardIndex.load(out)
+    done = finished_shards(partial)
+    assert run(tree, tmp_path / "whole", "--shard-mb", 0.003) == 0
+    whole = digest(tmp_path / "whole")
+    assert {name: digest(partial)[name] for name in done} == {name: whole[name] for name in done}
+    assert 0 < len(done) < len(ShardIndex.load(tmp_path / "whole").shards)
+    kept = {name: done[name] for name in done if (partial / f"{name}.json").exists()}
+    assert run(*arguments) == 0
+    assert digest(out) == whole and not partial.exists()
+    assert kept and kept.items() <= finished_shards(out).items()
+
+
+def test_processes_end_with_the_one_that_began_them(tree: Path, tmp_path: Path) -> None:
+    """Orphans would hold the folder for ever, and the command could not be repeated."""
+    arguments = [tree, tmp_path / "out", "--shard-mb", 0.003, "--processes", 2]
+    process = start_and_wait_until_it_writes("data_tools.shard", arguments, tmp_path / "out")
+    children = children_of(process.pid)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(child) for child in children):
+        assert time.monotonic() < deadline, "its processes go on without it"
+        time.sleep(0.01)
+    assert run(*arguments) == 0
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and not been buried yet does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_process_that_is_killed_alone_is_one_sentence(
+    tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [tree, tmp_path / "out", "--shard-mb", 0.003, "--processes", 2]
+    process = start_and_wait_until_it_writes("data_tools.shard", arguments, tmp_path / "out")
+    os.kill(children_of(process.pid)[0], signal.SIGKILL)
+    assert process.wait(timeout=30) == 2
+    told = capfd.readouterr().err
+    assert "error: a process was killed" in told and "Traceback" not in told
+    assert run(*arguments) == 0
 
 
 def test_run_begun_from_other_files_is_not_mixed_in(
