@@ -11,6 +11,7 @@ from refiner_ds.errors import ConfigError, refusals_are_told
 # Name -> module with main(argv); imported only when asked for, since each brings its own weight.
 BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
+    "kernels": "refiner_ds.benchmark.kernels",
     "loader": "refiner_ds.benchmark.loader",
     "model": "refiner_ds.benchmark.model",
 }

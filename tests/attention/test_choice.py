@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from refiner_ds import attention
-from refiner_ds.attention.fused import launching
 from refiner_ds.config import load
 from refiner_ds.errors import ConfigError
 from refiner_ds.training.build import choose_attention
+
+launching = pytest.importorskip("refiner_ds.attention.fused.launching", exc_type=ImportError)
 
 REFUSAL = "^REFINER_ATTENTION is 'fused', which needs Triton and a GPU; on cpu it must be lean or reference$"
 CPU = torch.device("cpu")

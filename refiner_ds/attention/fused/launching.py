@@ -3,6 +3,7 @@
     launch(kernel, grid, *args, **options)    runs it: on a GPU, or in Triton's interpreter on CPU tensors
     with compile_only(90) as compiled:        inside, launches compile for that architecture and run nothing
         ...                                   compiled: registers, spilled bytes and shared memory of each
+    with recording() as launched:             inside, the bytes, and on a GPU the time, of every launch are noted
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-__all__ = ["INTERPRETED", "Compiled", "compile_only", "launch", "runs_on"]
+__all__ = ["INTERPRETED", "Compiled", "Launch", "compile_only", "launch", "recording", "runs_on"]
 
 # Triton decides when a kernel is defined: TRITON_INTERPRET=1 must have been set by then.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _compiled: dict[str, Compiled] | None = None
+_launched: list[Launch] | None = None
 
 
 class Compiled(NamedTuple):
@@ -46,6 +48,20 @@ class Compiled(NamedTuple):
     warps: int
 
 
+class Launch(NamedTuple):
+    """One launch.
+
+    Args:
+        name: the kernel's.
+        bytes: of all tensors it was given, each read or written at least once: no kernel moves less.
+        milliseconds: elapsed on the GPU; 0 elsewhere.
+    """
+
+    name: str
+    bytes: int
+    milliseconds: float
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of this device."""
     return device.type == "cuda" or INTERPRETED or _compiled is not None
@@ -53,15 +69,49 @@ def runs_on(device: torch.device) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run ``kernel`` once for every point of ``grid``; ``options`` are its constants and ``num_warps`` and the like."""
+    if _launched is not None:
+        _launched.append(_noted(kernel, grid, args, options))
+    else:
+        _run(kernel, grid, args, options)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+    # Said aloud, since Triton is going to change what it takes for granted, and the figures are of this.
+    options = {"enable_fp_fusion": True, **options}
     if _compiled is None:
         kernel[grid](*args, **options)
         return
     made = kernel.warmup(*args, grid=grid, **options)
-    constants = {name: value for name, value in options.items() if name != "num_warps"}
+    constants = {name: value for name, value in options.items() if name not in ("num_warps", "enable_fp_fusion")}
     name = f"{made.metadata.name} {' '.join(f'{key}={value}' for key, value in constants.items())}"
     if name not in _compiled:
         registers, spilled = _resources(made.asm["cubin"])
         _compiled[name] = Compiled(name, registers, spilled, made.metadata.shared, made.metadata.num_warps)
+
+
+def _noted(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> Launch:
+    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor)}
+    if _compiled is not None or not torch.cuda.is_available():
+        _run(kernel, grid, args, options)
+        return Launch(kernel.__name__, sum(tensors.values()), 0.0)
+    _run(kernel, grid, args, options)  # compiles, and warms up
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    _run(kernel, grid, args, options)
+    last.record()
+    torch.cuda.synchronize()
+    return Launch(kernel.__name__, sum(tensors.values()), first.elapsed_time(last))
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, every launch is noted in the list that this gives; each kernel runs twice on a GPU, so only look."""
+    global _launched
+    _launched = []
+    try:
+        yield _launched
+    finally:
+        _launched = None
 
 
 class _AbsentGPU:

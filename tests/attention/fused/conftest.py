@@ -1,12 +1,26 @@
-"""Where the kernels run: on the GPU if there is one, otherwise in Triton's interpreter (see tests/conftest.py)."""
+"""Where the kernels run: in Triton's interpreter on CPU tensors, and on the GPU if there is one.
+
+Triton decides once a process: where there is a GPU, TRITON_INTERPRET=1 before pytest interprets, and nothing compiles.
+"""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+if find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
 
-@pytest.fixture
-def device() -> torch.device:
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
     """The device whose tensors kernels take here."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from refiner_ds.attention.fused.launching import INTERPRETED
+
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("kernels are compiled in this process; TRITON_INTERPRET=1 interprets them")
+    if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
+        pytest.skip("there is no GPU, or kernels are interpreted in this process")
+    return torch.device(request.param)
