@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
@@ -46,28 +46,20 @@ class Row:
     shared: int | None = None
 
 
-def _steps(layer: Layer, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
-    """Forward and backward of what a network computes, by name: the inputs are drawn, the graph is built inside."""
-    setting = layer.setting
-    q, k, v = (x.to(setting.device, dtype) for x in layer.inputs)
-    return {"map": [q, k, v], "bottleneck": [v], "linear": [q, k, v]}
-
-
 def _go(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
-    """One step of a map-making block, of a bottleneck or of a linear refiner."""
+    """One step of a map-making block, of a bottleneck or of a linear refiner; the numbers do not matter."""
     layer.train(training)
     setting = layer.setting
-    batch, heads, tokens = setting.batch, setting.heads, layer.inputs[0].shape[2]
-    *pair, value = [x.detach().requires_grad_(training) for x in _steps(layer, dtype)[name]]
+    q, k, value = (x.to(setting.device, dtype).requires_grad_(training) for x in layer.inputs)
+    batch, heads, tokens, _ = value.shape
+    map_BHNN = value.new_full((batch, heads, tokens, tokens), 1 / tokens).requires_grad_(training)
     with torch.set_grad_enabled(training):
         if name == "bottleneck":
-            source = value.new_full((batch, heads, tokens, tokens), 1 / tokens).requires_grad_(training)
-            out = attention.refine(source, value, layer.refiner(name), layer.scale, "fused", "stacks")
+            out = attention.refine(map_BHNN, value, layer.refiner(name), layer.scale, "fused", "stacks")
         elif name == "linear":
-            out = attention.refine(Scores(*pair, layer.scale), value, layer.refiner(name), way="fused")
+            out = attention.refine(Scores(q, k, layer.scale), value, layer.refiner(name), way="fused")
         else:
-            handed = value.new_full((batch, heads, tokens, tokens), 1 / tokens).requires_grad_(training)
-            out = attention.attend(Scores(*pair, layer.scale), value, handed, way="fused")[1]
+            out = attention.attend(Scores(q, k, layer.scale), value, map_BHNN, way="fused")[1]
         if training:
             out.backward(torch.ones_like(out))
 
@@ -86,8 +78,9 @@ def measure(setting: Setting, tokens: int, architecture: int | None) -> list[Row
     bandwidth = None if architecture else _bandwidth()
     for name in ("map", "bottleneck", "linear"):
         for training in (True, False):
-            compiling = nullcontext({}) if architecture is None else compile_only(architecture)
-            with compiling as compiled, recording() as launched:
+            with ExitStack() as stack:
+                compiled = {} if architecture is None else stack.enter_context(compile_only(architecture))
+                launched = stack.enter_context(recording())
                 _go(layer, name, dtype, training)
             step = f"{name}, {'training' if training else 'evaluation'}"
             for kernel in dict.fromkeys(launch.name for launch in launched):
