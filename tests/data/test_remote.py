@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.packaged import locate
 from refiner_ds.errors import DataError
+from tests.data.small_disk import SmallDisk, on_small_disk
 
 
 class Server(ThreadingHTTPServer):
@@ -216,6 +219,41 @@ def test_full_disk_while_caching(server: Server, tmp_path: Path, monkeypatch: py
         epoch(index)
     assert epoch(index, on_bad="skip") == [-1] * 20
     assert not list(index.folder.glob("*.tmp"))
+
+
+def test_disk_that_is_really_full_while_caching(server: Server, tmp_path: Path) -> None:
+    """Every number of bytes and of files from none to enough: an error or a counted skip, and then all of it."""
+    cache = tmp_path / "disk" / "cache"
+
+    def attempt() -> str:
+        try:
+            index = ShardIndex.load(locate(server.address, cache))
+        except DataError as refusal:
+            assert "no room left on its disk" in str(refusal) and "\n" not in str(refusal)
+            return "refused"
+        skipped = epoch(index, on_bad="skip")
+        assert all(colour in (number, -1) for number, colour in enumerate(skipped))
+        if -1 not in skipped:
+            return "whole"
+        with pytest.raises(DataError, match="no room left on its disk") as told:
+            epoch(index)
+        assert f"(number {skipped.index(-1)} " in str(told.value) and "\n" not in str(told.value)
+        return "skipped"
+
+    def fill(disk: SmallDisk) -> None:
+        outcomes: Counter[str] = Counter()
+        for room in [{"size": 4096 * n} for n in range(1, 18)] + [{"files": n} for n in range(1, 15)]:
+            disk.resize(**room)
+            outcomes[attempt()] += 1
+            assert not list(disk.folder.rglob("*.tmp"))
+            disk.resize()
+            assert epoch(ShardIndex.load(locate(server.address, cache))) == list(range(20))
+            shutil.rmtree(cache)
+            gc.collect()  # what is still open keeps its room
+            assert disk.used() == (0, 1)
+        assert min(outcomes[kind] for kind in ("refused", "skipped", "whole")) > 2
+
+    on_small_disk(tmp_path / "disk", fill)
 
 
 def test_whole_set_can_be_fetched_and_checked_beforehand(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from refiner_ds.data.samples import RawSample, SampleReader
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import SetWriter
 from refiner_ds.errors import DataError
+from tests.data.small_disk import SmallDisk, on_small_disk
 from tests.data_tools.conftest import (
     digest,
     finished_shards,
@@ -149,6 +151,31 @@ def test_run_killed_again_and_again_goes_on_and_annotates_nothing_twice(
             break
         assert killed
     assert operation > 6 and digest(out) == whole
+
+
+def test_disk_that_is_really_full_is_one_sentence_and_the_command_goes_on_when_there_is_room(
+    images: ShardIndex, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(images, checkpoint, "--beside", tmp_path / "whole") == 0
+    whole = digest(tmp_path / "whole")
+
+    def fill(disk: SmallDisk) -> None:
+        out, refused = disk.folder / "out", 0
+        for room in [{"size": 4096 * n} for n in range(1, 26, 3)] + [{"files": n} for n in range(1, 15, 3)]:
+            disk.resize(**room)
+            if code := run(images, checkpoint, "--beside", out):
+                told = capsys.readouterr().err
+                assert code == 2 and "no room left on its disk" in told and told.count("\n") == 1
+                assert not out.exists() and not list(disk.folder.rglob("*.tmp"))
+                refused += 1
+                disk.resize()
+                assert run(images, checkpoint, "--beside", out) == 0
+            assert digest(out) == whole
+            disk.resize()
+            shutil.rmtree(out)
+        assert 8 < refused < 14
+
+    on_small_disk(tmp_path / "disk", fill)
 
 
 def test_other_weights_are_not_mixed_in(

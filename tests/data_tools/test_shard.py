@@ -22,6 +22,7 @@ from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import decode
 from refiner_ds.errors import DataError
+from tests.data.small_disk import SmallDisk, on_small_disk
 from tests.data_tools.conftest import (
     children_of,
     digest,
@@ -297,6 +298,33 @@ def test_full_disk_is_one_sentence_and_leaves_no_set(
     monkeypatch.setattr(os, "fsync", full)
     assert "no room left" in refusal(capsys, tree, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_disk_that_is_really_full_is_one_sentence_and_the_command_goes_on_when_there_is_room(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every number of bytes and of files from none to enough, so that each write is once the one that fails."""
+    arguments = [tree, tmp_path / "disk" / "out", "--shard-mb", 0.012]
+    assert run(tree, tmp_path / "whole", "--shard-mb", 0.012) == 0
+    whole = digest(tmp_path / "whole")
+
+    def fill(disk: SmallDisk) -> None:
+        out, refused = disk.folder / "out", 0
+        for room in [{"size": 4096 * n} for n in range(1, 40)] + [{"files": n} for n in range(1, 20)]:
+            disk.resize(**room)
+            if code := run(*arguments):
+                told = capsys.readouterr().err
+                assert code == 2 and "no room left on its disk" in told and told.count("\n") == 1
+                assert not out.exists() and not list(disk.folder.rglob("*.tmp"))
+                refused += 1
+                disk.resize()
+                assert run(*arguments) == 0
+            assert digest(out) == whole
+            disk.resize()
+            shutil.rmtree(out)
+        assert 20 < refused < 55
+
+    on_small_disk(tmp_path / "disk", fill)
 
 
 def test_command_explains_itself() -> None:
