@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import re
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from refiner_ds.benchmark import loader
 from refiner_ds.benchmark.__main__ import main
-from refiner_ds.benchmark.loader import LooseReader, epoch_of_shards, find_photographs, lay_out
+from refiner_ds.benchmark.loader import LooseReader, epoch_of_shards, find_photographs, lay_out, report
 from refiner_ds.data.samples import SampleReader
 
 
@@ -41,6 +43,7 @@ def test_benchmark_tells_costs_sizes_and_scaling(folder: Path, capsys: pytest.Ca
     assert main(["loader", "--images", str(folder), "--rounds", "3", "--workers", "0", "1"]) == 0
     told = capsys.readouterr().out
     assert re.match(r"20 photographs, mean \d+ kB and 0.19 megapixels", told)
+    assert "the middle one of 3 rounds" in told
     rows = re.findall(rf"^(\w+(?: \w+)?) +{FIGURES} +\d+ +([0-9.]+)$", told, re.M)
     costs = {name: float(middle) for name, middle, *_ in rows}
     assert list(costs) == ["shards", "loose files", "usual", "decoding", "entropy"]
@@ -57,6 +60,38 @@ def test_benchmark_tells_costs_sizes_and_scaling(folder: Path, capsys: pytest.Ca
     assert [row[0] for row in scaled] == ["0", "1"]
     for row in scaled:  # the workers' time counts too
         assert 0.5 * costs["shards"] < float(row[4]) < 3 * costs["shards"]
+
+
+def test_report_is_middle_lowest_and_highest_and_pairs_what_ran_in_one_round(folder: Path, tmp_path: Path) -> None:
+    photographs = lay_out(find_photographs(folder), tmp_path / "workshop")
+    costs = {
+        "shards": [110.0, 190.0, 99.0], "loose files": [100.0, 200.0, 110.0], "usual": [400.0, 800.0, 330.0],
+        "decoding": [60.0, 61.0, 62.0], "entropy": [50.0, 55.0, 60.0],
+    }  # fmt: skip
+    told = report(photographs, costs, {0: [(7.0, 5.0), (9.0, 3.0)], 1: [(10.0, 4.0)]}).splitlines()
+    assert told[3].split() == "shards 110 (99 to 190) 9091 3.64".split()
+    assert told[4].split() == "loose files 110 (100 to 200) 9091 4.00".split()
+    assert told[8:] == [
+        "shards against loose files: -5.0 (-10.0 to +10.0) %",
+        "above the floor: 2.00 times entropy decoding",
+        "0 workers: 8 (7 to 9) images/s elapsed, 4 CPU µs/image in all processes",
+        "1 worker: 10 (10 to 10) images/s elapsed, 4 CPU µs/image in all processes",
+    ]
+
+
+def test_scaling_is_over_as_many_processes_as_it_says(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photographs, seen = lay_out(find_photographs(folder), tmp_path / "workshop"), []
+
+    def counted() -> float:
+        seen.append(len(multiprocessing.active_children()))
+        return len(seen)
+
+    monkeypatch.setattr(loader, "cpu_seconds", counted)
+    rates = loader.scaling(photographs, [0, 2], 1)
+    assert seen == [0, 0, 2, 2]
+    assert [used for _, used in (*rates[0], *rates[2])] == [1e6 / 40] * 2
 
 
 def test_shards_and_loose_files_give_the_same_batches(folder: Path, tmp_path: Path) -> None:

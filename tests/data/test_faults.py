@@ -31,50 +31,76 @@ def swap(data: bytearray, one: int, other: int, size: int) -> None:
     data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
 
 
+def flip_bit(data: bytearray, place: int) -> None:
+    data[place] ^= 4
+
+
 def put(data: bytearray, place: int, what: bytes) -> None:
     data[place : place + len(what)] = what
 
 
-# What is done to the second shard, given where its third sample's header lies; and which samples are lost by it.
-FAULTS: dict[str, tuple[Callable[[Path, int], object], range]] = {
-    "shard missing": (lambda path, at: path.unlink(), range(7, 14)),
-    "shard empty": (lambda path, at: path.write_bytes(b""), range(7, 14)),
-    "cut at a member's boundary": (lambda path, at: path.write_bytes(path.read_bytes()[:at]), range(9, 14)),
-    "cut inside a member": (lambda path, at: path.write_bytes(path.read_bytes()[: at + 540]), range(9, 14)),
-    "cut inside a header": (lambda path, at: path.write_bytes(path.read_bytes()[: at + 100]), range(9, 14)),
-    "garbage in a header": (lambda path, at: rewrite(path, lambda d: put(d, at + 120, b"!!!!!!!")), range(9, 10)),
-    "garbage in a name": (lambda path, at: rewrite(path, lambda d: put(d, at, b"\xff\x00\xfe")), range(9, 10)),
-    "one bit of an image": (lambda path, at: rewrite(path, lambda d: put(d, at + 560, b"\x01")), range(9, 10)),
+CUT, DAMAGED = "is cut off", "is damaged or of another set"
+
+# What is done to the second shard, given where its third sample's header lies; which samples are lost by it; and what
+# is said of the first of them.
+FAULTS: dict[str, tuple[Callable[[Path, int], object], range, str]] = {
+    "shard missing": (lambda path, at: path.unlink(), range(7, 14), "cannot be read (No such file"),
+    "shard empty": (lambda path, at: path.write_bytes(b""), range(7, 14), CUT),
+    "cut at a member's boundary": (lambda path, at: path.write_bytes(path.read_bytes()[:at]), range(9, 14), CUT),
+    "cut inside a member": (lambda path, at: path.write_bytes(path.read_bytes()[: at + 540]), range(9, 14), CUT),
+    "cut inside a header": (lambda path, at: path.write_bytes(path.read_bytes()[: at + 100]), range(9, 14), CUT),
+    "garbage in a header": (lambda path, at: rewrite(path, lambda d: put(d, at + 120, b"!!!")), range(9, 10), DAMAGED),
+    "garbage in a name": (
+        lambda path, at: rewrite(path, lambda d: put(d, at, b"\xff\x00\xfe")),
+        range(9, 10),
+        "found as '\N{REPLACEMENT CHARACTER}') is damaged",
+    ),
+    "one bit of an image": (lambda path, at: rewrite(path, lambda d: flip_bit(d, at + 560)), range(9, 10), DAMAGED),
     "bytes swapped in an image": (
         lambda path, at: rewrite(path, lambda d: swap(d, at + 520, at + 540, 8)),
         range(9, 10),
+        DAMAGED,
     ),
-    "two samples swapped": (lambda path, at: rewrite(path, lambda d: swap(d, at, at + 2048, 1536)), range(9, 11)),
-    "shard of another set": (lambda path, at: shutil.copy(path.with_name("shard-000000.tar"), path), range(7, 14)),
-    "a folder in its place": (lambda path, at: (path.unlink(), path.mkdir()), range(7, 14)),
+    "two samples swapped": (
+        lambda path, at: rewrite(path, lambda d: swap(d, at, at + 2048, 1536)),
+        range(9, 11),
+        "found as '00010-set.png') is damaged",
+    ),
+    "shard of another set": (
+        lambda path, at: shutil.copy(path.with_name("shard-000000.tar"), path),
+        range(7, 14),
+        "found as '00000-set.png') is damaged",
+    ),
+    "a folder in its place": (
+        lambda path, at: (path.unlink(), path.mkdir()),
+        range(7, 14),
+        "cannot be read (Is a directory)",
+    ),
 }
 
 
 @pytest.fixture(params=FAULTS)
-def broken(request: pytest.FixtureRequest, make_set: Callable[..., ShardIndex]) -> tuple[ShardIndex, range]:
+def broken(request: pytest.FixtureRequest, make_set: Callable[..., ShardIndex]) -> tuple[ShardIndex, range, str]:
     index = make_set(COUNT, PER_SHARD)
-    change, lost = FAULTS[request.param]
+    change, lost, says = FAULTS[request.param]
     change(index.folder / BROKEN, int(index.members[9]["offset"]))
-    return ShardIndex.load(index.folder, check_files=False), lost
+    return ShardIndex.load(index.folder, check_files=False), lost, says
 
 
-def test_fault_is_an_error_that_names_shard_and_sample(broken: tuple[ShardIndex, range]) -> None:
-    index, lost = broken
+def test_fault_is_an_error_that_names_shard_and_sample(broken: tuple[ShardIndex, range, str]) -> None:
+    index, lost, says = broken
     with pytest.raises(DataError) as told:
         list(eval_batches(index, EvalSettings(8, 1.0), batch=4, rank=0, world_size=1))
     sentence = str(told.value)
     assert BROKEN in sentence and f"sample {lost[0] - 7} " in sentence and f"(number {lost[0]} " in sentence
-    assert "\n" not in sentence
+    assert says in sentence and "\n" not in sentence
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fault_is_skipped_and_counted_and_nothing_else_is_lost(broken: tuple[ShardIndex, range], workers: int) -> None:
-    index, lost = broken
+def test_fault_is_skipped_and_counted_and_nothing_else_is_lost(
+    broken: tuple[ShardIndex, range, str], workers: int
+) -> None:
+    index, lost, _ = broken
     batches = list(
         eval_batches(index, EvalSettings(8, 1.0), batch=4, rank=0, world_size=1, on_bad_sample="skip", workers=workers)
     )
@@ -87,9 +113,9 @@ def test_fault_is_skipped_and_counted_and_nothing_else_is_lost(broken: tuple[Sha
     assert seen == {number: number for number in range(COUNT) if number not in lost}
 
 
-def test_sizes_tell_most_faults_before_a_run_begins(broken: tuple[ShardIndex, range]) -> None:
+def test_sizes_tell_most_faults_before_a_run_begins(broken: tuple[ShardIndex, range, str]) -> None:
     """Where a file's length gives it away, loading refuses; the others wait for the sample or for verify.py."""
-    index, _ = broken
+    index, *_ = broken
     path = index.folder / BROKEN
     if not path.is_file() or path.stat().st_size != index.shards[1].bytes:
         with pytest.raises(DataError, match=BROKEN):

@@ -18,7 +18,7 @@ import pytest
 from refiner_ds.data.index import FORMAT, INDEX_NAME, MEMBER, MEMBERS_NAME, VERSION
 
 LOOK = """
-import json, sys, time
+import json, sys, time, tracemalloc
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.plan import TrainPlan
 def anonymous():
@@ -36,8 +36,22 @@ sought = time.perf_counter()
 for sample in far.samples_B.tolist():
     index.members[sample].item(), index.shard_of(sample)
 found = time.perf_counter()
+memory = (anonymous() - before) / 1024
+
+def least(work):  # the least of many: the machine may be busy
+    took = []
+    for number in range(30):
+        start = time.perf_counter()
+        work(number)
+        took.append(time.perf_counter() - start)
+    return min(took)
+
+again = least(lambda number: plan.wanted(7 * plan.steps_per_epoch + 17 * number))
+shard = least(lambda number: [index.shard_of(sample) for sample in far.samples_B.tolist()])
+tracemalloc.start()
+plan.wanted(9 * plan.steps_per_epoch)
 print(json.dumps({"count": index.count, "load": loaded - start, "seek": sought - first, "find": found - sought,
-    "memory": (anonymous() - before) / 1024}))
+    "memory": memory, "again": again, "shard": shard, "order": tracemalloc.get_traced_memory()[1] / 2**20}))
 """
 
 
@@ -67,7 +81,7 @@ def make_index(folder: Path, count: int, shards: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "count, shards, seconds, mebibytes", [(1_281_000, 1_281, 1.0, 48), (1_000_000_000, 100_000, 6.0, 160)]
+    "count, shards, seconds, mebibytes", [(1_281_000, 1_281, 1.0, 12), (1_000_000_000, 100_000, 6.0, 160)]
 )
 def test_a_rank_of_a_thousand_starts_anywhere_at_once(
     tmp_path: Path, count: int, shards: int, seconds: float, mebibytes: float
@@ -81,4 +95,5 @@ def test_a_rank_of_a_thousand_starts_anywhere_at_once(
     assert seen["count"] == count
     assert seen["load"] < seconds
     assert seen["seek"] < 0.05 and seen["find"] < 1.0
-    assert seen["memory"] < mebibytes
+    assert seen["again"] < 0.002 and seen["shard"] < 0.001  # ten times what is measured
+    assert seen["memory"] < mebibytes and seen["order"] < 0.1
