@@ -4,6 +4,7 @@
     tools.py       what kernels share: products, clips, loads of map tiles
     maps.py        queries and keys to maps, and back
     moments.py     mean and covariance of maps over heads
+    linear.py      the paper's refiner: linear_forward.py and linear_backward.py, on the tiles of linear_tiles.py
 
 On a GPU Triton compiles the kernels; where TRITON_INTERPRET=1 was set before Triton was imported, its interpreter runs
 the same code on CPU tensors, slowly, for tests.
