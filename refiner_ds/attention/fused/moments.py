@@ -15,7 +15,7 @@ from torch import Tensor
 from refiner_ds.attention.fused.launching import launch
 from refiner_ds.attention.fused.tools import at_least_16, mix
 
-__all__ = ["combine", "map_moments"]
+__all__ = ["combine", "combine_each", "map_moments"]
 
 POSITIONS = 128  # of a step
 STEPS = 32  # of a program
@@ -86,3 +86,19 @@ def combine(counts_P: Tensor, means_PK: Tensor, comoments_PKK: Tensor) -> tuple[
     mean_K = share_P @ means_PK.double()
     apart_PK = means_PK.double() - mean_K
     return mean_K, comoments_PKK.double().sum(0) / counts_P.sum() + (apart_PK * share_P[:, None]).mT @ apart_PK
+
+
+def combine_each(counts_PC: Tensor, means_PKC: Tensor, comoments_PKKC: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for each of C maps by itself, of which P programs saw K quantities, float64.
+
+    Args:
+        counts_PC: how many entries of a map each saw.
+        means_PKC, comoments_PKKC: means of the quantities, and sums of products about those means.
+    Returns:
+        [K, C] and [K, K, C].
+    """
+    share_PC = counts_PC.double() / counts_PC.sum(0, dtype=torch.float64)
+    mean_KC = (share_PC[:, None] * means_PKC).sum(0)
+    apart_PKC = means_PKC - mean_KC
+    between_KKC = torch.einsum("pc,pkc,plc->klc", share_PC, apart_PKC, apart_PKC)
+    return mean_KC, comoments_PKKC.double().sum(0) / counts_PC.sum(0, dtype=torch.float64) + between_KKC

@@ -1,0 +1,346 @@
+"""The released refiner's way there in three kernels; the caller folds the norms between them.
+
+    1  expand_local   A     ──> h2, its mean and variance      u1 = relu6(E₁·A + shift1), h2 = kernel ∗ u1
+    2  project        h2, A ──> h3, its moments with A         u2 = relu6(gain2·h2 + shift2), h3 = P·u2
+    3  output         h3, A ──> out                            out = T·V, T = α·h3 + β·A + γ
+
+u1 and u2 live in registers alone, clipped to [0, 1] instead of [0, 6], which multiplications do for nothing; the six
+goes into the weights behind. bottleneck_narrow.py does 1 and 2 in one go where h2 is not wanted.
+
+Axes: B batch, H heads, E expanded maps, N tokens, d head width, M expanded maps worked on together, L columns or
+positions of a tile, Q its edges (see spans.py), R query rows and C keys of a tile, P programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.moments import combine_each
+from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
+from refiner_ds.attention.fused.tools import at_least_16, mix_stored, product, readable
+
+__all__ = ["expand_local", "groups_of", "mix_computed", "nine_taps", "output", "project", "sixth_of_u1"]
+
+GROUP = 16  # expanded maps at a time: what one product on tensor cores makes
+KEYS = 8  # of a span of expand_local: 20 products where 16 columns come out, in 168 registers
+SEGMENT = 48  # about the rows of a program of expand_local, which works out two more
+POSITIONS, STEPS = 64, 16  # of a step of project, and steps of a program
+ROWS, COLUMNS = 64, 32  # of a tile of output: the fewest rows that warp-group products take, in 106 registers
+
+
+# -- 1: expansion and local attention --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _expand_local(
+    map_BHNN, folded_EH, shift_E, taps_E9, local_BENN, parts_P3E, spans,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    tile, segment = tl.program_id(1), tl.program_id(2)
+    # The last group may share maps with the one before: both then write the same numbers.
+    start = tl.minimum(tl.program_id(0) * SIZE, EXPANDED - SIZE)
+    head_H, place_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
+    real_H1, real_M = head_H[:, None] < HEADS, place_M < SIZE
+    wide_M = start + place_M
+    entry_MH = wide_M[:, None] * HEADS + head_H[None, :]
+    folded_MH = tl.load(folded_EH + entry_MH, mask=real_M[:, None] & (head_H[None, :] < HEADS), other=0.0)
+    shift_M1 = tl.load(shift_E + wide_M, mask=real_M, other=0.0)[:, None]
+    taps = tl.tuple(())
+    for tap in tl.static_range(9):
+        taps += (tl.load(taps_E9 + wide_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
+    image_L, key_L, here_L = span_places(tile, spans, TOKENS, KEYS)
+    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, KEYS)
+    AREA: tl.constexpr = TOKENS * TOKENS
+    map_L, map_Q = map_BHNN + image_L * (HEADS * AREA) + key_L, map_BHNN + image_Q * (HEADS * AREA) + key_Q
+    local_L = local_BENN + (image_L * EXPANDED + start) * AREA + key_L
+    empty_ML = tl.zeros([GROUP, 4 * KEYS], dtype=tl.float32)
+    # Of the row before the one just read, and of that row: what earlier rows have given them.
+    before_ML, now_ML = empty_ML, empty_ML
+    sum_ML, square_ML = empty_ML, empty_ML
+    pilot_M1 = tl.sum(empty_ML, 1)[:, None]
+    first = segment * ROWS
+    for step in range(ROWS + 2):
+        row = first + step - 1
+        row_L, row_Q = tl.where(here_L, row, -1), tl.where(here_Q, row, -1)
+        in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), (row_Q >= 0) & (row_Q < TOKENS)
+        map_HL = tl.load(
+            (map_L + row * TOKENS)[None, :] + (head_H * AREA)[:, None], mask=in_L[None, :] & real_H1, other=0.0
+        )
+        map_HQ = tl.load(
+            (map_Q + row * TOKENS)[None, :] + (head_H * AREA)[:, None], mask=in_Q[None, :] & real_H1, other=0.0
+        )
+        u1_ML = sixth_of_u1(folded_MH, map_HL, shift_M1, in_L)
+        left_ML, right_ML = neighbours(u1_ML, sixth_of_u1(folded_MH, map_HQ, shift_M1, in_Q), GROUP, KEYS)
+        h2_ML = before_ML + taps[6] * left_ML + taps[7] * u1_ML + taps[8] * right_ML
+        before_ML = now_ML + taps[3] * left_ML + taps[4] * u1_ML + taps[5] * right_ML
+        now_ML = taps[0] * left_ML + taps[1] * u1_ML + taps[2] * right_ML
+        if (step >= 2) & (row <= TOKENS):
+            if step == 2:
+                pilot_M = tl.sum(tl.where(here_L[None, :], h2_ML, 0.0), 1) / tl.sum(here_L.to(tl.float32), 0)
+                pilot_M1 = pilot_M[:, None]
+            sum_ML += h2_ML - pilot_M1
+            square_ML += (h2_ML - pilot_M1) * (h2_ML - pilot_M1)
+            if WRITE:
+                tl.store(
+                    (local_L + (row - 1) * TOKENS)[None, :] + (place_M * AREA)[:, None],
+                    h2_ML.to(local_BENN.dtype.element_ty), mask=here_L[None, :] & real_M[:, None],
+                )  # fmt: skip
+    count = tl.sum(here_L.to(tl.float32), 0) * tl.minimum(TOKENS - first, ROWS)
+    mean_M = tl.sum(tl.where(here_L[None, :], sum_ML, 0.0), 1) / count
+    comoment_M = tl.sum(tl.where(here_L[None, :], square_ML, 0.0), 1) - mean_M * mean_M * count
+    part_M = parts_P3E + (tile * tl.num_programs(2) + segment) * (3 * EXPANDED) + wide_M
+    tl.store(part_M, count + 0.0 * mean_M, mask=real_M)
+    tl.store(part_M + EXPANDED, tl.sum(pilot_M1, 1) + mean_M, mask=real_M)
+    tl.store(part_M + 2 * EXPANDED, comoment_M, mask=real_M)
+
+
+@triton.jit
+def sixth_of_u1(folded_MH, map_HL, shift_M1, in_L):
+    """A sixth of u1, [M, L], from a sixth of the weights. Outside the map it is 0, not relu6(shift)."""
+    sums_ML = tl.zeros([folded_MH.shape[0], map_HL.shape[1]], dtype=tl.float32)
+    return tl.clamp(mix_stored(folded_MH, map_HL, sums_ML) + shift_M1 * in_L.to(tl.float32)[None, :], 0.0, 1.0)
+
+
+def expand_local(
+    map_BHNN: Tensor, folded_EH: Tensor, shift1_E: Tensor, kernel_E1kk: Tensor, write: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Expansion with norm 1 folded into it, clip, and distributed local attention.
+
+    Reads 2 bytes an element of the map (in half precision; the groups of expanded maps share the cache) and writes 2
+    for each of the E / H expanded ones.
+
+    Args:
+        map_BHNN: contiguous maps.
+        folded_EH, shift1_E: what the maps are multiplied with, and what is added.
+        kernel_E1kk: kernels of size 1 or 3.
+        write: whether h2 is wanted, or its moments alone.
+    Returns:
+        h2, [B, E, N, N] in the maps' dtype, or ``None``; its mean and biased variance before rounding, [E], float64.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    wide = folded_EH.shape[0]
+    groups, size = groups_of(wide)
+    spans = batch * triton.cdiv(tokens, KEYS)
+    rows = triton.cdiv(tokens, max(1, round(tokens / SEGMENT)))
+    tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
+    local_BENN = map_BHNN.new_empty((batch, wide, tokens, tokens) if write else 0)
+    parts_P3E = map_BHNN.new_empty(tiles * segments, 3, wide, dtype=torch.float32)
+    launch(
+        _expand_local, (groups, tiles, segments), map_BHNN, _sixth(folded_EH), _sixth(shift1_E),
+        6 * nine_taps(kernel_E1kk), local_BENN, parts_P3E, spans,
+        TOKENS=tokens, HEADS=heads, EXPANDED=wide, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP, KEYS=KEYS,
+        ROWS=rows, WRITE=write, num_warps=1,
+    )  # fmt: skip
+    mean_1E, variance_11E = combine_each(parts_P3E[:, 0], parts_P3E[:, 1:2], parts_P3E[:, 2:, None])
+    return local_BENN if write else None, mean_1E[0], variance_11E[0, 0]
+
+
+def groups_of(wide: int) -> tuple[int, int]:
+    """How many groups E expanded maps are worked on in, and of how many each: as even as can be."""
+    groups = triton.cdiv(wide, GROUP)
+    return groups, triton.cdiv(wide, groups)
+
+
+def nine_taps(kernel_E1kk: Tensor) -> Tensor:
+    """Kernels of size 1 or 3 as 3×3 ones, [E, 9], fp32."""
+    margin = (3 - kernel_E1kk.shape[-1]) // 2
+    return F.pad(kernel_E1kk.float(), (margin,) * 4).flatten(1).contiguous()
+
+
+def _sixth(weight: Tensor) -> Tensor:
+    return weight.float().contiguous() / 6
+
+
+# -- 2: projection ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mix_computed(weight_HM, maps_ML, sums_HL, DTYPE: tl.constexpr):
+    """sums + weight · maps that were just computed, both fp32: beside maps stored in half precision in two pieces.
+
+    Three products keep 16 digits, far more than the result will be stored in.
+    """
+    if DTYPE == tl.float32:
+        sums_HL = mix_stored(weight_HM, maps_ML, sums_HL)
+    else:
+        if DTYPE == tl.bfloat16:
+            # The upper half of an fp32 number is a bfloat16: cheaper than rounding and going back.
+            coarse_ML = (maps_ML.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        else:
+            coarse_ML = maps_ML.to(DTYPE).to(tl.float32)
+        sums_HL = mix_stored(weight_HM, coarse_ML.to(DTYPE), sums_HL)
+        sums_HL += product(weight_HM.to(DTYPE), (maps_ML - coarse_ML).to(DTYPE))
+    return sums_HL
+
+
+@triton.jit
+def _project(
+    local_BENN, map_BHNN, affine_2E, project_HE, narrow_BHNN, parts_P6H,
+    AREA: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    PADDED: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head_H, place_M, offset_L = tl.arange(0, PADDED), tl.arange(0, GROUP), tl.arange(0, POSITIONS)
+    real_H = head_H < HEADS
+    gains, shifts, weights = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for group in tl.static_range(GROUPS):
+        wide_M = group * SIZE + place_M
+        real_M = (place_M < SIZE) & (wide_M < EXPANDED)
+        gains += (tl.load(affine_2E + wide_M, mask=real_M, other=0.0)[:, None],)
+        shifts += (tl.load(affine_2E + EXPANDED + wide_M, mask=real_M, other=0.0)[:, None],)
+        entry_HM = head_H[:, None] * EXPANDED + wide_M[None, :]
+        weights += (tl.load(project_HE + entry_HM, mask=real_H[:, None] & real_M[None, :], other=0.0),)
+    start = part * STEPS * POSITIONS
+    empty_HL = tl.zeros([PADDED, POSITIONS], dtype=tl.float32)
+    sum3_HL, sum_HL, square3_HL, cross_HL, square_HL = empty_HL, empty_HL, empty_HL, empty_HL, empty_HL
+    pilot3_H1, pilot_H1 = tl.sum(empty_HL, 1)[:, None], tl.sum(empty_HL, 1)[:, None]
+    local_L = local_BENN + image * (EXPANDED * AREA)
+    first_H1 = image * (HEADS * AREA) + (head_H * AREA)[:, None]
+    for step in range(STEPS):
+        place_L = start + step * POSITIONS + offset_L
+        here_1L = (place_L < AREA)[None, :]
+        here_HL = here_1L & real_H[:, None]
+        map_HL = tl.load(map_BHNN + first_H1 + place_L[None, :], mask=here_HL, other=0.0).to(tl.float32)
+        h3_HL = empty_HL
+        for group in tl.static_range(GROUPS):
+            wide_M1 = group * SIZE + place_M[:, None]
+            here_ML = here_1L & (place_M[:, None] < SIZE) & (wide_M1 < EXPANDED)
+            h2_ML = tl.load(local_L + wide_M1 * AREA + place_L[None, :], mask=here_ML, other=0.0).to(tl.float32)
+            u2_ML = tl.clamp(h2_ML * gains[group] + shifts[group], 0.0, 1.0)
+            h3_HL = mix_computed(weights[group], u2_ML, h3_HL, local_BENN.dtype.element_ty)
+        tl.store(narrow_BHNN + first_H1 + place_L[None, :], h3_HL.to(narrow_BHNN.dtype.element_ty), mask=here_HL)
+        if step == 0:
+            count = tl.minimum(AREA - start, POSITIONS)
+            pilot3_H1 = (tl.sum(tl.where(here_1L, h3_HL, 0.0), 1) / count)[:, None]
+            pilot_H1 = (tl.sum(map_HL, 1) / count)[:, None]
+        apart3_HL = tl.where(here_1L, h3_HL - pilot3_H1, 0.0)
+        apart_HL = tl.where(here_1L, map_HL - pilot_H1, 0.0)
+        sum3_HL += apart3_HL
+        sum_HL += apart_HL
+        square3_HL += apart3_HL * apart3_HL
+        cross_HL += apart3_HL * apart_HL
+        square_HL += apart_HL * apart_HL
+    part_H = parts_P6H + (image * tl.num_programs(1) + part) * (6 * HEADS) + head_H
+    seen = tl.minimum(AREA - start, STEPS * POSITIONS).to(tl.float32)
+    store_joint(
+        part_H, real_H, HEADS, seen, pilot3_H1, pilot_H1, tl.sum(sum3_HL, 1), tl.sum(sum_HL, 1),
+        tl.sum(square3_HL, 1), tl.sum(cross_HL, 1), tl.sum(square_HL, 1),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_joint(
+    part_H, real_H, HEADS: tl.constexpr, count, pilot3_H1, pilot_H1, sum3_H, sum_H, square3_H, cross_H, square_H
+):  # fmt: skip
+    """Count, the means of h3 and A, and their comoments, from sums about pilots, as one program's row of [P, 6, H]."""
+    mean3_H, mean_H = sum3_H / count, sum_H / count
+    tl.store(part_H, count + 0.0 * mean_H, mask=real_H)
+    tl.store(part_H + HEADS, tl.sum(pilot3_H1, 1) + mean3_H, mask=real_H)
+    tl.store(part_H + 2 * HEADS, tl.sum(pilot_H1, 1) + mean_H, mask=real_H)
+    tl.store(part_H + 3 * HEADS, square3_H - sum3_H * mean3_H, mask=real_H)
+    tl.store(part_H + 4 * HEADS, cross_H - sum3_H * mean_H, mask=real_H)
+    tl.store(part_H + 5 * HEADS, square_H - sum_H * mean_H, mask=real_H)
+
+
+def project(
+    local_BENN: Tensor, map_BHNN: Tensor, gain2_E: Tensor, shift2_E: Tensor, project_HE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm 2 and its clip, projection, and what norms 3 and 4 have to know of the result.
+
+    Reads 2 bytes (in half precision) for each of the E / H + 1 elements of h2 and the map, writes 2.
+
+    Args:
+        local_BENN, map_BHNN: h2 and the maps, contiguous.
+        gain2_E, shift2_E: norm 2 as an affine map.
+        project_HE: the projection.
+    Returns:
+        h3, [B, H, N, N] in the maps' dtype; its mean before rounding, [H], and the covariance of h3 and A within each
+        head, [2, 2, H], float64.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    wide, area = local_BENN.shape[1], tokens * tokens
+    groups, size = groups_of(wide)
+    narrow_BHNN = torch.empty_like(map_BHNN)
+    parts = triton.cdiv(area, STEPS * POSITIONS)
+    parts_P6H = map_BHNN.new_empty(batch * parts, 6, heads, dtype=torch.float32)
+    launch(
+        _project, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E))),
+        6 * project_HE.float().contiguous(), narrow_BHNN, parts_P6H,
+        AREA=area, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP,
+        POSITIONS=POSITIONS, STEPS=STEPS, num_warps=4,
+    )  # fmt: skip
+    return narrow_BHNN, *joint_moments(parts_P6H)
+
+
+def joint_moments(parts_P6H: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of h3, [H], and the covariance of h3 and A, [2, 2, H], of what :func:`store_joint` stored."""
+    comoments_P22H = parts_P6H[:, [3, 4, 4, 5]].unflatten(1, (2, 2))
+    mean_2H, joint_22H = combine_each(parts_P6H[:, 0], parts_P6H[:, 1:3], comoments_P22H)
+    return mean_2H[0], joint_22H
+
+
+# -- 3: affine map and product with the values -----------------------------------------------------------------------
+
+
+@triton.jit
+def _output(
+    narrow_BHNN, map_BHNN, affine_3H, value_BHNd, out_BHNd, image_stride, head_stride, token_stride,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    stack, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    head = stack % HEADS
+    row_R, feature_d = part * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    value_1d = value_BHNd + stack // HEADS * image_stride + head * head_stride + feature_d[None, :]
+    narrow_R1 = narrow_BHNN + stack * TOKENS * TOKENS + row_R[:, None] * TOKENS
+    map_R1 = map_BHNN + stack * TOKENS * TOKENS + row_R[:, None] * TOKENS
+    # T is affine in h3 and A: with both multiplied apart, nothing but what is stored is ever rounded.
+    from_narrow_Rd = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    from_map_Rd = tl.zeros([ROWS, PADDED], dtype=tl.float32)
+    value_d = tl.zeros([PADDED], dtype=tl.float32)
+    for start in range(0, TOKENS, COLUMNS):
+        key_C = start + tl.arange(0, COLUMNS)
+        here_RC = (row_R[:, None] < TOKENS) & (key_C[None, :] < TOKENS)
+        here_Cd = (key_C[:, None] < TOKENS) & (feature_d[None, :] < WIDTH)
+        value_Cd = tl.load(value_1d + key_C[:, None] * token_stride, mask=here_Cd, other=0.0)
+        narrow_RC = tl.load(narrow_R1 + key_C[None, :], mask=here_RC, other=0.0)
+        map_RC = tl.load(map_R1 + key_C[None, :], mask=here_RC, other=0.0)
+        from_narrow_Rd += product(narrow_RC, value_Cd)
+        from_map_Rd += product(map_RC, value_Cd)
+        value_d += tl.sum(value_Cd.to(tl.float32), 0)
+    alpha, beta = tl.load(affine_3H + head), tl.load(affine_3H + HEADS + head)
+    gamma = tl.load(affine_3H + 2 * HEADS + head)
+    out_Rd = alpha * from_narrow_Rd + beta * from_map_Rd + gamma * value_d[None, :]
+    place_Rd = (stack * TOKENS + row_R[:, None]) * WIDTH + feature_d[None, :]
+    here_Rd = (row_R[:, None] < TOKENS) & (feature_d[None, :] < WIDTH)
+    tl.store(out_BHNd + place_Rd, out_Rd.to(out_BHNd.dtype.element_ty), mask=here_Rd)
+
+
+def output(
+    narrow_BHNN: Tensor, map_BHNN: Tensor, alpha_H: Tensor, beta_H: Tensor, gamma_H: Tensor, value_BHNd: Tensor
+) -> Tensor:
+    """Refined maps α·h3 + β·A + γ times values, [B, H, N, d] in the values' dtype; no refined map is made.
+
+    Reads 4 bytes an element of the map (in half precision).
+
+    Args:
+        narrow_BHNN, map_BHNN: h3 and the maps, contiguous.
+        alpha_H, beta_H, gamma_H: what norms 3 and 4 come to.
+        value_BHNd: values in the maps' dtype, heads lying anywhere.
+    """
+    value_BHNd = readable(value_BHNd)
+    batch, heads, tokens, width = value_BHNd.shape
+    out_BHNd = value_BHNd.new_empty(batch, heads, tokens, width)
+    affine_3H = torch.stack((alpha_H, beta_H, gamma_H)).float()
+    launch(
+        _output, (triton.cdiv(tokens, ROWS), batch * heads), narrow_BHNN, map_BHNN, affine_3H, value_BHNd, out_BHNd,
+        *value_BHNd.stride()[:3],
+        TOKENS=tokens, HEADS=heads, WIDTH=width, PADDED=at_least_16(width), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out_BHNd
