@@ -16,8 +16,8 @@ from refiner_ds.attention.fused.tools import readable
 
 __all__ = ["KEYS", "ROWS", "WARPS", "map_tile", "slices", "stages", "tap", "vectors"]
 
-# Compiled for Hopper in bf16 with heads of 32 nothing spills; with 32 rows or keys, or half the warps, hundreds of
-# bytes a thread do.
+# Compiled for Hopper in bf16, 12 or 16 heads of 32, the kernels take 166 to 205 registers and nothing spills; with 32
+# rows, 32 keys or half the warps, one kernel or more does. Which is fastest has not been measured on a GPU.
 ROWS = 16
 KEYS = 16
 WARPS = 8
