@@ -115,7 +115,7 @@ def epoch_of_shards(photographs: Photographs, loose: bool = False) -> Epoch:
         photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0
     )
     if loose:
-        batches.dataset.reader = LooseReader(photographs.files, photographs.index)  # type: ignore[attr-defined]
+        batches.dataset.reader = LooseReader(photographs.files, photographs.index)  # type: ignore[assignment]
     return lambda: iter(batches)
 
 

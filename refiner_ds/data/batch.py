@@ -1,8 +1,6 @@
 """What travels from the loader to the device: uint8 pixels, labels, and score maps as top-k with the way back to them.
 
-    worker ── Parcel: one tensor, one file descriptor ──▸ training process ── pinned ──▸ Batch on the device
-
-Axes: B batch, H and W pixels, K top-k, h×w a score map's grid, S steps from a view back to its image, n bytes.
+Axes: B batch, H and W pixels, K top-k, h×w a score map's grid, S steps from a view back to its image.
 """
 
 from __future__ import annotations
@@ -78,61 +76,3 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the loader asks for it where there is a GPU."""
         return self.each(lambda tensor: tensor.pin_memory())
-
-
-ALIGNMENT = 64  # bytes between the beginnings of packed tensors: any dtype may be viewed there
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A batch packed for the way from a worker: every tensor handed over costs half a millisecond, whatever its size.
-
-    Attributes:
-        frame: the batch with its tensors left out.
-        forms: dtype and shape of each of them, in the order of `Batch.each`.
-        packed_n: [n] uint8, their bytes.
-    """
-
-    frame: Batch
-    forms: list[tuple[torch.dtype, torch.Size]]
-    packed_n: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> Parcel:
-        """Pack a batch on the CPU."""
-        tensors: list[Tensor] = []
-
-        def leave_out(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor.new_empty(0)
-
-        frame = batch.each(leave_out)
-        forms = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        packed_n = torch.empty(sum(_room(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
-        start = 0
-        for tensor in tensors:
-            packed_n[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
-            start += _room(tensor.nbytes)
-        return cls(frame, forms, packed_n)
-
-    def opened(self) -> Batch:
-        """The batch, its tensors being views of the parcel's memory."""
-        forms, start = iter(self.forms), 0
-
-        def put_back(_: Tensor) -> Tensor:
-            nonlocal start
-            dtype, shape = next(forms)
-            size = shape.numel() * dtype.itemsize
-            tensor = self.packed_n[start : start + size].view(dtype).view(shape)
-            start += _room(size)
-            return tensor
-
-        return self.frame.each(put_back)
-
-    def pin_memory(self) -> Parcel:
-        """The same parcel in page-locked memory; the loader asks for it where there is a GPU."""
-        return replace(self, packed_n=self.packed_n.pin_memory())
-
-
-def _room(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
-from refiner_ds.data.batch import Batch, MapBatch, Parcel
+from refiner_ds.data.batch import Batch, MapBatch
+from refiner_ds.data.handover import Packing, Slots, packed_bytes
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.making import BatchMaker
 from refiner_ds.data.plan import EvalPlan, TrainPlan
 from refiner_ds.errors import DataError
 
 __all__ = ["Batch", "Batches", "MapBatch", "eval_batches", "train_batches"]
+
+PREFETCHED = 2  # batches a worker may be ahead
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Batches:
         first: number of the first micro-batch.
     """
 
-    dataset: Dataset
+    dataset: BatchMaker
     plan: TrainPlan | EvalPlan
     first: int
     workers: int
@@ -46,25 +49,29 @@ class Batches:
         return range(self.first, 1 << 62)
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        pinned = torch.cuda.is_available()
+        slots = None
+        if self.workers:  # as many batches are under way at most, and one is being copied
+            slots = Slots(self.workers * PREFETCHED + 1, packed_bytes(self.dataset.blank()))
         batches = DataLoader(
-            self.dataset,
+            Packing(self.dataset, slots.memory_Sn) if slots else self.dataset,
             batch_size=None,
-            sampler=self._numbers(),
+            sampler=slots.tasks(self._numbers()) if slots else self._numbers(),
             num_workers=self.workers,
-            collate_fn=_packed_by_workers,
+            prefetch_factor=PREFETCHED if slots else None,
+            collate_fn=_as_it_is,
             worker_init_fn=_begin_worker,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned and not slots,
             generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
         )
         for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
-            yield batch.opened() if isinstance(batch, Parcel) else batch
+            yield slots.emptied(batch, pinned) if slots else batch
 
 
-def _packed_by_workers(batch: Any) -> Any:
-    """A worker's batch as a `Parcel`; anything else as it is."""
-    return Parcel.of(batch) if get_worker_info() and isinstance(batch, Batch) else batch
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _begin_worker(worker: int) -> None:

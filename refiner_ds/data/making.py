@@ -96,6 +96,16 @@ class BatchMaker(Dataset):
         except DataError as error:
             return error
 
+    def blank(self) -> Batch:
+        """The shape of every batch: tensors on the meta device, without memory."""
+        size, side = len(self.plan.wanted(0).samples_B), self.settings.img_size
+        maps = None
+        if self.map_format and self.train_view:
+            maps = _MapPlaces.of(size, self.map_format, self.train_view.most_steps).batch()
+        numbers_B = torch.zeros(size, dtype=torch.int64)
+        pixels_BHWC = torch.empty(size, side, side, 3, dtype=torch.uint8)
+        return Batch(pixels_BHWC, numbers_B, numbers_B, numbers_B.bool(), maps=maps).to("meta")
+
     def _make(self, wanted: Wanted) -> Batch:
         size, side = len(wanted.samples_B), self.settings.img_size
         pixels_BHWC = np.empty((size, side, side, 3), np.uint8)

@@ -193,7 +193,7 @@ def test_labels_follow_pixels_from_the_shards_to_the_device(tmp_path: Path, para
     batches = train_batches(
         index, settings, global_batch=12, micro_batch=4, rank=0, world_size=1, seed=0, maps=find_maps(index)
     )
-    view_of = batches.dataset.train_view  # type: ignore[attr-defined]
+    view_of = batches.dataset.train_view
     view_of._auto_augment.ops = [op for op in view_of._auto_augment.ops if op.name in GEOMETRIC]
     compared = 0
     for _, batch in zip(range(6), batches, strict=False):

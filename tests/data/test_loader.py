@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
-from refiner_ds.data.batch import Batch, MapBatch, Parcel
+from refiner_ds.data.batch import Batch, MapBatch
+from refiner_ds.data.handover import NO_SLOT, Packing, Parcel, Slots, packed_bytes
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.order import samples_at
@@ -111,20 +112,53 @@ def test_parcel_gives_back_the_batch_to_the_bit(size: int) -> None:
     valid_B = torch.arange(size) % 2 == 0
     labels_B, sample_B = (random_of(torch.int64, size) for _ in range(2))
     batch = Batch(random_of(torch.uint8, size, 5, 5, 3), labels_B, sample_B, valid_B, padded=2, bad=1, maps=maps)
-    again = pickle.loads(pickle.dumps(Parcel.of(batch))).opened()
+    parcel = pickle.loads(pickle.dumps(Parcel.of(batch)))
+    assert len(parcel.packed_n) == packed_bytes(batch.to("meta"))
+    again = parcel.opened(parcel.packed_n)
     for one, other in zip(tensors_of(batch), tensors_of(again), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape and other.is_contiguous()
         assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
     assert (again.padded, again.bad) == (2, 1)
-    assert Parcel.of(replace(batch, maps=None)).opened().maps is None
+    parcel = Parcel.of(replace(batch, maps=None))
+    assert parcel.opened(parcel.packed_n).maps is None
 
 
-def test_worker_hands_a_batch_over_as_one_piece(make_set: Callable[..., ShardIndex]) -> None:
-    """A descriptor and a connection a tensor would cost more than the tensors."""
-    index = make_set(20)
-    for workers, pieces in ((0, 4), (1, 1)):
-        batch = next(iter(eval_batches(index, EvalSettings(8), batch=8, rank=0, world_size=1, workers=workers)))
-        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors_of(batch)}) == pieces
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_come_over_in_slots_and_are_the_takers_own(make_set: Callable[..., ShardIndex], workers: int) -> None:
+    """A taker may keep every batch: slots are used again, and what was in them must not change under its hands."""
+    index = make_set(100)
+    batches = train_batches(
+        index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=workers
+    )
+    alone = train_batches(index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0)
+    kept = list(islice(batches, 40))
+    for one, other in zip(kept, alone, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other), strict=True))
+    assert len({one.images_BHWC.untyped_storage().data_ptr() for one in kept}) == 40
+
+
+def test_slots_are_used_again_and_a_batch_without_one_comes_all_the_same(make_set: Callable[..., ShardIndex]) -> None:
+    maker = train_batches(make_set(50), PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0).dataset
+    slots = Slots(2, packed_bytes(maker.blank()))
+    packing, tasks = Packing(maker, slots.memory_Sn), slots.tasks(range(9))
+    under_way = [next(tasks) for _ in range(3)]
+    assert under_way == [(0, 0), (1, 1), (2, NO_SLOT)]
+    parcels = [packing[task] for task in under_way]
+    assert [parcel.packed_n is None for parcel in parcels] == [True, True, False]
+    assert [next(tasks), next(tasks)] == [(3, NO_SLOT), (4, NO_SLOT)]
+    for number in (1, 2, 0):
+        found, wanted = slots.emptied(parcels[number], pinned=False), maker[number]
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(found), tensors_of(wanted), strict=True))
+    assert [next(tasks), next(tasks), next(tasks)] == [(5, 1), (6, 0), (7, NO_SLOT)]
+
+
+def test_slot_that_is_too_small_is_not_used(make_set: Callable[..., ShardIndex]) -> None:
+    maker = train_batches(make_set(50), PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0).dataset
+    slots = Slots(1, packed_bytes(maker.blank()) - 1)
+    parcel = Packing(maker, slots.memory_Sn)[next(slots.tasks([4]))]
+    assert not slots.memory_Sn[0].any()
+    assert torch.equal(slots.emptied(parcel, pinned=False).images_BHWC, maker[4].images_BHWC)
+    assert list(slots.tasks([5])) == [(5, 0)]
 
 
 def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:
