@@ -294,7 +294,7 @@ def _output(
     TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    stack, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    stack, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = stack % HEADS
     row_R, feature_d = part * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     value_1d = value_BHNd + stack // HEADS * image_stride + head * head_stride + feature_d[None, :]
@@ -339,7 +339,7 @@ def output(
     out_BHNd = value_BHNd.new_empty(batch, heads, tokens, width)
     affine_3H = torch.stack((alpha_H, beta_H, gamma_H)).float()
     launch(
-        _output, (triton.cdiv(tokens, ROWS), batch * heads), narrow_BHNN, map_BHNN, affine_3H, value_BHNd, out_BHNd,
+        _output, (batch * heads, triton.cdiv(tokens, ROWS)), narrow_BHNN, map_BHNN, affine_3H, value_BHNd, out_BHNd,
         *value_BHNd.stride()[:3],
         TOKENS=tokens, HEADS=heads, WIDTH=width, PADDED=at_least_16(width), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

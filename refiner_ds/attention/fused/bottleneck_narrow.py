@@ -33,7 +33,8 @@ from refiner_ds.attention.fused.tools import at_least_16, mix_stored
 __all__ = ["expand_local_project", "narrow_maps"]
 
 KEYS = 4  # of a span
-HALF_ROWS, SINGLE_ROWS = 4, 2  # of a program, for maps in half and in single precision: what registers hold
+# Rows of a program, as many as registers hold: of maps in half precision, the same with sums beside, in single precision.
+HALF_ROWS, MEASURED_ROWS, SINGLE_ROWS = 5, 4, 2
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def narrow_maps(
     wide, stride = folded_EH.shape[0], stride or tokens
     groups, size = groups_of(wide)
     spans = batch * triton.cdiv(tokens, KEYS)
-    rows = SINGLE_ROWS if map_BHNN.dtype == torch.float32 else HALF_ROWS
+    rows = SINGLE_ROWS if map_BHNN.dtype == torch.float32 else MEASURED_ROWS if measure else HALF_ROWS
     tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
     narrow_BHNN = map_BHNN.new_empty(batch, heads, tokens, stride)
     parts_P6H = map_BHNN.new_empty((tiles * segments if measure else 0, 6, heads), dtype=torch.float32)
