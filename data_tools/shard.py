@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from data_tools.looking import look_at
 from data_tools.sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
 from data_tools.workshop import finish, recall, remember, spread, workshop
-from refiner_ds.data.index import MapFormat, ShardIndex
+from refiner_ds.data.index import BLOCK, MapFormat, ShardIndex, padded
 from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
 from refiner_ds.errors import DataError, refusals_are_told
@@ -93,10 +93,12 @@ def _score_map(task: ShardTask, image: SourceImage) -> bytes | None:
     return encode(score_map)
 
 
-def cut(source: Source, seed: int, shard_bytes: int) -> list[list[tuple[str, SourceImage]]]:
+def cut(source: Source, seed: int, shard_bytes: int, map_bytes: int = 0) -> list[list[tuple[str, SourceImage]]]:
     """Shuffle all samples by the seed and part them into shards of nearly equal count and about ``shard_bytes``."""
     count = len(source.images)
-    shards = max(1, -(-sum(image.size for image in source.images) // shard_bytes))
+    beside = BLOCK + padded(map_bytes or 1)  # the map, or the label
+    stored = sum(BLOCK + padded(image.size) + beside for image in source.images)
+    shards = max(1, -(-stored // shard_bytes))
     shuffled = [source.images[number] for number in np.random.RandomState(seed).permutation(count)]
     edges = [count * number // shards for number in range(shards + 1)]
     return [
@@ -116,11 +118,12 @@ def write_set(
     """
     if out.exists():
         raise DataError(f"{out}: already exists; choose another folder or remove it")
-    map_format = None
+    map_format, map_bytes = None, 0
     if maps is not None:
         check_maps(source, maps)
-        map_format = read_published(maps / map_path(source.images[0].path), 0, len(source.classes)).format
-    shards = cut(source, seed, shard_bytes)
+        first = read_published(maps / map_path(source.images[0].path), 0, len(source.classes))
+        map_format, map_bytes = first.format, len(encode(first))
+    shards = cut(source, seed, shard_bytes, map_bytes)
     listing = hashlib.sha256(repr([(image.path, image.label, image.size) for image in source.images]).encode())
     plan = {
         "samples": listing.hexdigest(),

@@ -14,6 +14,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -108,28 +109,40 @@ def spread(
         processes: 1 works here.
         start: how processes begin, as multiprocessing names it.
     Raises:
-        DataError: what ``work`` raises, or a process was killed.
+        DataError: what ``work`` raises; a process was killed, or Ctrl-C pressed.
     """
-    if processes == 1:
-        if begin:
-            begin(*given)
-        yield from map(work, tasks)
-        return
-    context = multiprocessing.get_context(start)
-    with ProcessPoolExecutor(min(processes, len(tasks) or 1), context, _enter, (begin, given)) as pool:
+    try:
+        if processes == 1:
+            if begin:
+                begin(*given)
+            yield from map(work, tasks)
+        else:
+            yield from _spread(work, tasks, processes, multiprocessing.get_context(start), (begin, given))
+    except BrokenProcessPool:
+        raise DataError(
+            "a process was killed, for want of memory perhaps; repeat the command, with fewer --processes"
+        ) from None
+    except KeyboardInterrupt:
+        raise DataError("interrupted; repeat the command, and it goes on") from None
+
+
+def _spread(
+    work: Callable[[Task], Result], tasks: Sequence[Task], processes: int, context: Any, entrance: tuple[Any, ...]
+) -> Iterator[Result]:
+    with ProcessPoolExecutor(min(processes, len(tasks) or 1), context, _enter, entrance) as pool:
         try:
             yield from pool.map(work, tasks)
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                for child in multiprocessing.active_children():
+                    child.terminate()  # what it was at is begun again
             pool.shutdown(cancel_futures=True)
-            if isinstance(error, BrokenProcessPool):
-                raise DataError(
-                    "a process was killed, for want of memory perhaps; repeat the command, with fewer --processes"
-                ) from None
             raise
 
 
 def _enter(begin: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
     """Begin a process of the pool: it ends with its parent, whose lock on the folder it would hold for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin:
         begin(*given)

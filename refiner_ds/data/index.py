@@ -186,8 +186,9 @@ class ShardIndex:
         """The set in one line, for logs."""
         total = sum(shard.bytes for shard in self.shards)
         maps = f"{self.maps.rows}×{self.maps.columns} top-{self.maps.k} score maps" if self.maps else "no score maps"
+        shards = f"{len(self.shards)} shard{'s' * (len(self.shards) != 1)}"
         return (
-            f"{self.folder}: {self.count:,} samples, {len(self.classes)} classes, {len(self.shards)} shards, "
+            f"{self.folder}: {self.count:,} samples, {len(self.classes)} classes, {shards}, "
             f"{total / 2**20:,.1f} MiB, {maps}"
         )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.index import MapFormat, ShardIndex, find_maps
@@ -152,8 +154,8 @@ def test_sound_bytes_that_are_no_image(tmp_path: Path) -> None:
 GRID = MapFormat(2, 3, 3)
 
 
-def score_map(rows: int = 3, number: int = 0) -> bytes:
-    return encode(ScoreMap(np.ones((2, rows, 3), np.float16), np.full((2, rows, 3), number, np.int16), 0))
+def score_map(rows: int = 3, number: int = 0, value: int = 1) -> bytes:
+    return encode(ScoreMap(np.full((2, rows, 3), value, np.float16), np.full((2, rows, 3), number, np.int16), 0))
 
 
 def map_set(folder: Path, change: Callable[[int], bytes], keys: str = "{}") -> ShardIndex:
@@ -184,6 +186,23 @@ def test_map_of_the_wrong_grid_or_classes_or_damaged(tmp_path: Path, wrong: byte
     with pytest.raises(DataError, match=r"set.maps/shard-000000.tar: sample 6 \(6.map\)"):
         two_batches(index, "error")
     assert two_batches(index, "skip") == 1
+
+
+def test_filled_place_has_the_map_of_the_image_in_it(tmp_path: Path) -> None:
+    """Every image's map says the image's number; sample 6 is lost, and its place holds a neighbour, map included."""
+    index = map_set(tmp_path, lambda number: b"" if number == 6 else score_map(value=number))
+    batches = train_batches(
+        index, AugmentSettings(8), global_batch=5, micro_batch=5, rank=0, world_size=1, seed=0,
+        on_bad_sample="skip", maps=find_maps(index),
+    )  # fmt: skip
+    filled = 0
+    for batch in islice(batches, 2):
+        assert batch.maps is not None
+        numbers = batch.images_BHWC[:, 0, 0, 0]
+        assert batch.maps.values_BKhw[:, 0, 0, 0].tolist() == numbers.tolist()
+        assert torch.equal(numbers[batch.valid_B], batch.sample_B[batch.valid_B])
+        filled += int((~batch.valid_B).sum())
+    assert filled == 1
 
 
 def test_maps_of_other_images_are_refused_at_once(tmp_path: Path) -> None:

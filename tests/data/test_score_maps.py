@@ -62,7 +62,10 @@ def test_reading_a_record_takes_under_20_microseconds() -> None:
     assert min(rounds) < 20e-6
 
 
-@pytest.mark.parametrize("damage", [lambda r: r[:10], lambda r: b"XMAP" + r[4:], lambda r: r[:60], lambda r: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda r: r[:10], lambda r: b"XMAP" + r[4:], lambda r: r[:4] + b"\2" + r[5:], lambda r: r[:60], lambda r: b""],
+)
 def test_damaged_record_is_refused(damage: object) -> None:
     with pytest.raises(DataError, match="shard 3: sample 4"):
         decode(damage(encode(annotated())), "shard 3: sample 4")  # type: ignore[operator]

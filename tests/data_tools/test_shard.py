@@ -38,7 +38,7 @@ COMMAND = str(Path(shard.__file__))
 
 
 def run(*arguments: object) -> int:
-    return shard.main([str(argument) for argument in ("--shard-mb", 0.005, "--processes", 1, *arguments)])
+    return shard.main([str(argument) for argument in ("--shard-mb", 0.02, "--processes", 1, *arguments)])
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -70,6 +70,15 @@ def test_any_number_of_processes_writes_the_same_bytes(tree: Path, tmp_path: Pat
     assert digest(tmp_path / "one") == digest(tmp_path / "many")
 
 
+@pytest.mark.parametrize("with_maps", [False, True])
+def test_shards_are_about_as_large_as_asked_for(tree: Path, tmp_path: Path, with_maps: bool) -> None:
+    """Headers and padding included, which are most of it where pictures are small."""
+    maps = ["--maps", published_maps(tree, tmp_path / "maps")] if with_maps else []
+    assert run(tree, tmp_path / "out", *maps) == 0
+    sizes = [shard.bytes for shard in ShardIndex.load(tmp_path / "out").shards]
+    assert len(sizes) > 3 and 13_000 < min(sizes) and max(sizes) < 24_000
+
+
 def test_seed_decides_the_order(tree: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         assert run(tree, tmp_path / name, "--seed", seed) == 0
@@ -80,8 +89,8 @@ def test_seed_decides_the_order(tree: Path, tmp_path: Path) -> None:
 
 def test_run_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(tree: Path, tmp_path: Path) -> None:
     """Before every folder, fsync, rename and removal in turn; the target never shows before it is whole."""
-    out, arguments = tmp_path / "out", [tree, tmp_path / "out", "--shard-mb", 0.012]
-    assert run(tree, tmp_path / "whole", "--shard-mb", 0.012) == 0
+    out, arguments = tmp_path / "out", [tree, tmp_path / "out", "--shard-mb", 0.05]
+    assert run(tree, tmp_path / "whole", "--shard-mb", 0.05) == 0
     whole = digest(tmp_path / "whole")
     for operation in itertools.count():
         if not killed_before(operation, lambda: run(*arguments)):
@@ -98,7 +107,7 @@ def test_run_killed_at_any_change_of_the_disk_goes_on_to_the_same_bytes(tree: Pa
 def test_run_killed_outright_in_the_middle_goes_on_and_does_nothing_twice(tree: Path, tmp_path: Path) -> None:
     """All its processes at once, a shard finished and others half-written."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    arguments = [tree, out, "--shard-mb", 0.003, "--processes", 2]
+    arguments = [tree, out, "--shard-mb", 0.01, "--processes", 2]
     process = start_and_wait_until_it_writes("data_tools.shard", arguments, out)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -106,7 +115,7 @@ def test_run_killed_outright_in_the_middle_goes_on_and_does_nothing_twice(tree: 
     with pytest.raises(DataError, match="not finished"):
         ShardIndex.load(out)
     done = finished_shards(partial)
-    assert run(tree, tmp_path / "whole", "--shard-mb", 0.003) == 0
+    assert run(tree, tmp_path / "whole", "--shard-mb", 0.01) == 0
     whole = digest(tmp_path / "whole")
     assert {name: digest(partial)[name] for name in done} == {name: whole[name] for name in done}
     assert 0 < len(done) < len(ShardIndex.load(tmp_path / "whole").shards)
@@ -118,7 +127,7 @@ def test_run_killed_outright_in_the_middle_goes_on_and_does_nothing_twice(tree: 
 
 def test_processes_end_with_the_one_that_began_them(tree: Path, tmp_path: Path) -> None:
     """Orphans would hold the folder for ever, and the command could not be repeated."""
-    arguments = [tree, tmp_path / "out", "--shard-mb", 0.003, "--processes", 2]
+    arguments = [tree, tmp_path / "out", "--shard-mb", 0.01, "--processes", 2]
     process = start_and_wait_until_it_writes("data_tools.shard", arguments, tmp_path / "out")
     children = children_of(process.pid)
     assert len(children) >= 2
@@ -139,10 +148,21 @@ def alive(process: int) -> bool:
         return False
 
 
+def test_interrupted_command_says_so_and_goes_on(tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C reaches every process; one answers, at once."""
+    arguments = [tree, tmp_path / "out", "--shard-mb", 0.01, "--processes", 2]
+    process = start_and_wait_until_it_writes("data_tools.shard", arguments, tmp_path / "out")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 2
+    told = capfd.readouterr().err
+    assert "error: interrupted; repeat the command" in told and "Traceback" not in told
+    assert run(*arguments) == 0
+
+
 def test_process_that_is_killed_alone_is_one_sentence(
     tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [tree, tmp_path / "out", "--shard-mb", 0.003, "--processes", 2]
+    arguments = [tree, tmp_path / "out", "--shard-mb", 0.01, "--processes", 2]
     process = start_and_wait_until_it_writes("data_tools.shard", arguments, tmp_path / "out")
     os.kill(children_of(process.pid)[0], signal.SIGKILL)
     assert process.wait(timeout=30) == 2
@@ -304,8 +324,8 @@ def test_disk_that_is_really_full_is_one_sentence_and_the_command_goes_on_when_t
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every number of bytes and of files from none to enough, so that each write is once the one that fails."""
-    arguments = [tree, tmp_path / "disk" / "out", "--shard-mb", 0.012]
-    assert run(tree, tmp_path / "whole", "--shard-mb", 0.012) == 0
+    arguments = [tree, tmp_path / "disk" / "out", "--shard-mb", 0.05]
+    assert run(tree, tmp_path / "whole", "--shard-mb", 0.05) == 0
     whole = digest(tmp_path / "whole")
 
     def fill(disk: SmallDisk) -> None:
