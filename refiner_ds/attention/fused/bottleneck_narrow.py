@@ -33,7 +33,7 @@ from refiner_ds.attention.fused.tools import at_least_16, mix_stored
 __all__ = ["expand_local_project", "narrow_maps"]
 
 KEYS = 4  # of a span
-# Rows of a program, as many as registers hold: of maps in half precision, the same with sums beside, in single precision.
+# Rows of a program, as many as registers hold: of maps in half precision, with sums beside, in single precision.
 HALF_ROWS, MEASURED_ROWS, SINGLE_ROWS = 5, 4, 2
 
 
