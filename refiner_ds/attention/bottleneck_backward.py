@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refiner_ds.attention.bottleneck_algebra import Affine
 from refiner_ds.attention.bottleneck_forward import ForwardPasses
+from refiner_ds.attention.lean_steps import affine, combine, correlate, gradient_sums, narrow, total, widen
 from refiner_ds.attention.tiles import Tile, convolution_gradients
 
 __all__ = ["TiledPasses"]
@@ -26,83 +27,73 @@ class TiledPasses(ForwardPasses):
 
     def last(self, stacks: tuple[Tensor, Tensor], value_BHNd: Tensor, grad_BHNd: Tensor) -> tuple[Tensor, ...]:
         """Pass 1: the gradient of the values, [B, H, N, d], and three sums, [H]."""
-        self.local_BNNE, self.narrow_BHNN = stacks
-        self.value_BHNd, self.grad_BHNd = value_BHNd, grad_BHNd
+        self.local_BENN, self.narrow_BHNN = stacks
+        self.value_BHNd, self.grad_BHNd = value_BHNd.to(self.dtype), grad_BHNd.to(self.dtype)
         d_value_BHNd = torch.zeros_like(value_BHNd, dtype=self.precision)
+        norms = self.last_norms()
         sums_3H = torch.zeros(3, self.heads, dtype=torch.float64, device=d_value_BHNd.device)
         for tile in self.tiles():
-            refined_bHRN, narrow_bHRN, map_bHRN = self.refined(self.narrow_BHNN, tile)
-            grad_bHRd, dt_bHRN = self._behind_refined(tile)
-            d_value_BHNd[tile.images] += refined_bHRN.mT @ grad_bHRd
-            flat_bHL = dt_bHRN.flatten(2)
-            sums_3H[0] += flat_bHL.sum((0, 2))
-            sums_3H[1] += torch.linalg.vecdot(flat_bHL, narrow_bHRN.flatten(2)).sum(0)
-            sums_3H[2] += torch.linalg.vecdot(flat_bHL, map_bHRN.flatten(2)).sum(0)
-        t0_H, t1_H, t2_H = sums_3H
-        return d_value_BHNd, t0_H, t1_H - self.algebra.mean3_H * t0_H, t2_H - self.algebra.mean_H * t0_H
+            dt_bHRN, narrow_bHRN, map_bHRN = self._narrow_parts(tile)
+            refined_bHRN = self.refined(norms, narrow_bHRN, map_bHRN)
+            d_value_BHNd[tile.images] += refined_bHRN.mT @ self.grad_BHNd[tile.images, :, tile.rows]
+            t0_H, t1_H = gradient_sums(dt_bHRN, narrow_bHRN, self.algebra.mean3_H)
+            sums_3H += torch.stack((t0_H, t1_H, gradient_sums(dt_bHRN, map_bHRN, self.algebra.mean_H)[1]))
+        return d_value_BHNd, *sums_3H
 
-    def _behind_refined(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """The gradients of the output and of T, [b, H, R, d] and [b, H, R, N]."""
-        grad_bHRd = self.grad_BHNd[tile.images, :, tile.rows].to(self.precision)
-        return grad_bHRd, grad_bHRd @ self.value_BHNd[tile.images].to(self.precision).mT
-
-    def _split(self, tile: Tile, *targets: list[Tensor]) -> list[Tensor]:
-        """∂T, h3 and A combined as each target says, [b, H, R, N]: ∂h3 and the direct share of ∂A."""
-        narrow_bHRN, map_bHRN = self.read(self.narrow_BHNN, tile), self.read(self.map_BHNN, tile)
-        dt_bHRN = self._behind_refined(tile)[1]
-        return [
-            torch.addcmul(level, dt_bHRN, gain).addcmul_(narrow_bHRN, on_narrow).addcmul_(map_bHRN, on_map)
-            for gain, on_narrow, on_map, level in targets
-        ]
+    def _narrow_parts(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of T, h3 and A, [b, H, R, N]."""
+        dt_bHRN = self.grad_BHNd[tile.images, :, tile.rows] @ self.value_BHNd[tile.images].mT
+        return dt_bHRN, self.read(self.narrow_BHNN, tile), self.read(self.map_BHNN, tile)
 
     def second(self, to_narrow: Affine, to_map: Affine) -> tuple[Tensor, Tensor, Tensor]:
         """Pass 2: ∂project, and the sums of m2 and m2·(h2 − μ2)."""
-        self.d_map_BHNN, self.m2_BNNE = torch.empty_like(self.map_BHNN), self.wide_empty()
+        self.d_map_BHNN, self.m2_BENN = torch.empty_like(self.map_BHNN), self.wide_empty()
         d_project_HE = torch.zeros_like(self.project_HE, dtype=torch.float64)
-        q0_E = torch.zeros(self.expanded, dtype=torch.float64, device=d_project_HE.device)
-        q1_E = q0_E.clone()
-        targets = [[self.column(x_H) for x_H in affine] for affine in (to_narrow, to_map)]
+        sums_2E = torch.zeros(2, self.expanded, dtype=torch.float64, device=d_project_HE.device)
+        norm = self.second_norm()
+        (*on_narrow, level3_H), (*on_map, level_H) = (self.exact(*affine) for affine in (to_narrow, to_map))
         for tile in self.tiles():
-            dh3_bHRN, self.d_map_BHNN[tile.images, :, tile.rows] = self._split(tile, *targets)
-            u2_bLE, local_bLE = self.second_activated(self.local_BNNE, tile)
-            dh3_bHL = dh3_bHRN.flatten(2)
-            d_project_HE += torch.bmm(dh3_bHL, u2_bLE).sum(0)
-            m2_bLE = _gate(torch.bmm(dh3_bHL.mT, self.project_HE.expand(len(dh3_bHL), -1, -1)), u2_bLE)
-            self.m2_BNNE[tile.images, tile.rows] = m2_bLE.unflatten(1, dh3_bHRN.shape[2:])
-            q0_E += m2_bLE.sum((0, 1))
-            q1_E += (local_bLE * m2_bLE).sum((0, 1))
-        return d_project_HE, q0_E, q1_E - self.algebra.mean2_E * q0_E
+            parts = self._narrow_parts(tile)
+            dh3_bHRN = combine(level3_H, *zip(parts, on_narrow, strict=True), exactly=True)
+            self.d_map_BHNN[tile.images, :, tile.rows] = combine(level_H, *zip(parts, on_map, strict=True))
+            local_bERN = self.read(self.local_BENN, tile)
+            u2_bERN = affine(local_bERN, *norm).clamp_(0, 6)
+            d_project_HE += correlate(dh3_bHRN, u2_bERN)
+            m2_bERN = _gate(widen(dh3_bHRN, self.project_HE.T), u2_bERN)
+            self.m2_BENN[tile.images, :, tile.rows] = m2_bERN
+            sums_2E += torch.stack(gradient_sums(m2_bERN, local_bERN, self.algebra.mean2_E))
+        return d_project_HE, *sums_2E
 
     def first(self, slope_E: Tensor, level_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pass 3: ∂kernel, and the sums of m1 and m1·(A − μ)ᵀ; adds to ∂A what m1 brings."""
-        algebra = self.algebra
-        slope_E, level_E, gain2_E = (self.exact(x_E) for x_E in (slope_E, level_E, algebra.gain2_E))
-        folded_HE, mean_H11 = self.exact(algebra.folded_EH).T, self.column(algebra.mean_H)
+        algebra, expansion = self.algebra, self.expansion()
+        # The kernel takes the gain: ∂h2 = gain2·(m2 + slope/gain2·h2 + level/gain2), all of it zero where gain2 is.
+        gain_E111 = algebra.gain2_E[:, None, None, None]
+        kernel_E1kk = (self.kernel_E1kk * gain_E111).to(self.dtype)
+        slope_E, level_E = self.exact(*((x_E / algebra.gain2_E).nan_to_num(0, 0, 0) for x_E in (slope_E, level_E)))
+        folded_HE, (mean_H,) = algebra.folded_EH.to(self.dtype).T, self.exact(algebra.mean_H)
         d_kernel_E1kk = torch.zeros_like(self.kernel_E1kk, dtype=torch.float64)
-        through_EH = torch.zeros_like(algebra.folded_EH)
-        p0_E = through_EH.new_zeros(self.expanded)
+        through_HE = torch.zeros_like(algebra.folded_EH.T)
+        p0_E = through_HE.new_zeros(self.expanded)
         for tile in self.tiles(reach=True):
-            dh2_bRNE = torch.addcmul(level_E, self.read_wide(self.local_BNNE, tile, tile.reach), slope_E)
-            dh2_bRNE.addcmul_(self.read_wide(self.m2_BNNE, tile, tile.reach), gain2_E)
-            u1_bRNE = self.activated(tile, tile.reach)
-            u1_bERN, dh2_bERN = (x_bRNE.permute(0, 3, 1, 2) for x_bRNE in (u1_bRNE, dh2_bRNE))
-            du1_bERN, share_E1kk = convolution_gradients(u1_bERN, dh2_bERN, self.kernel_E1kk, tile, self.expanded)
+            dh2_bERN = affine(self.read(self.local_BENN, tile, tile.reach).to(self.precision), slope_E, level_E)
+            dh2_bERN = dh2_bERN.add_(self.read(self.m2_BENN, tile, tile.reach)).to(self.dtype)
+            u1_bERN = self.activated(expansion, tile)
+            du1_bERN, share_E1kk = convolution_gradients(u1_bERN, dh2_bERN, kernel_E1kk, tile, self.expanded)
             d_kernel_E1kk += share_E1kk
-            du1_bRNE = du1_bERN.permute(0, 2, 3, 1)
-            m1_bLE = _gate(du1_bRNE, u1_bRNE[:, tile.inner]).flatten(1, 2)
-            map_bHRN = self.read(self.map_BHNN, tile) - mean_H11
-            p0_E += m1_bLE.sum((0, 1))
-            through_EH += torch.bmm(map_bHRN.flatten(2), m1_bLE).sum(0).T
-            share_bHL = torch.bmm(folded_HE.expand(len(m1_bLE), -1, -1), m1_bLE.mT)
-            self.d_map_BHNN[tile.images, :, tile.rows] += share_bHL.view_as(map_bHRN)
-        return d_kernel_E1kk, p0_E, through_EH
+            m1_bERN = _gate(du1_bERN, u1_bERN[:, :, tile.inner])
+            p0_E += total(m1_bERN)
+            centred_bHRN = affine(self.read(self.map_BHNN, tile), None, -mean_H)
+            through_HE += correlate(centred_bHRN, m1_bERN)
+            self.d_map_BHNN[tile.images, :, tile.rows] += narrow(m1_bERN, folded_HE)
+        return d_kernel_E1kk * gain_E111, p0_E, through_HE.T
 
     def through_statistics(self, pull_HH: Tensor, level_H: Tensor) -> Tensor:
         """Pass 4: one small matrix product on A, added to the other shares of ∂A."""
-        pull_HH, level_H1 = self.exact(pull_HH), self.exact(level_H)[:, None]
+        pull_HH, level_H = self.exact(pull_HH, level_H)
         for tile in self.tiles():
-            map_bHRN = self.read(self.map_BHNN, tile)
-            share_bHL = torch.baddbmm(level_H1, pull_HH.expand(len(map_bHRN), -1, -1), map_bHRN.flatten(2))
+            map_bHRN = self.read(self.map_BHNN, tile).to(self.precision)
+            share_bHL = torch.baddbmm(level_H[:, None], pull_HH.expand(len(map_bHRN), -1, -1), map_bHRN.flatten(2))
             self.d_map_BHNN[tile.images, :, tile.rows] += share_bHL.view_as(map_bHRN)
         return self.d_map_BHNN
 

@@ -8,7 +8,8 @@
     4  out                           T = α·h3 + β·A + γ exists tile by tile only
 
 h2 and h3 are written, one layer's at a time and in the map's dtype; u1, u2 and T never are. Expanded maps lie with E
-last, [b, R, N, E]: on CPU depthwise convolution runs several times as fast that way.
+last in memory, which on CPU makes depthwise convolution several times as fast. Half-precision maps are multiplied as
+they are where hardware can (``product_dtype``); norms, statistics and sums are fp32 or better.
 Axes: B batch, H heads, E expanded maps, N tokens, d head width; b, R the images and query rows of a tile.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck_algebra import Algebra
+from refiner_ds.attention.lean_steps import affine, combine, joint_moments, moments, narrow, product_dtype, widen
 from refiner_ds.attention.moments import Moments
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiles import Tile, convolve, tiles
@@ -29,116 +31,96 @@ class ForwardPasses:
     """The passes forward over the tiles of one refinement; see ``bottleneck_function.Passes`` for each.
 
     Args:
-        map_BHNN: the maps; expanded ones are stored in their dtype and computed in fp32 or better.
+        map_BHNN: the maps; stacks are stored in their dtype.
         algebra: the norms, folded as far as each pass needs them.
     """
 
     def __init__(self, map_BHNN: Tensor, algebra: Algebra) -> None:
         self.map_BHNN, self.algebra = map_BHNN, algebra
-        self.precision = statistics_dtype(map_BHNN.dtype)
-        self.kernel_E1kk = self.exact(algebra.refiner.local.kernels[0])
-        self.project_HE = self.exact(algebra.refiner.project_HE)
+        self.precision, self.dtype = statistics_dtype(map_BHNN.dtype), product_dtype(map_BHNN)
+        self.kernel_E1kk = algebra.refiner.local.kernels[0].to(self.dtype)
+        self.project_HE = algebra.refiner.project_HE.to(self.dtype)
         self.heads, self.expanded = self.project_HE.shape
 
-    def exact(self, small: Tensor) -> Tensor:
-        """Weights, or numbers a map, in the precision of the arithmetic."""
-        return small.to(self.precision)
-
-    def column(self, x_H: Tensor) -> Tensor:
-        """A number a head, to be combined with [b, H, R, N]."""
-        return self.exact(x_H)[:, None, None]
+    def exact(self, *small: Tensor) -> list[Tensor]:
+        """Weights, or numbers a map, in the precision of norms."""
+        return [tensor.to(self.precision) for tensor in small]
 
     def tiles(self, reach: bool = False) -> list[Tile]:
         """The tiles of this layer, with the kernel's reach or without."""
         batch, _, tokens, _ = self.map_BHNN.shape
         radius = self.kernel_E1kk.shape[-1] // 2 if reach else 0
-        return list(tiles(batch, tokens, self.expanded, self.map_BHNN.device, radius))
+        return list(tiles(batch, tokens, self.expanded, self.map_BHNN.device, radius, self.dtype.itemsize))
 
     def read(self, stack: Tensor, tile: Tile, rows: slice | None = None) -> Tensor:
-        """The tile's rows of A or h3, [B, H, N, N] to [b, H, R, N], in fp32 or better."""
-        return stack[tile.images, :, rows or tile.rows].to(self.precision)
-
-    def read_wide(self, stack_BNNE: Tensor, tile: Tile, rows: slice | None = None) -> Tensor:
-        """The tile's rows of an expanded stack, [B, N, N, E] to [b, R, N, E], in fp32 or better."""
-        return stack_BNNE[tile.images, rows or tile.rows].to(self.precision)
+        """The tile's rows of a stack of maps, for products, in the memory format they have."""
+        return stack[tile.images, :, rows or tile.rows].to(self.dtype)
 
     def wide_empty(self) -> Tensor:
-        """Room for an expanded stack in the map's dtype, [B, N, N, E]."""
+        """Room for an expanded stack in the map's dtype, [B, E, N, N] with E last in memory."""
         batch, _, tokens, _ = self.map_BHNN.shape
-        return self.map_BHNN.new_empty(batch, tokens, tokens, self.expanded)
+        empty_BNNE = self.map_BHNN.new_empty(batch, tokens, tokens, self.expanded)
+        return empty_BNNE.permute(0, 3, 1, 2)
 
     def map_moments(self) -> tuple[Tensor, Tensor]:
         """Pass 1: mean and covariance of A over heads, [H] and [H, H]."""
-        moments = Moments(self.heads, 1, self.map_BHNN.device)
+        found = Moments(self.heads, 1, self.map_BHNN.device)
         for tile in self.tiles():
-            map_HL = self.read(self.map_BHNN, tile).transpose(0, 1).flatten(1)
+            map_HL = self.read(self.map_BHNN, tile).to(self.precision).transpose(0, 1).flatten(1)
             mean_H1 = map_HL.mean(1, keepdim=True)
             centred_HL = map_HL - mean_H1
-            moments.add(map_HL.shape[1], mean_H1, (centred_HL @ centred_HL.T)[..., None])
-        return moments.mean_KC[:, 0], moments.covariance_KKC[..., 0]
+            found.add(map_HL.shape[1], mean_H1, (centred_HL @ centred_HL.T)[..., None])
+        return found.mean_KC[:, 0], found.covariance_KKC[..., 0]
 
-    def activated(self, tile: Tile, rows: slice) -> Tensor:
-        """u1, the expanded maps behind norm 1 and its relu6, [b, R, N, E]."""
-        map_bHL = self.read(self.map_BHNN, tile, rows).flatten(2)
-        shape = (map_bHL.shape[0], self.heads, self.expanded)
-        folded_EH, shift1_E = self.exact(self.algebra.folded_EH), self.exact(self.algebra.shift1_E)
-        wide_bLE = torch.baddbmm(shift1_E, map_bHL.mT, folded_EH.T.expand(shape))
-        return wide_bLE.clamp_(0, 6).unflatten(1, (rows.stop - rows.start, -1))
+    def expansion(self) -> list[Tensor]:
+        """Weight and bias that make what norm 1's relu6 clips."""
+        return self.exact(self.algebra.folded_EH, self.algebra.shift1_E)
+
+    def activated(self, expansion: list[Tensor], tile: Tile) -> Tensor:
+        """u1, the expanded maps behind norm 1 and its relu6, [b, E, R + reach, N]."""
+        return widen(self.read(self.map_BHNN, tile, tile.reach), *expansion).clamp_(0, 6)
 
     def local_maps(self, measure: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Pass 2: h2, [B, N, N, E], and its mean and variance."""
-        local_BNNE, moments = self.wide_empty(), Moments(1, self.expanded, self.map_BHNN.device)
+        """Pass 2: h2, [B, E, N, N], and its mean and variance."""
+        local_BENN, found = self.wide_empty(), Moments(1, self.expanded, self.map_BHNN.device)
+        expansion = self.expansion()
         for tile in self.tiles(reach=True):
-            u1_bERN = self.activated(tile, tile.reach).permute(0, 3, 1, 2)
-            h2_bRNE = convolve(u1_bERN, self.kernel_E1kk, tile, self.expanded).permute(0, 2, 3, 1)
-            local_BNNE[tile.images, tile.rows] = h2_bRNE
+            h2_bERN = convolve(self.activated(expansion, tile), self.kernel_E1kk, tile, self.expanded)
+            local_BENN[tile.images, :, tile.rows] = h2_bERN
             if measure:
-                h2_LE = h2_bRNE.reshape(-1, self.expanded)
-                mean_E = h2_LE.mean(0)
-                centred_LE = h2_LE - mean_E
-                moments.add(len(h2_LE), mean_E[None], centred_LE.square_().sum(0)[None, None])
-        return local_BNNE, (moments.mean_KC[0], moments.covariance_KKC[0, 0]) if measure else None
+                mean_E, squares_E = moments(h2_bERN)
+                found.add(h2_bERN.numel() // self.expanded, mean_E[None], squares_E[None, None])
+        return local_BENN, (found.mean_KC[0], found.covariance_KKC[0, 0]) if measure else None
 
-    def second_activated(self, local_BNNE: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """u2 and h2, [b, L, E]."""
-        local_bLE = self.read_wide(local_BNNE, tile).flatten(1, 2)
-        gain2_E, shift2_E = self.exact(self.algebra.gain2_E), self.exact(self.algebra.shift2_E)
-        return torch.addcmul(shift2_E, local_bLE, gain2_E).clamp_(0, 6), local_bLE
+    def second_norm(self) -> list[Tensor]:
+        """Norm 2 as gain and shift."""
+        return self.exact(self.algebra.gain2_E, self.algebra.shift2_E)
 
-    def narrow_maps(self, local_BNNE: Tensor, measure: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def narrow_maps(self, local_BENN: Tensor, measure: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Pass 3: h3, [B, H, N, N], and its mean and covariance with A."""
         narrow_BHNN = torch.empty_like(self.map_BHNN, memory_format=torch.contiguous_format)
-        moments = Moments(2, self.heads, self.map_BHNN.device)
+        found, norm = Moments(2, self.heads, self.map_BHNN.device), self.second_norm()
         for tile in self.tiles():
-            u2_bLE = self.second_activated(local_BNNE, tile)[0]
-            h3_bHL = torch.bmm(self.project_HE.expand(len(u2_bLE), -1, -1), u2_bLE.mT)
-            map_bHRN = self.read(self.map_BHNN, tile)
-            narrow_BHNN[tile.images, :, tile.rows] = h3_bHL.view_as(map_bHRN)
+            h3_bHRN = narrow(affine(self.read(local_BENN, tile), *norm).clamp_(0, 6), self.project_HE)
+            narrow_BHNN[tile.images, :, tile.rows] = h3_bHRN
             if measure:
-                _add_joint(moments, h3_bHL, map_bHRN.flatten(2))
-        return narrow_BHNN, (moments.mean_KC[0], moments.covariance_KKC) if measure else None
+                found.add(h3_bHRN.numel() // self.heads, *joint_moments(h3_bHRN, self.read(self.map_BHNN, tile)))
+        return narrow_BHNN, (found.mean_KC[0], found.covariance_KKC) if measure else None
 
-    def refined(self, narrow_BHNN: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """T, h3 and A, all [b, H, R, N]."""
-        narrow_bHRN, map_bHRN = self.read(narrow_BHNN, tile), self.read(self.map_BHNN, tile)
-        algebra = self.algebra
-        alpha, beta, gamma = (self.column(x_H) for x_H in (algebra.alpha_H, algebra.beta_H, algebra.gamma_H))
-        return torch.addcmul(gamma, narrow_bHRN, alpha).addcmul_(map_bHRN, beta), narrow_bHRN, map_bHRN
+    def last_norms(self) -> list[Tensor]:
+        """Norms 3 and 4: what multiplies h3 and A, and what is added."""
+        return self.exact(self.algebra.alpha_H, self.algebra.beta_H, self.algebra.gamma_H)
+
+    def refined(self, norms: list[Tensor], narrow_bHRN: Tensor, map_bHRN: Tensor) -> Tensor:
+        """T, [b, H, R, N]."""
+        alpha_H, beta_H, gamma_H = norms
+        return combine(gamma_H, (narrow_bHRN, alpha_H), (map_bHRN, beta_H))
 
     def output(self, narrow_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
         """Pass 4: refined maps times values, [B, H, N, d]."""
         out_BHNd = torch.empty_like(value_BHNd, memory_format=torch.contiguous_format)
+        value_BHNd, norms = value_BHNd.to(self.dtype), self.last_norms()
         for tile in self.tiles():
-            value_bHNd = value_BHNd[tile.images].to(self.precision)
-            out_BHNd[tile.images, :, tile.rows] = self.refined(narrow_BHNN, tile)[0] @ value_bHNd
+            refined_bHRN = self.refined(norms, self.read(narrow_BHNN, tile), self.read(self.map_BHNN, tile))
+            out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images]
         return out_BHNd
-
-
-def _add_joint(moments: Moments, narrow_bHL: Tensor, map_bHL: Tensor) -> None:
-    """Add a tile's means of (h3, A) and their sums of products about them."""
-    means_2H1 = torch.stack((narrow_bHL.mean((0, 2)), map_bHL.mean((0, 2))))[..., None]
-    first_bHL, second_bHL = narrow_bHL - means_2H1[0], map_bHL - means_2H1[1]
-    cross_H = torch.linalg.vecdot(first_bHL, second_bHL).sum(0)
-    squares = [torch.linalg.vecdot(x_bHL, x_bHL).sum(0) for x_bHL in (first_bHL, second_bHL)]
-    comoment_22H = torch.stack((squares[0], cross_H, cross_H, squares[1])).unflatten(0, (2, 2))
-    moments.add(len(map_bHL) * map_bHL.shape[2], means_2H1[..., 0], comoment_22H)

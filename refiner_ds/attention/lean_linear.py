@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import reference
 from refiner_ds.attention.lean_map import make_map, score_gradients, softmax_rows
+from refiner_ds.attention.lean_steps import correlate, narrow, product_dtype, widen
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.parameters import LinearRefiner, Scores
-from refiner_ds.attention.tiles import Tile, convolution_gradients, convolve, narrow, product_dtype, tiles, widen
+from refiner_ds.attention.tiles import Tile, convolution_gradients, convolve, tiles
 
 __all__ = ["Steps", "composing_pays", "refine_linear", "steps_of"]
 
@@ -132,7 +133,7 @@ def _cut(value_BHNd: Tensor, steps: Steps) -> list[Tile]:
     """Tiles for the maps that go in, come out, or lie between, whichever are most."""
     batch, heads, tokens, _ = value_BHNd.shape
     most = max(heads, steps.maps_out, len(steps.kernel))
-    return list(tiles(batch, tokens, most, value_BHNd.device, steps.kernel.shape[-1] // 2))
+    return list(tiles(batch, tokens, most, value_BHNd.device, steps.kernel.shape[-1] // 2, steps.kernel.itemsize))
 
 
 def _map_rows(source: tuple[Tensor, ...] | list[Tensor], scale: float, tile: Tile) -> Tensor:
@@ -184,20 +185,15 @@ class _WayBack:
         d_value_bMNd = _out(local_bERN, steps.reduce_HE).mT @ reach_bMRd[:, :, tile.inner]
         self.d_value_BHNd[tile.images] += d_value_bMNd.unflatten(1, (heads, shares)).sum(2)
         if d_reduce_HE is not None:
-            d_reduce_HE += _correlate(d_refined_bMRN[:, :, tile.inner], local_bERN)
+            d_reduce_HE += correlate(d_refined_bMRN[:, :, tile.inner], local_bERN)
         d_local_bERN = _in(d_refined_bMRN, None if steps.reduce_HE is None else steps.reduce_HE.T)
         d_wide_bERN, share = convolution_gradients(wide_bERN, d_local_bERN, steps.kernel, tile, steps.groups)
         assert d_kernel is not None
         d_kernel += share
         if steps.expand_EH is None or d_expand_EH is None:
             return _out(d_wide_bERN, None)
-        d_expand_EH += _correlate(map_bHRN[:, :, tile.inner], d_wide_bERN).T
+        d_expand_EH += correlate(map_bHRN[:, :, tile.inner], d_wide_bERN).T
         return _out(d_wide_bERN, steps.expand_EH.T)
-
-
-def _correlate(narrow_bHRN: Tensor, wide_bERN: Tensor) -> Tensor:
-    """Products of two stacks of maps summed over all entries, [H, E]; the second has its maps last in memory."""
-    return torch.bmm(narrow_bHRN.flatten(2), wide_bERN.permute(0, 2, 3, 1).flatten(1, 2)).sum(0)
 
 
 def refine_linear(attn: Tensor | Scores, value_BHNd: Tensor, refiner: LinearRefiner, scale: float) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import reference
+from refiner_ds.attention.lean_steps import product_dtype
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.parameters import Scores
-from refiner_ds.attention.tiles import Tile, product_dtype, tiles
+from refiner_ds.attention.tiles import Tile, tiles
 
 __all__ = ["attend", "make_map", "score_gradients", "softmax_rows"]
 

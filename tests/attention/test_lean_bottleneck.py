@@ -126,12 +126,16 @@ def half_precision_errors(way: str) -> list[float]:
 
 
 def test_half_precision_errs_less_than_plain_autocast():
-    """Averaged over draws: in one draw a gate that flips can decide either way."""
-    errors = {}
-    for way in ("reference", "lean"):
-        torch.manual_seed(0)
-        errors[way] = torch.tensor([half_precision_errors(way) for _ in range(6)]).mean(0)
-    assert (errors["lean"] < errors["reference"]).all(), errors["lean"] / errors["reference"]
+    """Over several draws, by ratios: in one draw a gate that flips can decide either way."""
+    ratios = []
+    for seed in range(10):
+        errors = []
+        for way in ("lean", "reference"):
+            torch.manual_seed(seed)
+            errors.append(torch.tensor(half_precision_errors(way)))
+        ratios.append((errors[0] / errors[1]).log())
+    typical = torch.stack(ratios).mean(0).exp()
+    assert (typical < 1).all() and typical.mean() < 0.8, typical
 
 
 def _like(part, through: torch.dtype = torch.bfloat16, to: torch.dtype = torch.float64):

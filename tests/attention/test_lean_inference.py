@@ -29,16 +29,20 @@ def test_evaluation_equals_the_plain_composition(shape, folded, tile_bytes, monk
 
 
 def test_evaluation_in_half_precision_errs_less_than_plain_autocast():
-    attn, value = maps(2, 6, 40).detach().bfloat16(), leaf(2, 6, 40, 8).detach().bfloat16()
-    refiner = bottleneck(6, 3, training=False)
-    with torch.no_grad():
-        truth = attention.refine(attn.double(), value.double(), refiner, SCALE, way="reference")
+    """Over several draws; half-precision kernels or expansions would cost all of the difference."""
+    errors = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        attn, value = maps(2, 6, 40).detach().bfloat16(), leaf(2, 6, 40, 8).detach().bfloat16()
+        refiner = bottleneck(6, 3, training=False)
         folded = attention.fold_refiner(refiner, SCALE)
         single = type(folded)(*(x.float() if isinstance(x, torch.Tensor) else x for x in folded))
         single = single._replace(local=folded.local._replace(kernels=(folded.local.kernels[0].float(),)))
-        with torch.autocast("cpu", torch.bfloat16):
-            errors = [
-                (attention.refine(attn, value, single, way=way).double() - truth).norm()
-                for way in ("lean", "reference")
-            ]
-    assert errors[0] < errors[1]
+        with torch.no_grad():
+            truth = attention.refine(attn.double(), value.double(), refiner, SCALE, way="reference")
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [attention.refine(attn, value, single, way=way) for way in ("lean", "reference")]
+        assert found[0].dtype == torch.bfloat16
+        errors.append([((one.double() - truth).norm() / truth.norm()).item() for one in found])
+    ours, plain = torch.tensor(errors).mean(0)
+    assert ours < 0.75 * plain

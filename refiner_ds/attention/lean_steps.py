@@ -1,0 +1,160 @@
+"""What is done to a tile of maps between reading and writing it: products over heads, and the pieces of batch norms.
+
+    [b, H, R, N] ─ widen ─> [b, E, R, N], E last in memory ─ affine, moments, gradient_sums ─ narrow ─> [b, H, R, N]
+
+Products take half-precision factors as they are where hardware multiplies them, and sum in fp32. Steps between them are
+bound by memory: on CPU the batch norm's own kernels read and write halves once and compute in fp32.
+Axes: b images and R query rows of a tile, H heads, E expanded maps, C either, N tokens, L = R·N.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refiner_ds.attention.norms import statistics_dtype
+
+__all__ = [
+    "affine",
+    "combine",
+    "correlate",
+    "gradient_sums",
+    "joint_moments",
+    "moments",
+    "narrow",
+    "product_dtype",
+    "total",
+    "widen",
+]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products of tensors like ``x`` take their factors in: halves where hardware multiplies them, else fp32.
+
+    Sums within a product are fp32 or better either way.
+    """
+    if x.device.type == "cpu" and not (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return statistics_dtype(x.dtype)
+    return x.dtype
+
+
+def widen(x_bHRN: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Maps combined to other maps, E of H, [b, E, R, N] with E last in memory, as depthwise convolution wants it.
+
+    Args:
+        x_bHRN: the maps.
+        weight_EH, bias_E: in their dtype; with a bias, which then counts too, they may be fp32 for half-precision maps.
+    """
+    if bias_E is not None and bias_E.dtype != x_bHRN.dtype:
+        # What is wrong with a weight or bias is wrong in all of a map, and a norm behind it may not know: each comes as
+        # the sum of two halves, by way of maps given twice and two maps of ones.
+        whole = torch.cat((weight_EH, bias_E[:, None]), 1)
+        high = whole.to(x_bHRN.dtype)
+        weight_EH, bias_E = torch.cat((high, (whole - high).to(high.dtype)), 1), None
+        ones_b1RN = x_bHRN.new_ones(()).expand(len(x_bHRN), 1, *x_bHRN.shape[2:])
+        x_bHRN = torch.cat((x_bHRN, ones_b1RN, x_bHRN, ones_b1RN), 1)
+    shape = (len(x_bHRN), *weight_EH.T.shape)
+    x_bLH, weight_bHE = x_bHRN.flatten(2).mT, weight_EH.T.expand(shape)
+    wide_bLE = torch.bmm(x_bLH, weight_bHE) if bias_E is None else torch.baddbmm(bias_E, x_bLH, weight_bHE)
+    return wide_bLE.unflatten(1, x_bHRN.shape[2:]).permute(0, 3, 1, 2)
+
+
+def narrow(x_bERN: Tensor, weight_HE: Tensor) -> Tensor:
+    """The way back from maps that lie last in memory, H of E, [b, H, R, N] with N last."""
+    x_bLE = x_bERN.permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.bmm(weight_HE.expand(len(x_bLE), -1, -1), x_bLE.mT).unflatten(2, x_bERN.shape[2:])
+
+
+def correlate(x_bHRN: Tensor, wide_bERN: Tensor) -> Tensor:
+    """Products of two stacks of maps summed over all entries, [H, E]; the second has its maps last in memory."""
+    by_image_bHE = torch.bmm(x_bHRN.flatten(2), wide_bERN.permute(0, 2, 3, 1).flatten(1, 2))
+    return by_image_bHE.sum(0, dtype=statistics_dtype(x_bHRN.dtype))
+
+
+def _by_norm_kernels(x: Tensor) -> bool:
+    """Whether a batch norm's kernels are used; in fp32 they are no faster, and sum less exactly."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def _standard(maps: int) -> tuple[Tensor, Tensor]:
+    """Means and variances that a norm leaves alone."""
+    return torch.zeros(maps), torch.ones(maps)
+
+
+def _entries(x_bCRN: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The tile in fp32 or better, as few axes as its memory allows, and which of them run over entries."""
+    x_bCRN = x_bCRN.to(statistics_dtype(x_bCRN.dtype))
+    if x_bCRN.stride(1) == 1:
+        return x_bCRN.permute(0, 2, 3, 1).flatten(0, 2), (0,)
+    return x_bCRN.flatten(2), (0, 2)
+
+
+def affine(x_bCRN: Tensor, gain_C: Tensor | None, shift_C: Tensor) -> Tensor:
+    """x·gain + shift, rounded once; gain (``None`` for 1) and shift in fp32 or better."""
+    if _by_norm_kernels(x_bCRN):
+        return F.batch_norm(x_bCRN, *_standard(len(shift_C)), gain_C, shift_C, eps=0.0)
+    exact_bCRN, shift_C11 = x_bCRN.to(shift_C.dtype), shift_C[:, None, None]
+    if gain_C is None:
+        return (exact_bCRN + shift_C11).to(x_bCRN.dtype)
+    return torch.addcmul(shift_C11, exact_bCRN, gain_C[:, None, None]).to(x_bCRN.dtype)
+
+
+def combine(level_H: Tensor, *terms: tuple[Tensor, Tensor], exactly: bool = False) -> Tensor:
+    """The sum of (maps [b, H, R, N], gain [H]) and a level [H]; gains and level in fp32 or better.
+
+    Args:
+        exactly: round once and not after every term, where errors that all entries share would add up.
+    """
+    (first_bHRN, gain_H), *others = terms
+    if _by_norm_kernels(first_bHRN) and not exactly:
+        sum_bHRN = affine(first_bHRN, gain_H, level_H)
+        for x_bHRN, gain_H in others:
+            sum_bHRN += affine(x_bHRN, gain_H, torch.zeros_like(gain_H))
+        return sum_bHRN
+    sum_bHRN = first_bHRN.to(gain_H.dtype, copy=True).mul_(gain_H[:, None, None])
+    for x_bHRN, gain_H in others:
+        sum_bHRN.addcmul_(x_bHRN.to(gain_H.dtype), gain_H[:, None, None])
+    return sum_bHRN.add_(level_H[:, None, None]).to(first_bHRN.dtype)
+
+
+def total(x_bCRN: Tensor) -> Tensor:
+    """The sum of each map's entries, [C], in fp32 or better."""
+    entries, axes = _entries(x_bCRN)
+    return entries.sum(axes)
+
+
+def moments(x_bCRN: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each map's entries, and the sum of squares about it, [C] each, in fp32 or better."""
+    if _by_norm_kernels(x_bCRN):
+        # Averages in fp32 make the statistics fp32.
+        average_C, another_C = torch.zeros(2, x_bCRN.shape[1], dtype=torch.float32)
+        mean_C, variance_C = torch.batch_norm_update_stats(x_bCRN, average_C, another_C, 1.0)
+        return mean_C, variance_C * (x_bCRN.numel() // x_bCRN.shape[1])
+    entries, axes = _entries(x_bCRN)
+    mean = entries.mean(axes, keepdim=True)
+    return mean.flatten(), (entries - mean).square_().sum(axes)
+
+
+def gradient_sums(grad_bCRN: Tensor, x_bCRN: Tensor, mean_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of grad and of grad·(x − mean) over each map's entries, [C] each, in fp32 or better."""
+    if _by_norm_kernels(x_bCRN):
+        mean_C = mean_C.float()
+        _, with_x_C, alone_C = torch.ops.aten.native_batch_norm_backward(
+            grad_bCRN, x_bCRN, None, None, None, mean_C, torch.ones_like(mean_C), True, 0.0, [False, True, True]
+        )
+        return alone_C, with_x_C
+    (grad, axes), (x, _) = _entries(grad_bCRN), _entries(x_bCRN)
+    alone_C = grad.sum(axes)
+    return alone_C, ((grad * x).sum(axes).double() - mean_C.double() * alone_C.double()).to(alone_C.dtype)
+
+
+def joint_moments(one_bHRN: Tensor, other_bHRN: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of two stacks of maps, [2, H], and their sums of products about them, [2, 2, H]."""
+    (mean1_H, square1_H), (mean2_H, square2_H) = moments(one_bHRN), moments(other_bHRN)
+    cross_H = gradient_sums(one_bHRN, other_bHRN, mean2_H)[1]
+    comoment_4H = torch.stack((square1_H, cross_H, cross_H, square2_H))
+    return torch.stack((mean1_H, mean2_H)), comoment_4H.unflatten(0, (2, 2))
