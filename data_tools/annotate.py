@@ -155,7 +155,7 @@ def _annotate(task: Task) -> FinishedShard:
 
 def _results(tasks: list[Task], first: Worker, processes: int) -> Iterator[FinishedShard]:
     if processes == 1:
-        return map(first.annotate, tasks)
+        return spread(first.annotate, tasks, 1)
     start = "spawn"  # CUDA does not survive a fork
     numbers: multiprocessing.Queue = multiprocessing.get_context(start).Queue()
     for number in range(processes):

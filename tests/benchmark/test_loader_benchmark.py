@@ -47,7 +47,7 @@ def test_benchmark_tells_costs_sizes_and_scaling(folder: Path, capsys: pytest.Ca
     rows = re.findall(rf"^(\w+(?: \w+)?) +{FIGURES} +\d+ +([0-9.]+)$", told, re.M)
     costs = {name: float(middle) for name, middle, *_ in rows}
     assert list(costs) == ["shards", "loose files", "usual", "decoding", "entropy"]
-    assert costs["entropy"] < costs["decoding"]
+    assert costs["entropy"] < 0.9 * costs["decoding"]  # 0.7 is measured
     assert max(costs["entropy"], costs["decoding"], costs["shards"]) < costs["usual"]  # twice, where nothing else runs
     for name, middle, lowest, highest, times in rows:
         assert int(lowest) <= int(middle) <= int(highest)
