@@ -1,0 +1,306 @@
+"""The way back of the released refiner in four kernels, over the stacks h2 and h3 that the way there left.
+
+    1  last_sums            A, h3, V, ∂out ──> ∂T, ∂V, sums that norms 3 and 4 need
+    2  second               A, h3, ∂T, h2  ──> m2 (the gradient behind norm 2), ∂project, its sums
+    3  first                A, h2, m2      ──> the expanded share of ∂A, ∂kernel, sums that norm 1 needs
+    4  through_statistics   A, h3, ∂T, share ──> ∂A
+
+Between them the caller turns sums into coefficients: h3's gradient, for one, is a number a head times each of ∂T, h3
+and A. Sums leave a program in fp32 and are added up in float64. Pass 3 is in bottleneck_backward_first.py.
+
+Axes: B batch, H heads, E expanded maps, N tokens, d head width, L positions of a program's step, G expanded maps worked
+on together, R query rows and C keys of a tile, P programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.tools import at_least_16, mix_stored, product, readable, relu6
+
+__all__ = ["last_sums", "second", "through_statistics"]
+
+# A tile of pass 1: the fewest rows that warp-group products take; in fp32 half of that, or registers spill.
+ROWS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+KEYS = 64
+GROUP = 16  # expanded maps at a time
+POSITIONS = 128  # of a program of pass 4
+# Of pass 2: each warp has a cut of its own, as many positions as keep all groups of maps in registers at once.
+WARPS, LANES = 4, 16
+STEPS = 8  # of a program of pass 2
+
+
+# -- pass 1 --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _last_sums(
+    map_BHNN, narrow_BHNN, value_BHNd, grad_BHNd, refined_3H, dt_BHNN, d_value_BHNd, sums_P3,
+    value_strides, grad_strides, heads, tokens, width,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    stack, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    image, head = stack // heads, stack % heads
+    key_C, feature_d = part * KEYS + tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    map_NN, narrow_NN = map_BHNN + stack * tokens * tokens, narrow_BHNN + stack * tokens * tokens
+    dt_NN = dt_BHNN + stack * tokens * tokens
+    value_Nd = value_BHNd + image * value_strides[0] + head * value_strides[1]
+    grad_Nd = grad_BHNd + image * grad_strides[0] + head * grad_strides[1]
+    here_Cd = (key_C[:, None] < tokens) & (feature_d[None, :] < width)
+    value_Cd = tl.load(value_Nd + key_C[:, None] * value_strides[2] + feature_d[None, :], mask=here_Cd, other=0.0)
+    # T is affine in h3 and A: both meet ∂out apart, and every sum follows from the two products and V.
+    narrow_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
+    map_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
+    grad_d = tl.zeros([WIDTH], dtype=tl.float32)
+    for step in range(STEPS):
+        row_R = step * ROWS + tl.arange(0, ROWS)
+        here_Rd = (row_R[:, None] < tokens) & (feature_d[None, :] < width)
+        grad_Rd = tl.load(grad_Nd + row_R[:, None] * grad_strides[2] + feature_d[None, :], mask=here_Rd, other=0.0)
+        place_RC = row_R[:, None] * tokens + key_C[None, :]
+        here_RC = (row_R[:, None] < tokens) & (key_C[None, :] < tokens)
+        map_RC = tl.load(map_NN + place_RC, mask=here_RC, other=0.0)
+        narrow_RC = tl.load(narrow_NN + place_RC, mask=here_RC, other=0.0)
+        dt_RC = product(grad_Rd, tl.trans(value_Cd))
+        tl.store(dt_NN + place_RC, dt_RC.to(dt_BHNN.dtype.element_ty), mask=here_RC)
+        narrow_Cd += product(tl.trans(narrow_RC), grad_Rd)
+        map_Cd += product(tl.trans(map_RC), grad_Rd)
+        grad_d += tl.sum(grad_Rd.to(tl.float32), 0)
+    alpha = tl.load(refined_3H + head)
+    beta = tl.load(refined_3H + heads + head)
+    gamma = tl.load(refined_3H + 2 * heads + head)
+    d_value_Cd = alpha * narrow_Cd + beta * map_Cd + gamma * grad_d[None, :]
+    place_Cd = stack * tokens * width + key_C[:, None] * width + feature_d[None, :]
+    tl.store(d_value_BHNd + place_Cd, d_value_Cd.to(d_value_BHNd.dtype.element_ty), mask=here_Cd)
+    sums_3 = sums_P3 + (stack * tl.num_programs(1) + part) * 3
+    value_Cd = value_Cd.to(tl.float32)
+    tl.store(sums_3, tl.sum(tl.sum(value_Cd * grad_d[None, :], 1), 0))
+    tl.store(sums_3 + 1, tl.sum(tl.sum(value_Cd * narrow_Cd, 1), 0))
+    tl.store(sums_3 + 2, tl.sum(tl.sum(value_Cd * map_Cd, 1), 0))
+
+
+def last_sums(
+    map_BHNN: Tensor,
+    narrow_BHNN: Tensor,
+    value_BHNd: Tensor,
+    grad_BHNd: Tensor,
+    alpha_H: Tensor,
+    beta_H: Tensor,
+    gamma_H: Tensor,
+    mean3_H: Tensor,
+    mean_H: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pass 1, with T = α·h3 + β·A + γ.
+
+    Reads A and h3 and writes ∂T: 3 entries per entry of A. ∂T is written because two later passes, pointwise over the
+    heads, then read it instead of multiplying all heads' ∂out and V at each of their positions.
+
+    Args:
+        map_BHNN, narrow_BHNN: A and h3, contiguous, one dtype.
+        value_BHNd, grad_BHNd: values, and the gradient of the output; multiplied in the maps' dtype.
+        alpha_H, beta_H, gamma_H: what norms 3 and 4 come to.
+        mean3_H, mean_H: means of h3 and A.
+    Returns:
+        ∂V in its dtype and ∂T in the maps', both [B, H, N, ·]; the sums of ∂T, ∂T·(h3 − mean) and ∂T·(A − mean),
+        each [H], float64.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    width = value_BHNd.shape[-1]
+    value, grad = readable(value_BHNd.to(map_BHNN.dtype)), readable(grad_BHNd.to(map_BHNN.dtype))
+    dt_BHNN = torch.empty_like(map_BHNN)
+    d_value_BHNd = value_BHNd.new_empty(value_BHNd.shape)
+    parts, rows = triton.cdiv(tokens, KEYS), ROWS[map_BHNN.dtype]
+    sums_P3 = map_BHNN.new_empty(batch, heads, parts, 3, dtype=torch.float32)
+    launch(
+        _last_sums, (batch * heads, parts), map_BHNN, narrow_BHNN, value, grad, stacked((alpha_H, beta_H, gamma_H)),
+        dt_BHNN, d_value_BHNd, sums_P3, value.stride()[:3], grad.stride()[:3], heads, tokens, width,
+        WIDTH=at_least_16(width), ROWS=rows, KEYS=KEYS, STEPS=triton.cdiv(tokens, rows), num_warps=4,
+    )  # fmt: skip
+    t0_H, t1_H, t2_H = sums_P3.sum((0, 2), dtype=torch.float64).unbind(1)
+    return d_value_BHNd, dt_BHNN, t0_H, t1_H - mean3_H * t0_H, t2_H - mean_H * t0_H
+
+
+def stacked(vectors: Iterable[Tensor]) -> Tensor:
+    """Vectors of one length as one fp32 tensor, as kernels read them."""
+    return torch.stack(tuple(vectors)).float()
+
+
+# -- pass 2 --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _second(
+    map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, to_narrow_4H, norm_2E, project_HE, m2_BENN, d_project_PEH, sums_P2E,
+    heads, expanded, positions,
+    PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
+    STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    image, part = tl.program_id(0), tl.program_id(1)
+    first, first_wide = image.to(tl.int64) * heads * positions, image.to(tl.int64) * expanded * positions
+    head_H, map_G = tl.arange(0, PADDED), tl.arange(0, GROUP)
+    column_H1 = head_H[None, :, None]
+    gain = tl.load(to_narrow_4H + column_H1, mask=column_H1 < heads, other=0.0)
+    gain3 = tl.load(to_narrow_4H + heads + column_H1, mask=column_H1 < heads, other=0.0)
+    gain0 = tl.load(to_narrow_4H + 2 * heads + column_H1, mask=column_H1 < heads, other=0.0)
+    level = tl.load(to_narrow_4H + 3 * heads + column_H1, mask=column_H1 < heads, other=0.0)
+    cut_L, lane_L = tl.arange(0, WARPS)[:, None, None] * LANES, tl.arange(0, LANES)[None, None, :]
+    offset_L, real_H = cut_L + lane_L, column_H1 < heads
+    map_H1, narrow_H1 = map_BHNN + first + column_H1 * positions, narrow_BHNN + first + column_H1 * positions
+    dt_H1 = dt_BHNN + first + column_H1 * positions
+    program = image.to(tl.int64) * tl.num_programs(1) + part
+    d_project, sums0, sums1 = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for _ in tl.static_range(GROUPS):
+        d_project += (tl.zeros([WARPS, GROUP, PADDED], dtype=tl.float32),)
+        sums0 += (tl.zeros([WARPS, GROUP], dtype=tl.float32),)
+        sums1 += (tl.zeros([WARPS, GROUP], dtype=tl.float32),)
+    for step in range(STEPS):
+        start = (part * STEPS + step) * WARPS * LANES
+        here_L = start + offset_L < positions
+        here_HL = real_H & here_L
+        map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
+        narrow_HL = tl.load(narrow_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
+        dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
+        dh3_HL = tl.where(here_HL, gain * dt_HL + gain3 * narrow_HL + gain0 * map_HL + level, 0.0)
+        d_project_now, sums0_now, sums1_now = tl.tuple(()), tl.tuple(()), tl.tuple(())
+        for group in tl.static_range(GROUPS):
+            wide_G1 = group * GROUP + map_G[None, :, None]
+            gain_G1 = tl.load(norm_2E + wide_G1, mask=wide_G1 < expanded, other=0.0)
+            shift_G1 = tl.load(norm_2E + expanded + wide_G1, mask=wide_G1 < expanded, other=0.0)
+            project_GH = tl.load(
+                project_HE + head_H[None, None, :] * expanded + wide_G1,
+                mask=(head_H[None, None, :] < heads) & (wide_G1 < expanded), other=0.0,
+            )  # fmt: skip
+            local_G1, m2_G1 = local_BENN + first_wide + wide_G1 * positions, m2_BENN + first_wide + wide_G1 * positions
+            project_WGH = tl.broadcast_to(project_GH, [WARPS, GROUP, PADDED])
+            here_GL = (wide_G1 < expanded) & here_L
+            local_GL = tl.load(local_G1 + start + lane_L + cut_L, mask=here_GL, other=0.0).to(tl.float32)
+            before_GL = gain_G1 * local_GL + shift_G1
+            u2_GL = relu6(before_GL)
+            du2_GL = tl.dot(project_WGH, dh3_HL, input_precision=PRECISION)
+            m2_GL = tl.where((before_GL > 0.0) & (before_GL < 6.0), du2_GL, 0.0)
+            tl.store(m2_G1 + start + lane_L + cut_L, m2_GL.to(m2_BENN.dtype.element_ty), mask=here_GL)
+            d_project_now += (
+                tl.dot(u2_GL, tl.permute(dh3_HL, (0, 2, 1)), d_project[group], input_precision=PRECISION),
+            )
+            sums0_now += (sums0[group] + tl.sum(m2_GL, 2),)
+            sums1_now += (sums1[group] + tl.sum(m2_GL * local_GL, 2),)
+        d_project, sums0, sums1 = d_project_now, sums0_now, sums1_now
+    for group in tl.static_range(GROUPS):
+        entry_G = group * GROUP + map_G
+        entry_GH = entry_G[:, None] * PADDED + head_H[None, :]
+        tl.store(d_project_PEH + program * GROUPS * GROUP * PADDED + entry_GH, tl.sum(d_project[group], 0))
+        tl.store(sums_P2E + program * 2 * GROUPS * GROUP + entry_G, tl.sum(sums0[group], 0))
+        tl.store(sums_P2E + (program * 2 + 1) * GROUPS * GROUP + entry_G, tl.sum(sums1[group], 0))
+
+
+def second(
+    map_BHNN: Tensor,
+    narrow_BHNN: Tensor,
+    dt_BHNN: Tensor,
+    local_BENN: Tensor,
+    to_narrow: Iterable[Tensor],
+    gain2_E: Tensor,
+    shift2_E: Tensor,
+    mean2_E: Tensor,
+    project_HE: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pass 2.
+
+    Reads A, h3, ∂T and h2 and writes m2: 3 + 2E/H entries per entry of A.
+
+    Args:
+        map_BHNN, narrow_BHNN, dt_BHNN, local_BENN: A, h3, ∂T and h2, contiguous, one dtype.
+        to_narrow: what multiplies ∂T, h3 and A in the gradient of h3, and what is added, each [H].
+        gain2_E, shift2_E: norm 2 as an affine map.
+        mean2_E: the mean of h2.
+        project_HE: the projection.
+    Returns:
+        m2, [B, E, N, N] in the maps' dtype; ∂project [H, E]; the sums of m2 and of m2·(h2 − mean), [E]; float64.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    expanded, positions, padded = local_BENN.shape[1], tokens * tokens, at_least_16(heads)
+    parts, groups = triton.cdiv(positions, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
+    m2_BENN = torch.empty_like(local_BENN)
+    d_project_PEH = map_BHNN.new_empty(batch * parts, groups * GROUP, padded, dtype=torch.float32)
+    sums_P2E = map_BHNN.new_empty(batch * parts, 2, groups * GROUP, dtype=torch.float32)
+    launch(
+        _second, (batch, parts), map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, stacked(to_narrow),
+        stacked((gain2_E, shift2_E)), project_HE.float().contiguous(), m2_BENN, d_project_PEH, sums_P2E,
+        heads, expanded, positions,
+        PADDED=padded, GROUPS=groups, GROUP=GROUP, WARPS=WARPS, LANES=LANES, STEPS=STEPS,
+        PRECISION=precision(map_BHNN), num_warps=WARPS,
+    )  # fmt: skip
+    d_project_HE = d_project_PEH.sum(0, dtype=torch.float64)[:expanded, :heads].T
+    q0_E, q1_E = sums_P2E.sum(0, dtype=torch.float64)[:, :expanded]
+    return m2_BENN, d_project_HE, q0_E, q1_E - mean2_E * q0_E
+
+
+def precision(map_BHNN: Tensor) -> str:
+    """How products of fp32 numbers that come of stored maps are formed: no finer than the maps are stored."""
+    return "tf32x3" if map_BHNN.dtype == torch.float32 else "tf32"
+
+
+# -- pass 4 --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _through_statistics(
+    map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN, columns_3H, pull_HH, heads, positions,
+    PADDED: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head_H, place_L = tl.arange(0, PADDED), part * POSITIONS + tl.arange(0, POSITIONS)
+    real_H = head_H < heads
+    entry_HH, real_HH = head_H[:, None] * heads + head_H[None, :], real_H[:, None] & real_H[None, :]
+    pull_HH = tl.load(pull_HH + entry_HH, mask=real_HH, other=0.0)
+    gain_H1 = tl.load(columns_3H + head_H, mask=real_H, other=0.0)[:, None]
+    on_narrow_H1 = tl.load(columns_3H + heads + head_H, mask=real_H, other=0.0)[:, None]
+    level_H1 = tl.load(columns_3H + 2 * heads + head_H, mask=real_H, other=0.0)[:, None]
+    first = image * heads * positions
+    place_HL = head_H[:, None] * positions + place_L[None, :]
+    here_HL = real_H[:, None] & (place_L[None, :] < positions)
+    map_HL = tl.load(map_BHNN + first + place_HL, mask=here_HL, other=0.0)
+    narrow_HL = tl.load(narrow_BHNN + first + place_HL, mask=here_HL, other=0.0).to(tl.float32)
+    dt_HL = tl.load(dt_BHNN + first + place_HL, mask=here_HL, other=0.0).to(tl.float32)
+    share_HL = tl.load(share_BHNN + first + place_HL, mask=here_HL, other=0.0).to(tl.float32)
+    if map_HL.dtype == tl.float16:
+        map_HL = map_HL.to(tl.float32)  # it knows no numbers as small as what pulls
+    d_map_HL = share_HL + gain_H1 * dt_HL + on_narrow_H1 * narrow_HL + level_H1
+    d_map_HL = mix_stored(pull_HH, map_HL, d_map_HL)
+    tl.store(share_BHNN + first + place_HL, d_map_HL.to(share_BHNN.dtype.element_ty), mask=here_HL)
+
+
+def through_statistics(
+    map_BHNN: Tensor,
+    narrow_BHNN: Tensor,
+    dt_BHNN: Tensor,
+    share_BHNN: Tensor,
+    to_map: Iterable[Tensor],
+    pull_HH: Tensor,
+    level_H: Tensor,
+) -> Tensor:
+    """Pass 4: the gradient of A, written over the share that came through the expanded maps.
+
+    Reads A, h3, ∂T and the share and writes ∂A: 5 entries per entry of A.
+
+    Args:
+        map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN: A, h3, ∂T and the share, contiguous, one dtype.
+        to_map: what multiplies ∂T, h3 and A on the direct way to A, and what is added, each [H].
+        pull_HH, level_H: the way through the statistics of norm 1, pull · A + level.
+    Returns:
+        ``share_BHNN``, now ∂A.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    positions = tokens * tokens
+    gain_H, on_narrow_H, on_map_H, direct_H = to_map
+    launch(
+        _through_statistics, (batch, triton.cdiv(positions, POSITIONS)), map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN,
+        stacked((gain_H, on_narrow_H, direct_H + level_H)), (pull_HH + on_map_H.diag()).float(), heads, positions,
+        PADDED=at_least_16(heads), POSITIONS=POSITIONS, num_warps=4,
+    )  # fmt: skip
+    return share_BHNN

@@ -1,0 +1,238 @@
+"""Pass 3 of bottleneck_backward.py: back through the local kernels, norm 1 and the expansion.
+
+    m2, h2 ─> ∂h2 ─ turned kernel ─> ∂u1 ─> m1 = 1[0 < u1 < 6]·∂u1 ─> share of ∂A, m1·(A − μ)ᵀ
+    A ─> u1 of this row, the row before and the row behind, each with ∂h2 and its neighbours ─> ∂kernel
+
+A program of one warp walks down the rows of a few spans of keys (see spans.py), for one group of expanded maps after
+the other. Both ∂kernel and ∂u1 pair a position with ∂h2 around it, so that u1 is needed nowhere else. The share is a
+sum over all groups: a program gathers it in fp32, a few rows at a time, in a place of its own that stays in cache.
+
+Axes: B batch, H heads, E expanded maps, N tokens, M expanded maps worked on together, L columns of a tile, Q its edges,
+S spans, P programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refiner_ds.attention.fused.bottleneck_backward import precision, stacked
+from refiner_ds.attention.fused.bottleneck_forward import GROUP, nine_taps
+from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
+from refiner_ds.attention.fused.tools import at_least_16, mix_stored, relu6
+
+__all__ = ["first"]
+
+# Keys of a span: of 40 columns 32 come out, of 24 in fp32 16, which else takes too many registers.
+KEYS = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
+ROWS = 8  # that are gathered at a time: 10 are read, and a program's place in the cache is 16 kB
+STEPS = 5  # times that many rows are a program's
+
+_SPANS = tl.constexpr(SPANS)
+
+
+@triton.jit
+def _behind_local(m2_L, local_L, offset_M, real_M, here_L, gain_MM, slope_MM, level_M1):
+    """∂h2 at some places, zero outside the map. Diagonal matrices leave it where products leave their results."""
+    here_ML = here_L[None, :] & real_M[:, None]
+    m2_ML = tl.load(m2_L[None, :] + offset_M[:, None], mask=here_ML, other=0.0)
+    local_ML = tl.load(local_L[None, :] + offset_M[:, None], mask=here_ML, other=0.0)
+    if m2_ML.dtype == tl.float16:
+        m2_ML, local_ML = m2_ML.to(tl.float32), local_ML.to(tl.float32)  # it knows no numbers as small as slopes
+    sums_ML = tl.zeros([offset_M.shape[0], here_L.shape[0]], dtype=tl.float32)
+    sums_ML = mix_stored(gain_MM, m2_ML, sums_ML)
+    return mix_stored(slope_MM, local_ML, sums_ML) + level_M1 * here_L.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _held(sums_ML, MAPS: tl.constexpr, KEYS: tl.constexpr):
+    """Sums over the span that a thread holds, [M, S]."""
+    return tl.sum(tl.sum(tl.reshape(sums_ML, [MAPS, KEYS // 2, _SPANS, 2]), 3), 1)
+
+
+@triton.jit
+def _paired(
+    sums, u1_before_ML, u1_now_ML, u1_behind_ML, right_ML, dh2_ML, left_ML, MAPS: tl.constexpr, KEYS: tl.constexpr
+):
+    """∂kernel, tap by tap: the sums, and u1 of three rows times ∂h2 of the one between them and beside it."""
+    return (
+        sums[0] + _held(u1_before_ML * right_ML, MAPS, KEYS),
+        sums[1] + _held(u1_before_ML * dh2_ML, MAPS, KEYS),
+        sums[2] + _held(u1_before_ML * left_ML, MAPS, KEYS),
+        sums[3] + _held(u1_now_ML * right_ML, MAPS, KEYS),
+        sums[4] + _held(u1_now_ML * dh2_ML, MAPS, KEYS),
+        sums[5] + _held(u1_now_ML * left_ML, MAPS, KEYS),
+        sums[6] + _held(u1_behind_ML * right_ML, MAPS, KEYS),
+        sums[7] + _held(u1_behind_ML * dh2_ML, MAPS, KEYS),
+        sums[8] + _held(u1_behind_ML * left_ML, MAPS, KEYS),
+    )
+
+
+@triton.jit
+def _weights(
+    folded_EH, affine_4E, taps_E9, map_M, head_H, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUP: tl.constexpr
+):
+    """Of some expanded maps: folded expansion and shift, gain and slope as diagonal matrices, level, and nine taps."""
+    real_M, place_M = map_M < EXPANDED, tl.arange(0, GROUP)
+    diagonal_MM = (place_M[:, None] == place_M[None, :]).to(tl.float32)
+    shift_M1 = tl.load(affine_4E + map_M, mask=real_M, other=0.0)[:, None]
+    gain_MM = tl.load(affine_4E + EXPANDED + map_M, mask=real_M, other=0.0)[:, None] * diagonal_MM
+    slope_MM = tl.load(affine_4E + 2 * EXPANDED + map_M, mask=real_M, other=0.0)[:, None] * diagonal_MM
+    level_M1 = tl.load(affine_4E + 3 * EXPANDED + map_M, mask=real_M, other=0.0)[:, None]
+    real_MH = real_M[:, None] & (head_H < HEADS)[None, :]
+    folded_MH = tl.load(folded_EH + map_M[:, None] * HEADS + head_H[None, :], mask=real_MH, other=0.0)
+    taps = tl.tuple(())
+    for tap in tl.static_range(9):
+        taps += (tl.load(taps_E9 + map_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
+    return folded_MH, shift_M1, gain_MM, slope_MM, level_M1, taps
+
+
+@triton.jit
+def _hand_over(gathered_HL, share_HL, top_L, here_L, real_H, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """Store the share of some rows from the place where it was gathered, which is then free for the next ones."""
+    for row in range(ROWS):
+        here_HL = (here_L & (top_L + row < TOKENS))[None, :] & real_H[:, None]
+        gathered = tl.load(gathered_HL + row * (gathered_HL.shape[0] * gathered_HL.shape[1]))
+        place_HL = share_HL + (top_L[None, :] + row) * TOKENS
+        tl.store(place_HL, gathered.to(share_HL.dtype.element_ty), mask=here_HL)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _add(place, more, again):
+    """Add to what this program stored before, if it did; nobody else writes there."""
+    tl.store(place, tl.load(place, mask=again, other=0.0) + more)
+
+
+@triton.jit
+def _first(
+    map_BHNN, local_BENN, m2_BENN, folded_EH, affine_4E, taps_E9, mean_H, share_BHNN, gathered_PRHL, sums_P10E,
+    through_PEH, spans,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
+    GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, segment = tl.program_id(0), tl.program_id(1)
+    AREA: tl.constexpr = TOKENS * TOKENS
+    COLUMNS: tl.constexpr = _SPANS * KEYS
+    head_H, place_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
+    real_H = head_H < HEADS
+    image_L, key_L, here_L = span_places(tile, spans, TOKENS, KEYS)
+    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, KEYS)
+    narrow_HL = (image_L * (HEADS * AREA) + key_L)[None, :] + (head_H * AREA)[:, None]
+    wide_L, wide_Q = image_L * (EXPANDED * AREA) + key_L, image_Q * (EXPANDED * AREA) + key_Q
+    mean_H1 = tl.load(mean_H + head_H, mask=real_H, other=0.0)[:, None]
+    program = (tile * tl.num_programs(1) + segment).to(tl.int64)
+    gathered_HL = gathered_PRHL + program * (ROWS * PADDED * COLUMNS)
+    gathered_HL += head_H[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    for step in range(STEPS):
+        top = (segment * STEPS + step) * ROWS
+        for group in range(GROUPS):
+            map_M = group * GROUP + place_M
+            real_M = map_M < EXPANDED
+            folded_MH, shift_M1, gain_MM, slope_MM, level_M1, taps = _weights(
+                folded_EH, affine_4E, taps_E9, map_M, head_H, HEADS, EXPANDED, GROUP
+            )
+            sums = tl.tuple(())
+            for _ in tl.static_range(9):
+                sums += (tl.zeros([GROUP, _SPANS], dtype=tl.float32),)
+            sum_MS = tl.zeros([GROUP, _SPANS], dtype=tl.float32)
+            through_MH = tl.zeros([GROUP, PADDED], dtype=tl.float32)
+            empty_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
+            # ∂u1 of the rows before and at the one just read, as far as it is known, and u1 there.
+            before_ML, now_ML, u1_before_ML, u1_now_ML = empty_ML, empty_ML, empty_ML, empty_ML
+            for line in range(ROWS + 2):
+                row = top + line - 1
+                row_L, row_Q = row + 0 * key_L, row + 0 * key_Q  # the interpreter makes no mask of one number
+                far = group * (GROUP * AREA) + row * TOKENS
+                dh2_ML = _behind_local(
+                    m2_BENN + wide_L + far, local_BENN + wide_L + far, place_M * AREA, real_M,
+                    here_L & (row_L >= 0) & (row_L < TOKENS), gain_MM, slope_MM, level_M1,
+                )  # fmt: skip
+                dh2_MQ = _behind_local(
+                    m2_BENN + wide_Q + far, local_BENN + wide_Q + far, place_M * AREA, real_M,
+                    here_Q & (row_Q >= 0) & (row_Q < TOKENS), gain_MM, slope_MM, level_M1,
+                )  # fmt: skip
+                left_ML, right_ML = neighbours(dh2_ML, dh2_MQ, GROUP, KEYS)
+                behind_L = here_L & (row_L + 1 < tl.minimum(TOKENS, top + ROWS))
+                map_HL = tl.load(
+                    map_BHNN + narrow_HL + (row + 1) * TOKENS, mask=behind_L[None, :] & real_H[:, None], other=0.0
+                )
+                u1_behind_ML = relu6(mix_stored(folded_MH, map_HL, empty_ML) + shift_M1)
+                u1_behind_ML = tl.where(behind_L[None, :], u1_behind_ML, 0.0)
+                done_ML = before_ML + taps[0] * right_ML + taps[1] * dh2_ML + taps[2] * left_ML
+                before_ML = now_ML + taps[3] * right_ML + taps[4] * dh2_ML + taps[5] * left_ML
+                now_ML = taps[6] * right_ML + taps[7] * dh2_ML + taps[8] * left_ML
+                sums = _paired(sums, u1_before_ML, u1_now_ML, u1_behind_ML, right_ML, dh2_ML, left_ML, GROUP, KEYS)
+                if line >= 2:
+                    m1_ML = tl.where((u1_before_ML > 0.0) & (u1_before_ML < 6.0), done_ML, 0.0)
+                    sum_MS += _held(m1_ML, GROUP, KEYS)
+                    here_HL = (here_L & (row_L - 1 < TOKENS))[None, :] & real_H[:, None]
+                    map_HL = tl.load(map_BHNN + narrow_HL + (row - 1) * TOKENS, mask=here_HL, other=0.0)
+                    centred_HL = tl.where(here_HL, map_HL.to(tl.float32) - mean_H1, 0.0)
+                    through_MH = tl.dot(m1_ML, tl.trans(centred_HL), through_MH, input_precision=PRECISION)
+                    place_HL = gathered_HL + (line - 2) * (PADDED * COLUMNS)
+                    share_HL = tl.load(place_HL, mask=group + 0 * head_H[:, None] > 0, other=0.0)
+                    tl.store(place_HL, tl.dot(tl.trans(folded_MH), m1_ML, share_HL, input_precision=PRECISION))
+                u1_before_ML, u1_now_ML = u1_now_ML, u1_behind_ML
+            again_M = step + 0 * map_M > 0
+            sum_M = sums_P10E + program * (10 * GROUPS * GROUP) + map_M
+            for tap in tl.static_range(9):
+                _add(sum_M + tap * GROUPS * GROUP, tl.sum(sums[tap], 1), again_M)
+            _add(sum_M + 9 * GROUPS * GROUP, tl.sum(sum_MS, 1), again_M)
+            entry_MH = map_M[:, None] * PADDED + head_H[None, :]
+            _add(through_PEH + program * (GROUPS * GROUP * PADDED) + entry_MH, through_MH, step + 0 * entry_MH > 0)
+            tl.debug_barrier()  # what this group stored is read by the next one
+        _hand_over(gathered_HL, share_BHNN + narrow_HL, top + 0 * key_L, here_L, real_H, TOKENS, ROWS)
+
+
+def first(
+    map_BHNN: Tensor,
+    local_BENN: Tensor,
+    m2_BENN: Tensor,
+    folded_EH: Tensor,
+    shift1_E: Tensor,
+    kernel_E1kk: Tensor,
+    gain2_E: Tensor,
+    slope_E: Tensor,
+    level_E: Tensor,
+    mean_H: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pass 3, with u1 = relu6(folded · A + shift) and ∂h2 = gain·m2 + slope·h2 + level.
+
+    Reads A, h2 and m2 and writes the share: 2 + 2E/H entries per entry of A.
+
+    Args:
+        map_BHNN, local_BENN, m2_BENN: A, h2 and m2, contiguous, one dtype.
+        folded_EH, shift1_E: the expansion with norm 1 in it.
+        kernel_E1kk: the local kernels, of size 1 or 3.
+        gain2_E, slope_E, level_E: norm 2, backward.
+        mean_H: the mean of A.
+    Returns:
+        The share of ∂A that comes through the expanded maps, [B, H, N, N] in the maps' dtype; ∂kernel in its shape; the
+        sums of m1, [E], and of m1·(A − mean)ᵀ, [E, H]; float64.
+    """
+    batch, heads, tokens, _ = map_BHNN.shape
+    expanded, side, padded = local_BENN.shape[1], kernel_E1kk.shape[-1], at_least_16(heads)
+    keys = KEYS[map_BHNN.dtype]
+    spans, groups = batch * triton.cdiv(tokens, keys), triton.cdiv(expanded, GROUP)
+    tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, STEPS * ROWS)
+    share_BHNN = torch.empty_like(map_BHNN)
+    programs, wide = tiles * segments, groups * GROUP
+    gathered_PRHL = map_BHNN.new_empty(programs, ROWS, padded, SPANS * keys, dtype=torch.float32)
+    sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=torch.float32)
+    through_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=torch.float32)
+    launch(
+        _first, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.float().contiguous(),
+        stacked((shift1_E, gain2_E, slope_E, level_E)), nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
+        gathered_PRHL, sums_P10E, through_PEH, spans,
+        TOKENS=tokens, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP, KEYS=keys, ROWS=ROWS,
+        STEPS=STEPS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
+    )  # fmt: skip
+    sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
+    through_EH = through_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]
+    margin = (3 - side) // 2
+    d_kernel_E1kk = sums_10E[:9].T.reshape(expanded, 1, 3, 3)[..., margin : 3 - margin, margin : 3 - margin]
+    return share_BHNN, d_kernel_E1kk, sums_10E[9], through_EH

@@ -1,0 +1,232 @@
+"""The released refiner's kernels on the way back, each against its equations in float64 on the same stored maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from refiner_ds import attention
+from refiner_ds.attention import reference
+from refiner_ds.attention.bottleneck_algebra import Algebra
+from refiner_ds.attention.fused import bottleneck_backward, bottleneck_backward_first
+from refiner_ds.attention.fused.bottleneck_backward import last_sums, second, through_statistics
+from refiner_ds.attention.fused.bottleneck_backward_first import first
+from tests.attention.cases import SCALE, bottleneck, leaf, maps
+from tests.attention.test_lean_bottleneck import _like
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What the arithmetic may err by, and what storing a result adds to it, relative to the largest value. The interpreter
+# cuts numbers off where a GPU rounds them to bfloat16.
+SUMS = {torch.float32: 1e-5, torch.bfloat16: 3e-5, torch.float16: 1e-5}
+STORING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
+
+BIAS3 = 10  # among all gradients, that of the third norm's bias
+
+# Batch, heads, expanded maps, tokens: heads and groups to pad, more than one program and step.
+SHAPES = [(2, 3, 9, 7), (1, 12, 36, 9), (1, 17, 34, 6)]
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bottleneck_backward, "ROWS", dict.fromkeys(DTYPES, 16))
+    for name, size in {"KEYS": 16, "STEPS": 2, "POSITIONS": 32, "WARPS": 2}.items():
+        monkeypatch.setattr(bottleneck_backward, name, size)
+    for name, size in {"ROWS": 4, "STEPS": 2}.items():
+        monkeypatch.setattr(bottleneck_backward_first, name, size)
+
+
+def stored(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal numbers as they are stored."""
+    return torch.randn(*shape).to(device, dtype)
+
+
+def columns(x_C: Tensor) -> Tensor:
+    """A number a map, to be combined with maps, float64."""
+    return x_C.double()[:, None, None]
+
+
+def close(ours: Tensor, truth: Tensor, tolerance: float) -> bool:
+    """Whether no entry is off by more than ``tolerance`` times the largest."""
+    assert ours.shape == truth.shape
+    return bool((ours.double() - truth).abs().max() <= tolerance * truth.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "tokens", "width"), [(2, 3, 7, 5), (1, 2, 37, 35)])
+def test_gradient_of_the_values_and_of_the_refined_maps(batch, heads, tokens, width, dtype, device, monkeypatch):
+    small_pieces(monkeypatch)
+    map_BHNN, narrow_BHNN = stored(2, batch, heads, tokens, tokens, dtype=dtype, device=device)
+    # Values as a block has them: heads lie between the tokens and the width.
+    value_BHNd = stored(batch, tokens, heads, width, dtype=dtype, device=device).transpose(1, 2)
+    grad_BHNd = stored(batch, heads, tokens, width, dtype=dtype, device=device)
+    alpha_H, beta_H, gamma_H, mean3_H, mean_H = torch.randn(5, heads, device=device).double()
+    ours = last_sums(map_BHNN, narrow_BHNN, value_BHNd, grad_BHNd, alpha_H, beta_H, gamma_H, mean3_H, mean_H)
+    map_BHNN, narrow_BHNN = map_BHNN.double(), narrow_BHNN.double()
+    refined_BHNN = columns(alpha_H) * narrow_BHNN + columns(beta_H) * map_BHNN + columns(gamma_H)
+    dt_BHNN = grad_BHNd.double() @ value_BHNd.double().mT
+    assert ours[0].dtype == ours[1].dtype == dtype
+    assert close(ours[0], refined_BHNN.mT @ grad_BHNd.double(), 2e-6 + STORING[dtype])
+    assert close(ours[1], dt_BHNN, 2e-6 + STORING[dtype])
+    for sum_H, weight in zip(ours[2:], (1, narrow_BHNN - columns(mean3_H), map_BHNN - columns(mean_H)), strict=True):
+        # Beside sums without signs: what is left of these says little about the arithmetic.
+        apart_H = (sum_H - (dt_BHNN * weight).sum((0, 2, 3))).abs()
+        assert (apart_H <= 1e-6 * (dt_BHNN * weight).abs().sum((0, 2, 3))).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_back_through_projection_and_second_norm(shape, dtype, device, monkeypatch):
+    small_pieces(monkeypatch)
+    batch, heads, wide, tokens = shape
+    narrow = stored(3, batch, heads, tokens, tokens, dtype=dtype, device=device)
+    map_BHNN, narrow_BHNN, dt_BHNN = narrow
+    local_BENN = stored(batch, wide, tokens, tokens, dtype=dtype, device=device) * 4
+    to_narrow = torch.randn(4, heads, device=device).double()
+    gain_E, shift_E, mean_E = torch.randn(3, wide, device=device).double()
+    shift_E += 2
+    project_HE = torch.randn(heads, wide, device=device)
+    ours = second(map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, to_narrow, gain_E, shift_E, mean_E, project_HE)
+    map_BHNN, narrow_BHNN, dt_BHNN = narrow.double()
+    gain, on_narrow, on_map, level = (columns(x_H) for x_H in to_narrow)
+    dh3_BHNN = gain * dt_BHNN + on_narrow * narrow_BHNN + on_map * map_BHNN + level
+    before_BENN = columns(gain_E) * local_BENN.double() + columns(shift_E)
+    m2_BENN = reference.expand(dh3_BHNN, project_HE.double().T) * ((before_BENN > 0) & (before_BENN < 6))
+    product = project_tolerance(dtype)
+    assert ours[0].dtype == dtype
+    assert close(ours[0], m2_BENN, product + STORING[dtype])
+    assert close(ours[1], torch.einsum("bhqk,beqk->he", dh3_BHNN, before_BENN.clamp(0, 6)), product)
+    assert close(ours[2], m2_BENN.sum((0, 2, 3)), product)
+    assert close(ours[3], (m2_BENN * (local_BENN.double() - columns(mean_E))).sum((0, 2, 3)), product)
+
+
+def project_tolerance(dtype: torch.dtype) -> float:
+    """Beside half precision one tf32 product is enough, and nearly all of it can be lost in sums with signs."""
+    return SUMS[dtype] if dtype == torch.float32 or not torch.cuda.is_available() else 2.0**-10
+
+
+# Heads to pad, a kernel of one tap, several images a tile, more than one tile, groups, steps and segments.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "keys"),
+    [
+        ((2, 3, 9, 7, 3), torch.float32, 8),
+        ((2, 3, 9, 7, 3), torch.bfloat16, 8),
+        ((2, 3, 9, 7, 3), torch.float16, 4),
+        ((1, 2, 20, 11, 3), torch.float32, 4),
+        ((5, 1, 3, 5, 3), torch.bfloat16, 8),
+        ((1, 17, 17, 5, 1), torch.float32, 8),
+    ],
+)
+def test_back_through_local_kernels_and_expansion(shape, dtype, keys, device, monkeypatch):
+    small_pieces(monkeypatch)
+    monkeypatch.setattr(bottleneck_backward_first, "KEYS", {dtype: keys})
+    batch, heads, wide, tokens, side = shape
+    map_BHNN = torch.randn(batch, heads, tokens, tokens).mul(2).softmax(-1).to(device, dtype)
+    local_BENN, m2_BENN = stored(2, batch, wide, tokens, tokens, dtype=dtype, device=device)
+    folded_EH, shift1_E = torch.randn(wide, heads, device=device) * 8, torch.randn(wide, device=device) * 2 + 2
+    kernel_E1kk = torch.randn(wide, 1, side, side, device=device)
+    gain2_E, slope_E, level_E = torch.randn(3, wide, device=device).double()
+    mean_H = torch.rand(heads, device=device).double()
+    norm2 = gain2_E, slope_E, level_E
+    ours = first(map_BHNN, local_BENN, m2_BENN, folded_EH, shift1_E, kernel_E1kk, *norm2, mean_H)
+    folded_EH, kernel_E1kk = folded_EH.double(), kernel_E1kk.double().requires_grad_()
+    before_BENN = (reference.expand(map_BHNN.double(), folded_EH) + columns(shift1_E)).requires_grad_()
+    behind_BENN = reference.distributed_local_attention(before_BENN.clamp(0, 6), kernel_E1kk)
+    dh2_BENN = columns(gain2_E) * m2_BENN.double() + columns(slope_E) * local_BENN.double() + columns(level_E)
+    m1_BENN, d_kernel_E1kk = torch.autograd.grad(behind_BENN, (before_BENN, kernel_E1kk), dh2_BENN)
+    product = project_tolerance(dtype)
+    assert ours[0].dtype == dtype
+    assert close(ours[0], reference.expand(m1_BENN, folded_EH.T), product + STORING[dtype])
+    assert close(ours[1], d_kernel_E1kk, SUMS[dtype])
+    assert close(ours[2], m1_BENN.sum((0, 2, 3)), SUMS[dtype])
+    centred_BHNN = map_BHNN.double() - columns(mean_H)
+    assert close(ours[3], torch.einsum("beqk,bhqk->eh", m1_BENN, centred_BHNN), product)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(2, 3, 7), (1, 17, 12)])
+def test_back_through_the_statistics_of_the_first_norm(batch, heads, tokens, dtype, device, monkeypatch):
+    small_pieces(monkeypatch)
+    map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN = stored(4, batch, heads, tokens, tokens, dtype=dtype, device=device)
+    to_map = torch.randn(4, heads, device=device).double()
+    pull_HH, level_H = torch.randn(heads, heads, device=device).double(), torch.randn(heads, device=device).double()
+    truth = reference.expand(map_BHNN.double(), pull_HH) + columns(level_H) + share_BHNN.double()
+    for factor_H, part in zip(to_map, (dt_BHNN, narrow_BHNN, map_BHNN, torch.ones_like(map_BHNN)), strict=True):
+        truth += columns(factor_H) * part.double()
+    d_map_BHNN = through_statistics(map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN, to_map, pull_HH, level_H)
+    assert d_map_BHNN.data_ptr() == share_BHNN.data_ptr()
+    assert close(d_map_BHNN, truth, 2e-6 + STORING[dtype])
+
+
+def chained(attn: Tensor, value: Tensor, refiner, direction: Tensor) -> list[Tensor]:
+    """Every gradient, by the four passes on stacks made in float64 and stored in the map's dtype."""
+    dtype, batch_dims = attn.dtype, (0, 2, 3)
+    algebra = Algebra(refiner, SCALE, attn.numel() // attn.shape[1])
+    exact = attn.detach().double()
+    flat_HL = exact.transpose(0, 1).flatten(1)
+    algebra.first_norm(flat_HL.mean(1), flat_HL.cov(correction=0))
+    kernel_E1kk, project_HE = refiner.local.kernels[0].detach(), refiner.project_HE.detach()
+    wide = (reference.expand(exact, algebra.folded_EH) + columns(algebra.shift1_E)).clamp(0, 6)
+    local = reference.distributed_local_attention(wide, kernel_E1kk.double())
+    algebra.second_norm(local.mean(batch_dims), local.var(batch_dims, correction=0))
+    local = local.to(dtype)
+    clipped = (columns(algebra.gain2_E) * local.double() + columns(algebra.shift2_E)).clamp(0, 6)
+    narrow = reference.reduce(clipped, project_HE.double())
+    both_H2L = torch.stack((narrow, exact)).permute(2, 0, 1, 3, 4).flatten(2)
+    joint_22H = torch.stack([both_2L.cov(correction=0) for both_2L in both_H2L], -1)
+    algebra.last_norms(narrow.mean(batch_dims), joint_22H)
+    attn, narrow, value = attn.detach(), narrow.to(dtype), value.detach()
+    d_value, dt, *sums = last_sums(
+        attn, narrow, value, direction,
+        algebra.alpha_H, algebra.beta_H, algebra.gamma_H, algebra.mean3_H, algebra.mean_H,
+    )  # fmt: skip
+    to_narrow, to_map = algebra.behind_last(*sums)
+    m2, d_project_HE, q0_E, q1_E = second(
+        attn, narrow, dt, local, to_narrow, algebra.gain2_E, algebra.shift2_E, algebra.mean2_E, project_HE
+    )
+    slopes = algebra.behind_second(q0_E, q1_E)
+    share, d_kernel_E1kk, p0_E, through_EH = first(
+        attn, local, m2, algebra.folded_EH, algebra.shift1_E, kernel_E1kk, algebra.gain2_E, *slopes, algebra.mean_H
+    )
+    d_map = through_statistics(attn, narrow, dt, share, to_map, *algebra.behind_first(p0_E, through_EH))
+    return [d_map, d_value, algebra.d_expand_EH, d_kernel_E1kk, d_project_HE, *algebra.norm_gradients()]
+
+
+def gradients(attn: Tensor, value: Tensor, refiner, direction: Tensor, way: str) -> list[Tensor]:
+    """Every gradient, in the order the passes have them."""
+    out = attention.refine(attn, value, refiner, SCALE, way=way)
+    norms = [x for one in (refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H) for x in one[:2]]
+    weights = refiner.expand_EH, refiner.local.kernels[0], refiner.project_HE
+    return list(torch.autograd.grad(out, (attn, value, *weights, *norms), direction.to(out.dtype)))
+
+
+def lost(ours: list[Tensor], truth: list[Tensor]) -> list[float]:
+    """What each gradient errs by; all but the third norm's bias, which is nothing but rounding."""
+    pairs = [pair for index, pair in enumerate(zip(ours, truth, strict=True)) if index != BIAS3]
+    return [((one.cpu().double() - other).norm() / other.norm()).item() for one, other in pairs]
+
+
+@pytest.mark.parametrize(("heads", "ratio"), [(3, 2), (12, 3)])
+def test_the_four_passes_give_every_gradient_of_the_plain_composition(heads, ratio, device, monkeypatch):
+    small_pieces(monkeypatch)
+    attn, value, refiner = maps(2, heads, 6), leaf(2, heads, 6, 5), bottleneck(heads, ratio)
+    attn, value, direction = (_like(x, torch.float32) for x in (attn, value, torch.randn(2, heads, 6, 5)))
+    truth = gradients(attn, value, refiner, direction, "reference")
+    attn, value, direction = (x.detach().float().to(device) for x in (attn, value, direction))
+    ours = chained(attn, value, refiner, direction)
+    assert max(lost(ours, truth)) < 1e-5
+
+
+def test_in_half_precision_they_lose_no_more_than_the_lean_way(device, monkeypatch):
+    """Averaged over draws: in one draw a gate that flips can decide either way. The interpreter rounds float16."""
+    small_pieces(monkeypatch)
+    errors = {"fused": torch.zeros(12), "lean": torch.zeros(12)}
+    for _ in range(3):
+        attn, value = _like(maps(2, 3, 9), torch.float16), _like(leaf(2, 3, 9, 8), torch.float16)
+        refiner, direction = bottleneck(3, 2), torch.randn(2, 3, 9, 8).half()
+        truth = gradients(attn, value, refiner, direction.double(), "reference")
+        attn, value = _like(attn, to=torch.float16), _like(value, to=torch.float16)
+        lean = gradients(attn, value, refiner, direction, "lean")
+        fused = chained(attn.to(device), value.to(device), refiner, direction.to(device))
+        for way, ours in (("fused", fused), ("lean", lean)):
+            errors[way] += torch.tensor(lost(ours, truth)) / 3
+    assert (errors["fused"] < 1.25 * errors["lean"]).all(), errors["fused"] / errors["lean"]
