@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import io
 import itertools
@@ -56,7 +57,8 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def killed_before(operation: int, work: Callable[[], int]) -> bool:
-    """Run ``work`` in a process of its own that is killed outright just before its n-th lasting change of the disk.
+    """Run ``work`` in a process of its own that is killed outright at its n-th lasting change of the disk: just before
+    a folder is made, a file is synchronised, renamed or removed, and just after one was begun, with nothing in it.
 
     Returns:
         whether it came to that; otherwise the work was done before.
@@ -73,8 +75,15 @@ def killed_before(operation: int, work: Callable[[], int]) -> bool:
 
             return call
 
-        code = 99
+        def deadly_open(file: object, mode: str = "r", *more: object, **named: object) -> object:
+            opened = begun(file, mode, *more, **named)  # type: ignore[call-overload]
+            if "w" in mode and next(countdown) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return opened
+
+        code, begun = 99, open
         try:
+            builtins.open = deadly_open  # type: ignore[assignment]
             for name in ("mkdir", "fsync", "replace", "unlink", "rename"):
                 setattr(os, name, deadly(getattr(os, name)))
             code = work()
