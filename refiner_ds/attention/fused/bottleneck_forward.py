@@ -29,7 +29,7 @@ __all__ = ["expand_local", "groups_of", "mix_computed", "nine_taps", "output", "
 GROUP = 16  # expanded maps at a time: what one product on tensor cores makes
 KEYS = 8  # of a span of expand_local: 20 products where 16 columns come out, in 168 registers
 SEGMENT = 48  # about the rows of a program of expand_local, which works out two more
-POSITIONS, STEPS = 64, 16  # of a step of project, and steps of a program
+POSITIONS, STEPS = 32, 32  # of a step of project, and steps of a program
 ROWS, COLUMNS = 64, 32  # of a tile of output: the fewest rows that warp-group products take, in 106 registers
 
 
@@ -190,8 +190,9 @@ def _project(
     real_H = head_H < HEADS
     gains, shifts, weights = tl.tuple(()), tl.tuple(()), tl.tuple(())
     for group in tl.static_range(GROUPS):
-        wide_M = group * SIZE + place_M
-        real_M = (place_M < SIZE) & (wide_M < EXPANDED)
+        # The last group may share maps with the one before: weights of nothing keep them from counting twice.
+        wide_M = min(group * SIZE, EXPANDED - SIZE) + place_M
+        real_M = (place_M < SIZE) & (wide_M >= group * SIZE)
         gains += (tl.load(affine_2E + wide_M, mask=real_M, other=0.0)[:, None],)
         shifts += (tl.load(affine_2E + EXPANDED + wide_M, mask=real_M, other=0.0)[:, None],)
         entry_HM = head_H[:, None] * EXPANDED + wide_M[None, :]
@@ -200,21 +201,24 @@ def _project(
     empty_HL = tl.zeros([PADDED, POSITIONS], dtype=tl.float32)
     sum3_HL, sum_HL, square3_HL, cross_HL, square_HL = empty_HL, empty_HL, empty_HL, empty_HL, empty_HL
     pilot3_H1, pilot_H1 = tl.sum(empty_HL, 1)[:, None], tl.sum(empty_HL, 1)[:, None]
-    local_L = local_BENN + image * (EXPANDED * AREA)
-    first_H1 = image * (HEADS * AREA) + (head_H * AREA)[:, None]
+    local_L = local_BENN + image * (EXPANDED * AREA) + start + offset_L
+    map_L = map_BHNN + image * (HEADS * AREA) + start + offset_L
+    narrow_L = narrow_BHNN + image * (HEADS * AREA) + start + offset_L
     for step in range(STEPS):
-        place_L = start + step * POSITIONS + offset_L
-        here_1L = (place_L < AREA)[None, :]
-        here_HL = here_1L & real_H[:, None]
-        map_HL = tl.load(map_BHNN + first_H1 + place_L[None, :], mask=here_HL, other=0.0).to(tl.float32)
+        here_1L = (start + step * POSITIONS + offset_L < AREA)[None, :]
+        here_HL, here_ML = here_1L & real_H[:, None], here_1L & (place_M < SIZE)[:, None]
+        map_HL = tl.load(map_L[None, :] + (head_H * AREA)[:, None], mask=here_HL, other=0.0).to(tl.float32)
         h3_HL = empty_HL
         for group in tl.static_range(GROUPS):
-            wide_M1 = group * SIZE + place_M[:, None]
-            here_ML = here_1L & (place_M[:, None] < SIZE) & (wide_M1 < EXPANDED)
-            h2_ML = tl.load(local_L + wide_M1 * AREA + place_L[None, :], mask=here_ML, other=0.0).to(tl.float32)
+            local_1L = (local_L + min(group * SIZE, EXPANDED - SIZE) * AREA)[None, :]
+            h2_ML = tl.load(local_1L + (place_M * AREA)[:, None], mask=here_ML, other=0.0).to(tl.float32)
             u2_ML = tl.clamp(h2_ML * gains[group] + shifts[group], 0.0, 1.0)
             h3_HL = mix_computed(weights[group], u2_ML, h3_HL, local_BENN.dtype.element_ty)
-        tl.store(narrow_BHNN + first_H1 + place_L[None, :], h3_HL.to(narrow_BHNN.dtype.element_ty), mask=here_HL)
+        stored_HL = h3_HL.to(narrow_BHNN.dtype.element_ty)
+        tl.store(narrow_L[None, :] + (head_H * AREA)[:, None], stored_HL, mask=here_HL)
+        local_L += POSITIONS
+        map_L += POSITIONS
+        narrow_L += POSITIONS
         if step == 0:
             count = tl.minimum(AREA - start, POSITIONS)
             pilot3_H1 = (tl.sum(tl.where(here_1L, h3_HL, 0.0), 1) / count)[:, None]
@@ -273,7 +277,7 @@ def project(
         _project, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E))),
         6 * project_HE.float().contiguous(), narrow_BHNN, parts_P6H,
         AREA=area, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP,
-        POSITIONS=POSITIONS, STEPS=STEPS, num_warps=4,
+        POSITIONS=POSITIONS, STEPS=STEPS, num_warps=2,
     )  # fmt: skip
     return narrow_BHNN, *joint_moments(parts_P6H)
 
