@@ -58,8 +58,6 @@ def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
             write_whole(partial / PLAN_NAME, wanted)
         if not same:
             raise DataError(f"{partial}: begun from other files or settings; repeat those, or remove the folder")
-        for leftover in partial.glob("*.tmp"):
-            leftover.unlink()
         yield
     except BlockingIOError:
         raise DataError(f"{partial}: another process is writing this set; wait for it, or end it") from None
