@@ -3,19 +3,23 @@
     python -m refiner_ds.benchmark attention [--tokens 50 197 577] [--dtype bf16] [--plot attention.png]
 
     linear        queries and keys to refined A·V: the paper's refiner
-    bottleneck    a map to refined A·V: the released one; lean keeps the map, or also two stacks
+    bottleneck    a map to refined A·V: the released one; lean and fused keep the map, or also two stacks
     attention     softmax attention without a refiner, by PyTorch's fused kernel
 
-prints milliseconds an image, MiB kept for backward by one more image, and the error against float64 on the same
-inputs, with ratios to the plain composition; and draws memory and time against the number of tokens.
+prints milliseconds an image, MiB kept for backward by one more image, bytes moved in training for each entry of the H
+maps, and the error against float64 on the same inputs, with ratios to the plain composition; and draws memory and time
+against the number of tokens. Of the bytes moved those "far" go to and from storages that a tile's cache could not hold
+(above 4 MiB on CPU, the second-level cache's size on a GPU), on enough images that no stack of maps is small; see
+``traffic.py`` for how they are counted. The fused way appears where it can run and knows the case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -25,28 +29,37 @@ from torch import Tensor, nn
 
 from refiner_ds import attention
 from refiner_ds.attention import BottleneckRefiner, LinearRefiner, LocalKernels, Norm, Refiner, Scores
+from refiner_ds.attention.tiles import CPU_TILE_BYTES
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes
+from refiner_ds.benchmark.traffic import moved_bytes
 from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "Setting", "main", "measure"]
 
-# Case -> its ways: (label, way, what is kept). The first is the unit of the ratios.
+# Case -> its ways: (label, way, what is kept). The first is the unit of the ratios; fused is left out where it cannot
+# run.
 CASES: dict[str, list[tuple[str, str, str]]] = {
-    "linear": [("reference", "reference", "auto"), ("lean", "lean", "auto")],
+    "linear": [("reference", "reference", "auto"), ("lean", "lean", "auto"), ("fused", "fused", "auto")],
     "bottleneck": [
         ("reference", "reference", "auto"),
         ("lean, stacks", "lean", "stacks"),
         ("lean, map", "lean", "map"),
+        ("fused, stacks", "fused", "stacks"),
+        ("fused, map", "fused", "map"),
     ],
     "attention": [("fused softmax", "", "")],
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
+MOST_IMAGES = 256
 
 
 @dataclass
 class Row:
-    """One way's figures for one case and number of tokens; errors are of the output and the worst gradient."""
+    """One way's figures for one case and number of tokens.
+
+    Bytes moved are for each entry of the H maps, errors of the output and the worst gradient.
+    """
 
     tokens: int
     case: str
@@ -54,6 +67,8 @@ class Row:
     training_ms: float
     evaluation_ms: float
     kept_mib_image: float
+    moved_entry: float
+    far_entry: float
     output_error: float
     gradient_error: float
 
@@ -83,6 +98,7 @@ class Layer(nn.Module):
         heads, wide = setting.heads, setting.heads * setting.ratio
         self.setting, self.scale = setting, setting.width**-0.5
         shape = (setting.batch, heads, tokens, setting.width)
+        self.direction = torch.cos(torch.arange(math.prod(shape), device=setting.device)).view(shape)
         self.inputs = [torch.randn(shape).to(DTYPES[setting.dtype]) for _ in range(3)]
         self.expand = nn.Parameter(torch.randn(wide, heads) / heads**0.5)
         self.kernel = nn.Parameter(torch.randn(wide, 1, 3, 3) / 3)
@@ -124,7 +140,7 @@ def _train(layer: Layer, case: str, way: str, keep: str, inputs: list[Tensor]) -
     with layer.setting.precision():
         out = layer.compute(case, way, keep, inputs)
     weights = [] if case == "attention" else [layer.expand, layer.kernel, layer.project]
-    direction = torch.cos(torch.arange(out.numel(), device=out.device)).view_as(out).to(out.dtype)
+    direction = layer.direction[: len(out)].to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, [*inputs, *weights], direction)]
 
 
@@ -142,12 +158,48 @@ def _keep(layer: Layer, case: str, way: str, keep: str, images: int) -> int:
         return kept_bytes(lambda: layer.compute(case, way, keep, inputs), layer)
 
 
+def _ways(layer: Layer) -> dict[str, list[tuple[str, str, str]]]:
+    """The cases' ways as far as this layer can be computed so."""
+    return {
+        case: [one for one in ways if one[1] != "fused" or _kernels_know(layer, case)] for case, ways in CASES.items()
+    }
+
+
+def _kernels_know(layer: Layer, case: str) -> bool:
+    *source, v_BHNd = layer.leaves(case, 1)
+    try:
+        attention.way_chosen("fused", v_BHNd.device)
+    except ValueError:
+        return False
+    from refiner_ds.attention.fused import ways
+
+    layer.train()
+    attn = source[0] if case == "bottleneck" else Scores(source[0], source[1], layer.scale)
+    return ways.knows(attn, v_BHNd, layer.refiner(case))
+
+
+def _moved(setting: Setting, tokens: int, names: list[tuple[str, str, str, str]]) -> list[tuple[float, float]]:
+    """Bytes moved in training for each entry of the H maps, all and far, on images enough to outgrow a cache."""
+    far_above = 2 * CPU_TILE_BYTES
+    if torch.device(setting.device).type == "cuda":
+        far_above = torch.cuda.get_device_properties(setting.device).L2_cache_size
+    entries = setting.heads * tokens**2
+    enough = far_above // (DTYPES[setting.dtype].itemsize * entries) + 1
+    images = max(setting.batch, min(enough, MOST_IMAGES))
+    layer, found = Layer(replace(setting, batch=images), tokens), []
+    for case, _, way, keep in names:
+        inputs = layer.leaves(case, images)
+        moved = moved_bytes(partial(_train, layer, case, way, keep, inputs), far_above)
+        found.append((moved.all / (images * entries), moved.far / (images * entries)))
+    return found
+
+
 def _errors(setting: Setting, tokens: int) -> dict[tuple[str, str], list[float]]:
     """Error over size of output and gradients for each case and way, by root mean squares, against float64."""
     found = {}
     few = Setting(2, setting.heads, setting.width, setting.ratio, setting.device, setting.dtype)
     exact = Layer(Setting(2, setting.heads, setting.width, setting.ratio, setting.device), tokens).double()
-    for case, ways in CASES.items():
+    for case, ways in _ways(Layer(few, tokens)).items():
         layer = Layer(few, tokens)
         inputs = layer.leaves(case, 2)
         doubles = [x.detach().double().requires_grad_() for x in inputs]
@@ -163,7 +215,8 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
     """A row for every case and way at one number of tokens; all are timed in the same interleaved rounds."""
     device = torch.device(setting.device)
     layer, errors = Layer(setting, tokens), _errors(setting, tokens)
-    names = [(case, *way) for case, ways in CASES.items() for way in ways]
+    names = [(case, *way) for case, ways in _ways(layer).items() for way in ways]
+    moved = _moved(setting, tokens, names)
     inputs = {case: layer.leaves(case, setting.batch) for case in CASES}
     seconds = [
         best_seconds(
@@ -172,27 +225,30 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
         for step in (_train, _evaluate)
     ]
     rows = []
-    for (case, label, way, keep), training, evaluation in zip(names, *seconds, strict=True):
+    for (case, label, way, keep), bytes_entry, training, evaluation in zip(names, moved, *seconds, strict=True):
         one, two = (_keep(layer, case, way, keep, images) for images in (1, 2))
         per_image = 1000 / setting.batch
         output, *gradients = errors[case, label]
-        kept = (two - one) / MIB
-        rows.append(
-            Row(tokens, case, label, training * per_image, evaluation * per_image, kept, output, max(gradients))
-        )
+        figures = (training * per_image, evaluation * per_image, (two - one) / MIB, *bytes_entry, output)
+        rows.append(Row(tokens, case, label, *figures, gradient_error=max(gradients)))
     return rows
 
 
 def table(rows: list[Row]) -> str:
     """The rows as text, time and memory with their ratios to the plain composition of the same case and size."""
-    columns = {"training ms": "training_ms", "evaluation ms": "evaluation_ms", "kept MiB/image": "kept_mib_image"}
+    columns = {
+        "training ms": "training_ms",
+        "evaluation ms": "evaluation_ms",
+        "kept MiB/image": "kept_mib_image",
+        "moved B/entry": "moved_entry",
+    }
     header = f"{'tokens':>6}  {'case':<11}{'way':<14}" + "".join(f"{title:>24}" for title in columns)
-    lines = [header + f"{'output error':>14}{'gradients':>11}"]
+    lines = [header + f"{'of it far':>11}{'output error':>14}{'gradients':>11}"]
     for row in rows:
         unit = next((one for one in rows if (one.tokens, one.case) == (row.tokens, row.case)), row)
         cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
         figures = "".join(f"{value:>14.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
-        errors = f"{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
+        errors = f"{row.far_entry:>11.1f}{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
         lines.append(f"{row.tokens:>6}  {row.case:<11}{row.way:<14}{figures}{errors}")
     return "\n".join(lines)
 
@@ -206,7 +262,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     colours = {"linear": "tab:blue", "bottleneck": "tab:red", "attention": "tab:gray"}
-    styles = {"reference": "--", "lean, map": ":"}
+    styles = {"reference": "--", "lean, map": ":", "fused": "-.", "fused, stacks": "-.", "fused, map": (0, (1, 3))}
     for panel, (field, label) in zip(
         panels,
         (("kept_mib_image", "kept for backward, MiB an image"), ("training_ms", "training, ms an image")),
@@ -215,6 +271,8 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
         for case, ways in CASES.items():
             for way, _, _ in ways:
                 points = [(row.tokens, getattr(row, field)) for row in rows if (row.case, row.way) == (case, way)]
+                if not points:
+                    continue
                 name = f"{case}, {way}" if case != "attention" else "no refiner, fused softmax"
                 panel.plot(
                     *zip(*points, strict=True), styles.get(way, "-"), marker="o", color=colours[case], label=name

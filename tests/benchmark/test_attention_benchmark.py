@@ -7,20 +7,23 @@ import json
 import pytest
 from PIL import Image
 
+from refiner_ds.benchmark import attention as attention_benchmark
 from refiner_ds.benchmark.__main__ import main
-from refiner_ds.benchmark.attention import CASES, Row, table
+from refiner_ds.benchmark.attention import CASES, Layer, Row, Setting, table
 
 SMALL = ["attention", "--tokens", "9", "17", "--batch", "2", "--heads", "2", "--width", "4", "--rounds", "1"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_way_gets_every_figure_and_a_picture(dtype, tmp_path, capsys):
+def test_every_way_gets_every_figure_and_a_picture(dtype, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention_benchmark, "_kernels_know", lambda layer, case: False)
     assert main([*SMALL, "--dtype", dtype, "--device", "cpu", "--plot", str(tmp_path / "a.png"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    ways = [(case, label) for case, ways in CASES.items() for label, _, _ in ways]
+    ways = [(case, label) for case, ways in CASES.items() for label, way, _ in ways if way != "fused"]
     assert [(row["tokens"], row["case"], row["way"]) for row in rows] == [(n, *way) for n in (9, 17) for way in ways]
     for row in rows:
         assert row["training_ms"] > 0 and row["evaluation_ms"] > 0 and row["kept_mib_image"] > 0
+        assert row["moved_entry"] >= row["far_entry"] >= 0 and row["moved_entry"] > 1
         assert 0 < row["output_error"] < (1e-5 if dtype == "fp32" else 0.05)
     kept = {(row["case"], row["way"]): row["kept_mib_image"] for row in rows if row["tokens"] == 17}
     assert kept["linear", "lean"] < kept["linear", "reference"] / 3
@@ -31,14 +34,22 @@ def test_every_way_gets_every_figure_and_a_picture(dtype, tmp_path, capsys):
 
 def test_the_table_gives_ratios_to_the_plain_composition_of_the_same_size():
     rows = [
-        Row(9, "linear", "reference", 4.0, 2.0, 8.0, 1e-7, 1e-6),
-        Row(9, "linear", "lean", 1.0, 1.0, 1.0, 2e-7, 3e-6),
-        Row(17, "linear", "reference", 8.0, 4.0, 16.0, 1e-7, 1e-6),
+        Row(9, "linear", "reference", 4.0, 2.0, 8.0, 400.0, 390.0, 1e-7, 1e-6),
+        Row(9, "linear", "lean", 1.0, 1.0, 1.0, 300.0, 7.5, 2e-7, 3e-6),
+        Row(17, "linear", "reference", 8.0, 4.0, 16.0, 400.0, 390.0, 1e-7, 1e-6),
     ]
     lines = table(rows).splitlines()
-    for figure in ("0.25 x", "0.50 x", "0.12 x", "2.0e-07", "3.0e-06"):
+    for figure in ("0.25 x", "0.50 x", "0.12 x", "300.00 ( 0.75 x)", " 7.5 ", "2.0e-07", "3.0e-06"):
         assert figure in lines[2]
-    assert lines[1].count("1.00 x") == lines[3].count("1.00 x") == 3
+    assert lines[1].count("1.00 x") == lines[3].count("1.00 x") == 4
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_kernels_are_measured_where_they_know_the_case_and_nowhere_else(knows, monkeypatch):
+    monkeypatch.setattr(attention_benchmark, "_kernels_know", lambda layer, case: knows and case == "linear")
+    ways = attention_benchmark._ways(Layer(Setting(1, 2, 4), 5))
+    assert [way for _, way, _ in ways["linear"]] == ["reference", "lean", "fused"][: 2 + knows]
+    assert {way for _, way, _ in ways["bottleneck"]} == {"reference", "lean"}
 
 
 @pytest.mark.parametrize(
