@@ -64,7 +64,7 @@ class ModelKeys(Section):
         description="how refined attention is computed; $REFINER_ATTENTION overrides; null: fused on a GPU, else lean",
     )
     keep: Literal["auto", "map", "stacks"] = Field(
-        "auto", description="what lean and fused refiners keep for backward: the map, or two stacks too, five times the bytes"
+        "auto", description="what refiners keep for backward, lean or fused: the map, or two stacks too, five times it"
     )
     checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
         "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"

@@ -42,6 +42,8 @@ def fault(kernels: ModuleType, device: torch.device, tokens: int = 50) -> str | 
     return None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _results(way: ModuleType, device: torch.device, dtype: torch.dtype, tokens: int) -> list[Tensor]:
     """Outputs and gradients of a map made and refined and of a linear refiner, and a bottleneck's output evaluating."""
     generator = torch.Generator().manual_seed(0)

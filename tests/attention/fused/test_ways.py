@@ -1,0 +1,90 @@
+"""The way "fused" gives whole models the plain composition's numbers, and is not chosen where it does not."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import timm
+import torch
+
+import refiner_ds.models  # noqa: F401  registers the models with timm
+from refiner_ds import attention
+from refiner_ds.attention import Scores, choose, lean
+from refiner_ds.attention.fused import trial, ways
+from tests.attention.cases import SCALE, bottleneck, leaf, linear
+
+SIZES = {"img_size": 24, "patch_size": 8, "stem_chs": (4, 4, 4), "embed_dim": 12, "num_heads": 3, "depth": 2}
+
+
+def training_step(model: torch.nn.Module, images: torch.Tensor, way: str) -> list[torch.Tensor]:
+    """Logits, gradients and running statistics of one step, and then the logits of evaluation."""
+    model.zero_grad()
+    with attention.using(way):
+        out = model.train()(images, mix_box=(0, 0, 0, 0))
+        (out[0].square().sum() + out[1].square().sum()).backward()
+        statistics = [buffer.clone() for name, buffer in model.named_buffers() if "running" in name]
+        with torch.no_grad():
+            evaluated = model.eval()(images)
+    # bn3's bias is taken away by the next norm: its gradient is rounding in one way, zero in the other.
+    gradients = [x.grad.clone() for name, x in model.named_parameters() if "bn3.bias" not in name]
+    return [out[0].detach(), out[1].detach(), *gradients, *statistics, evaluated]
+
+
+@pytest.mark.parametrize(("layout", "refiner"), [("paper", "linear"), ("released", "bottleneck")])
+def test_a_model_trains_and_evaluates_as_with_the_plain_composition(layout, refiner, device):
+    model = timm.create_model("refined_vit", layout=layout, refiner=refiner, num_classes=5, **SIZES).to(device)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(2, 3, 24, 24, device=device)
+    truth = training_step(model, images, "reference")
+    model.load_state_dict(before)
+    for one, other in zip(training_step(model, images, "fused"), truth, strict=True):
+        assert (one - other).norm() <= 2e-4 * other.norm() + 1e-6
+
+
+def test_fused_leaves_to_lean_what_it_does_not_know(device):
+    double = [leaf(1, 2, 5, 4).to(device) for _ in range(3)]
+    single = [x.float() for x in double]
+    cases = (single, 1, True), (single, 3, True), (single, 5, False), (double, 3, False)
+    for (q, k, value), kernel_size, known in cases:
+        pair = Scores(q, k, SCALE)
+        assert ways.knows(pair, value, linear(2, 2, kernel_size)) is known
+        assert ways.knows(q @ k.mT, value, bottleneck(2, 2, kernel_size)) is known
+        assert ways.knows_maps(pair) is (value.dtype == torch.float32)
+
+
+def test_kernels_that_give_what_lean_gives_have_no_fault(device, monkeypatch):
+    monkeypatch.setattr(trial, "HEADS", 2)
+    if device.type == "cpu":  # interpreted, single precision is what the test above sees
+        monkeypatch.setattr(trial, "ALLOWED", {torch.bfloat16: trial.ALLOWED[torch.bfloat16]})
+    assert trial.fault(ways, device, tokens=5) is None
+
+
+def off(factor: float, dtype: torch.dtype) -> types.SimpleNamespace:
+    """Lean, but for values in one dtype, whose outputs are a factor off."""
+
+    def refine(attn, value, *others):
+        return lean.refine(attn, value, *others) * (factor if value.dtype == dtype else 1)
+
+    return types.SimpleNamespace(refine=refine, make_map=lean.make_map)
+
+
+def test_a_fault_is_said_and_leaves_the_choice_to_lean(monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("out of registers\nand more")
+
+    broken = types.SimpleNamespace(refine=breaks, make_map=lean.make_map)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert trial.fault(lean, cpu, tokens=9) is None
+    assert trial.fault(broken, cpu, tokens=9) == "fail (RuntimeError: out of registers)"
+    assert trial.fault(off(1.1, torch.float32), cpu, tokens=9).endswith("% off what lean gives")
+    assert trial.fault(off(1.5, torch.bfloat16), cpu, tokens=9).endswith("% off what lean gives")
+    assert trial.fault(off(float("nan"), torch.bfloat16), cpu, tokens=9) == "are nan% off what lean gives"
+    monkeypatch.setattr(choose, "_trusted", choose._trusted.__wrapped__)
+    monkeypatch.delenv("REFINER_ATTENTION", raising=False)
+    monkeypatch.setattr(trial, "fault", lambda *_: "fail")
+    with pytest.warns(UserWarning, match="leanly on cuda: its fused kernels fail$"):
+        assert attention.way_chosen(device=gpu) == "lean"
+    monkeypatch.setattr(trial, "fault", lambda *_: None)
+    assert attention.way_chosen(device=gpu) == "fused"
+    assert attention.way_chosen(device=cpu) == "lean"
