@@ -24,7 +24,18 @@ from refiner_ds.attention.fused.moments import combine_each
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
 from refiner_ds.attention.fused.tools import at_least_16, mix_stored, product, readable
 
-__all__ = ["expand_local", "groups_of", "mix_computed", "nine_taps", "output", "project", "sixth_of_u1"]
+__all__ = [
+    "expand_local",
+    "groups_of",
+    "joint_moments",
+    "mix_computed",
+    "nan_unless_finite",
+    "nine_taps",
+    "output",
+    "project",
+    "sixth_of_u1",
+    "store_joint",
+]
 
 GROUP = 16  # expanded maps at a time: what one product on tensor cores makes
 KEYS = 8  # of a span of expand_local: 20 products where 16 columns come out, in 168 registers
@@ -131,9 +142,10 @@ def expand_local(
     tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
     local_BENN = map_BHNN.new_empty((batch, wide, tokens, tokens) if write else 0)
     parts_P3E = map_BHNN.new_empty(tiles * segments, 3, wide, dtype=torch.float32)
+    taps_E9 = 6 * nine_taps(kernel_E1kk) + nan_unless_finite(folded_EH.sum(1), shift1_E)[:, None]
     launch(
         _expand_local, (groups, tiles, segments), map_BHNN, _sixth(folded_EH), _sixth(shift1_E),
-        6 * nine_taps(kernel_E1kk), local_BENN, parts_P3E, spans,
+        taps_E9, local_BENN, parts_P3E, spans,
         TOKENS=tokens, HEADS=heads, EXPANDED=wide, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP, KEYS=KEYS,
         ROWS=rows, WRITE=write, num_warps=1,
     )  # fmt: skip
@@ -151,6 +163,14 @@ def nine_taps(kernel_E1kk: Tensor) -> Tensor:
     """Kernels of size 1 or 3 as 3×3 ones, [E, 9], fp32."""
     margin = (3 - kernel_E1kk.shape[-1]) // 2
     return F.pad(kernel_E1kk.float(), (margin,) * 4).flatten(1).contiguous()
+
+
+def nan_unless_finite(*parts_E: Tensor) -> Tensor:
+    """0 for maps all of whose numbers here are finite, otherwise NaN, [E], fp32.
+
+    Clips in kernels turn NaN into 0; added to the weights behind a clip, this hands on what it would hide.
+    """
+    return sum((part_E.float() for part_E in parts_E), start=parts_E[0].new_zeros((), dtype=torch.float32)) * 0.0
 
 
 def _sixth(weight: Tensor) -> Tensor:
@@ -275,7 +295,7 @@ def project(
     parts_P6H = map_BHNN.new_empty(batch * parts, 6, heads, dtype=torch.float32)
     launch(
         _project, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E))),
-        6 * project_HE.float().contiguous(), narrow_BHNN, parts_P6H,
+        6 * project_HE.float().contiguous() + nan_unless_finite(gain2_E, shift2_E), narrow_BHNN, parts_P6H,
         AREA=area, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP,
         POSITIONS=POSITIONS, STEPS=STEPS, num_warps=2,
     )  # fmt: skip

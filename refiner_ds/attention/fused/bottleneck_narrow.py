@@ -22,6 +22,7 @@ from refiner_ds.attention.fused.bottleneck_forward import (
     groups_of,
     joint_moments,
     mix_computed,
+    nan_unless_finite,
     nine_taps,
     sixth_of_u1,
     store_joint,
@@ -205,9 +206,10 @@ def narrow_maps(
     tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
     narrow_BHNN = map_BHNN.new_empty(batch, heads, tokens, stride)
     parts_P6H = map_BHNN.new_empty((tiles * segments if measure else 0, 6, heads), dtype=torch.float32)
+    finite_E = nan_unless_finite(folded_EH.sum(1), shift1_E, taps_E9.sum(1), shift2_E)
     launch(
         _narrow, (tiles, segments), map_BHNN, folded_EH.float().contiguous() / 6, shift1_E.float() / 6,
-        taps_E9.float().contiguous(), shift2_E.float() / 6, 6 * project_HE.float().contiguous(),
+        taps_E9.float().contiguous(), shift2_E.float() / 6, 6 * project_HE.float().contiguous() + finite_E,
         affine_2H.float().contiguous(), narrow_BHNN, parts_P6H, spans,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size,
         PADDED=at_least_16(heads), GROUP=GROUP, KEYS=KEYS, ROWS=rows, MEASURE=measure, num_warps=1, num_stages=1,

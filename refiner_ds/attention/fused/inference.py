@@ -27,12 +27,12 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) 
     Reads 2 bytes an element of the map (in half precision), writes and reads 2 for T.
 
     Args:
-        map_BHNN: contiguous maps.
+        map_BHNN: maps.
         value_BHNd: values in their dtype.
     """
     tokens = map_BHNN.shape[-1]
     refined_BHNN, _ = narrow_maps(
-        map_BHNN, refiner.expand_EH, refiner.bias1_E, nine_taps(refiner.local.kernels[0]), refiner.bias2_E,
+        map_BHNN.contiguous(), refiner.expand_EH, refiner.bias1_E, nine_taps(refiner.local.kernels[0]), refiner.bias2_E,
         refiner.project_HE, torch.stack((refiner.gain_H, refiner.shift_H)), False,
         triton.cdiv(tokens, ALIGNED) * ALIGNED,
     )  # fmt: skip

@@ -132,3 +132,18 @@ def test_output_rounds_nothing_but_itself(batch, heads, tokens, width, dtype, de
     assert out_BHNd.dtype == dtype
     assert out_BHNd.is_contiguous()
     assert close(out_BHNd, truth, 2e-6 + STORING[dtype])
+
+
+@pytest.mark.parametrize("name", ["folded_EH", "shift1_E", "kernel_E1kk", "gain2_E", "shift2_E", "project_HE"])
+def test_no_clip_hides_a_weight_that_is_not_a_number(name, device):
+    made = case((1, 2, 3, 4, 3), torch.float32, device)
+    made[name].view(-1)[0] = float("nan")
+    assert expand_local_project(**made)[0][:, 0].isnan().all()
+    if name in ("folded_EH", "shift1_E", "kernel_E1kk"):
+        local_BENN, mean_E, _ = expand_local(*(made[part] for part in list(made)[:4]))
+        assert local_BENN[:, 0].isnan().all()
+        assert mean_E.isnan().tolist() == [True, False, False]
+    else:
+        local_BENN = torch.ones(1, 3, 4, 4, device=device)
+        weights = [made[part] for part in ("gain2_E", "shift2_E", "project_HE")]
+        assert project(local_BENN, made["map_BHNN"], *weights)[0][:, 0].isnan().all()

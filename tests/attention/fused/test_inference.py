@@ -6,11 +6,19 @@ import pytest
 import torch
 
 from refiner_ds import attention
+from refiner_ds.attention import FoldedRefiner
 from refiner_ds.attention.fused.inference import refine_folded
 from tests.attention.cases import SCALE, bottleneck, leaf, maps
 
 # What storing T and the output in the maps' dtype explains; the interpreter cuts bfloat16 off instead of rounding it.
 ERRORS = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6}
+
+
+def moved(refiner: FoldedRefiner, device: torch.device, dtype: torch.dtype) -> FoldedRefiner:
+    """The refiner on another device."""
+    local = refiner.local._replace(kernels=(refiner.local.kernels[0].detach().to(device, dtype),))
+    tensors = [x.detach().to(device, dtype) if isinstance(x, torch.Tensor) else x for x in refiner]
+    return FoldedRefiner(*tensors)._replace(local=local)
 
 
 @pytest.mark.parametrize(
@@ -32,19 +40,14 @@ def test_inference_equals_the_equations(batch, heads, tokens, ratio, side, dtype
     with torch.no_grad():
         truth = attention.refine(attn.double(), value.double(), refiner, SCALE, way="reference")
         folded = attention.fold_refiner(refiner, SCALE)
-    local = folded.local._replace(kernels=(folded.local.kernels[0].to(device),))
-    there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in folded]
-    ours = refine_folded(attn.to(device), value.to(device), type(folded)(*there)._replace(local=local)).cpu()
+    ours = refine_folded(attn.to(device), value.to(device), moved(folded, device, torch.float64)).cpu()
     assert ours.dtype == dtype
     assert ours.shape == truth.shape
     assert (ours.double() - truth).abs().max() < ERRORS[dtype] * truth.abs().max()
 
 
 def test_inference_neither_sees_autocast_nor_makes_a_graph(device):
-    refiner = attention.fold_refiner(bottleneck(3, 3, training=False), SCALE)
-    single = [x.detach().float().to(device) if isinstance(x, torch.Tensor) else x for x in refiner]
-    kernel = refiner.local.kernels[0].detach().float().to(device)
-    refiner = type(refiner)(*single)._replace(local=refiner.local._replace(kernels=(kernel,)))
+    refiner = moved(attention.fold_refiner(bottleneck(3, 3, training=False), SCALE), device, torch.float32)
     attn = maps(1, 3, 7).float().to(device)
     value = torch.randn(1, 3, 7, 5, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):
@@ -52,3 +55,10 @@ def test_inference_neither_sees_autocast_nor_makes_a_graph(device):
     assert under.dtype == torch.float32
     assert not under.requires_grad
     assert torch.equal(under, refine_folded(attn, value, refiner))
+
+
+def test_maps_may_lie_anyhow(device):
+    refiner = moved(attention.fold_refiner(bottleneck(2, 2, training=False), SCALE), device, torch.float32)
+    attn, value = maps(1, 2, 5).detach().float().to(device), torch.randn(1, 2, 5, 4, device=device)
+    truth = refine_folded(attn, value, refiner)
+    assert torch.equal(refine_folded(attn.mT.contiguous().mT, value, refiner), truth)
