@@ -96,10 +96,21 @@ class Packing(Dataset):
 
 
 class Slots:
-    """Shared memory for ``count`` batches of ``size`` bytes, and which of it is free."""
+    """Shared memory for ``count`` batches of ``size`` bytes, and which of it is free.
+
+    Raises:
+        DataError: there is not so much shared memory.
+    """
 
     def __init__(self, count: int, size: int) -> None:
-        self.memory_Sn = [torch.zeros(size, dtype=torch.uint8).share_memory_() for _ in range(count)]
+        try:
+            self.memory_Sn = [torch.zeros(size, dtype=torch.uint8).share_memory_() for _ in range(count)]
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{count} batches of {size / 2**20:.1f} MiB do not fit into shared memory ({reason}); take fewer "
+                "workers or smaller batches, or give /dev/shm more room (docker run --shm-size)"
+            ) from None
         self._free = deque(range(count))
 
     def tasks(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.order import samples_at
 from refiner_ds.errors import DataError
+from tests.data.small_disk import SmallDisk, on_small_disk
 
 PLAIN = AugmentSettings(img_size=8, crop_scale=(0.5, 1.0))
 
@@ -159,6 +161,23 @@ def test_slot_that_is_too_small_is_not_used(make_set: Callable[..., ShardIndex])
     assert not slots.memory_Sn[0].any()
     assert torch.equal(slots.emptied(parcel, pinned=False).images_BHWC, maker[4].images_BHWC)
     assert list(slots.tasks([5])) == [(5, 0)]
+
+
+def test_too_little_shared_memory_is_one_sentence(make_set: Callable[..., ShardIndex]) -> None:
+    index = make_set(50)
+
+    def look(disk: SmallDisk) -> None:
+        batches = train_batches(
+            index, AugmentSettings(100), global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=1
+        )
+        disk.resize(300_000)  # a batch has 180,000 bytes of pixels, and there are three slots
+        with pytest.raises(DataError, match="3 batches of 0.2 MiB do not fit into shared memory") as told:
+            next(iter(batches))
+        assert "\n" not in str(told.value)
+        disk.resize(600_000)
+        assert len(next(iter(batches)).labels_B) == 6
+
+    on_small_disk(Path("/dev/shm"), look)
 
 
 def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:

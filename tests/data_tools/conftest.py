@@ -7,11 +7,13 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,17 @@ def start_and_wait_until_it_writes(module: str, arguments: list[object], out: Pa
         assert process.poll() is None and time.monotonic() < deadline, "it could not be met at work"
         time.sleep(0.005)
     return process
+
+
+def kill_all_of(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command's whole process group, and clear away the semaphores that nobody is left to clear away."""
+    mapped = re.findall(r"(\d+) +/dev/shm/sem\.", Path(f"/proc/{process.pid}/maps").read_text())  # inodes
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for semaphore in Path("/dev/shm").glob("sem.*"):
+        with suppress(FileNotFoundError):  # others come and go
+            if str(semaphore.stat().st_ino) in mapped:
+                semaphore.unlink()
 
 
 def half_written(partial: Path) -> list[Path]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from tests.data_tools.conftest import (
     digest,
     finished_shards,
     half_written,
+    kill_all_of,
     killed_before,
     picture,
     start_and_wait_until_it_writes,
@@ -109,8 +108,7 @@ def test_run_killed_outright_in_the_middle_goes_on_and_ends_as_an_undisturbed_on
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     arguments = command(images, checkpoint, "--beside", out, "--processes", 2)
     process = start_and_wait_until_it_writes("data_tools.annotate", arguments, out)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all_of(process)
     assert half_written(partial) and not out.exists()
     with pytest.raises(DataError, match="not finished"):
         ShardIndex.load(out)

@@ -16,6 +16,7 @@ import pytest
 import simplejpeg
 
 from data_tools import shard
+from data_tools.sources import class_folders
 from data_tools.verify import main as verify
 from data_tools.workshop import PLAN_NAME
 from refiner_ds.data.index import ShardIndex
@@ -28,6 +29,7 @@ from tests.data_tools.conftest import (
     digest,
     finished_shards,
     half_written,
+    kill_all_of,
     killed_before,
     picture,
     published_maps,
@@ -70,13 +72,15 @@ def test_any_number_of_processes_writes_the_same_bytes(tree: Path, tmp_path: Pat
     assert digest(tmp_path / "one") == digest(tmp_path / "many")
 
 
-@pytest.mark.parametrize("with_maps", [False, True])
-def test_shards_are_about_as_large_as_asked_for(tree: Path, tmp_path: Path, with_maps: bool) -> None:
-    """Headers and padding included, which are most of it where pictures are small."""
-    maps = ["--maps", published_maps(tree, tmp_path / "maps")] if with_maps else []
-    assert run(tree, tmp_path / "out", *maps) == 0
+def test_shards_are_about_as_large_as_asked_for(tree: Path, tmp_path: Path) -> None:
+    """Headers, padding and maps included, which are most of it where pictures are small."""
+    assert run(tree, tmp_path / "out") == 0
     sizes = [shard.bytes for shard in ShardIndex.load(tmp_path / "out").shards]
     assert len(sizes) > 3 and 13_000 < min(sizes) and max(sizes) < 24_000
+    source = class_folders(tree)
+    assert len(shard.cut(source, 0, 20_000)) == len(sizes)
+    with_maps = shard.cut(source, 0, 20_000, map_bytes=4_500)
+    assert max(map(len, with_maps)) * (512 + 1024 + 512 + 4608) < 24_000
 
 
 def test_seed_decides_the_order(tree: Path, tmp_path: Path) -> None:
@@ -109,8 +113,7 @@ def test_run_killed_outright_in_the_middle_goes_on_and_does_nothing_twice(tree: 
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     arguments = [tree, out, "--shard-mb", 0.01, "--processes", 2]
     process = start_and_wait_until_it_writes("data_tools.shard", arguments, out)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all_of(process)
     assert half_written(partial) and not out.exists()
     with pytest.raises(DataError, match="not finished"):
         ShardIndex.load(out)
