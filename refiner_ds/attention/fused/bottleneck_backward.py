@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refiner_ds.attention.fused.bottleneck_forward import GROUP
 from refiner_ds.attention.fused.launching import launch
 from refiner_ds.attention.fused.tools import at_least_16, mix_stored, product, readable, relu6
 
@@ -29,11 +30,11 @@ __all__ = ["last_sums", "second", "through_statistics"]
 # A tile of pass 1: the fewest rows that warp-group products take; in fp32 half of that, or registers spill.
 ROWS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 KEYS = 64
-GROUP = 16  # expanded maps at a time
+GROUPS = 3  # of expanded maps are one program's of pass 2, of 16 heads; with more registers spill
 POSITIONS = 128  # of a program of pass 4
 # Of pass 2: each warp has a cut of its own, as many positions as keep all groups of maps in registers at once.
 WARPS, LANES = 4, 16
-STEPS = 8  # of a program of pass 2
+STEPS = 16  # of a program of pass 2: what its sums take is 2 % of what it reads
 
 
 # -- pass 1 --------------------------------------------------------------------------------------------------------
@@ -119,7 +120,8 @@ def last_sums(
     launch(
         _last_sums, (batch * heads, parts), map_BHNN, narrow_BHNN, value, grad, stacked((alpha_H, beta_H, gamma_H)),
         dt_BHNN, d_value_BHNd, sums_P3, value.stride()[:3], grad.stride()[:3], heads, tokens, width,
-        WIDTH=at_least_16(width), ROWS=rows, KEYS=KEYS, STEPS=triton.cdiv(tokens, rows), num_warps=4,
+        WIDTH=at_least_16(width), ROWS=rows, KEYS=KEYS, STEPS=triton.cdiv(tokens, rows),
+        num_warps=4 if width <= 32 else 8,
     )  # fmt: skip
     t0_H, t1_H, t2_H = sums_P3.sum((0, 2), dtype=torch.float64).unbind(1)
     return d_value_BHNd, dt_BHNN, t0_H, t1_H - mean3_H * t0_H, t2_H - mean_H * t0_H
@@ -140,18 +142,19 @@ def _second(
     PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
     STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    image, part = tl.program_id(0), tl.program_id(1)
+    image, part, start_G = tl.program_id(0), tl.program_id(1), tl.program_id(2) * GROUPS * GROUP
     first, first_wide = image.to(tl.int64) * heads * positions, image.to(tl.int64) * expanded * positions
     head_H, map_G = tl.arange(0, PADDED), tl.arange(0, GROUP)
-    column_H1 = head_H[None, :, None]
-    gain = tl.load(to_narrow_4H + column_H1, mask=column_H1 < heads, other=0.0)
-    gain3 = tl.load(to_narrow_4H + heads + column_H1, mask=column_H1 < heads, other=0.0)
-    gain0 = tl.load(to_narrow_4H + 2 * heads + column_H1, mask=column_H1 < heads, other=0.0)
-    level = tl.load(to_narrow_4H + 3 * heads + column_H1, mask=column_H1 < heads, other=0.0)
-    cut_L, lane_L = tl.arange(0, WARPS)[:, None, None] * LANES, tl.arange(0, LANES)[None, None, :]
-    offset_L, real_H = cut_L + lane_L, column_H1 < heads
-    map_H1, narrow_H1 = map_BHNN + first + column_H1 * positions, narrow_BHNN + first + column_H1 * positions
-    dt_H1 = dt_BHNN + first + column_H1 * positions
+    # All in three dimensions, [warps, maps, lanes]: each warp multiplies what is its own.
+    head_H1, cut_L = head_H[None, :, None], tl.arange(0, WARPS)[:, None, None] * LANES
+    lane_L = tl.arange(0, LANES)[None, None, :]
+    real_H = head_H1 < heads
+    gain = tl.load(to_narrow_4H + head_H1, mask=real_H, other=0.0)
+    on_narrow = tl.load(to_narrow_4H + heads + head_H1, mask=real_H, other=0.0)
+    on_map = tl.load(to_narrow_4H + 2 * heads + head_H1, mask=real_H, other=0.0)
+    level = tl.load(to_narrow_4H + 3 * heads + head_H1, mask=real_H, other=0.0)
+    map_H1, narrow_H1 = map_BHNN + first + head_H1 * positions, narrow_BHNN + first + head_H1 * positions
+    dt_H1 = dt_BHNN + first + head_H1 * positions
     program = image.to(tl.int64) * tl.num_programs(1) + part
     d_project, sums0, sums1 = tl.tuple(()), tl.tuple(()), tl.tuple(())
     for _ in tl.static_range(GROUPS):
@@ -160,15 +163,16 @@ def _second(
         sums1 += (tl.zeros([WARPS, GROUP], dtype=tl.float32),)
     for step in range(STEPS):
         start = (part * STEPS + step) * WARPS * LANES
-        here_L = start + offset_L < positions
+        here_L = start + cut_L + lane_L < positions
         here_HL = real_H & here_L
+        # Cuts are added last: known when compiling, they cost loads nothing.
         map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
         narrow_HL = tl.load(narrow_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
         dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
-        dh3_HL = tl.where(here_HL, gain * dt_HL + gain3 * narrow_HL + gain0 * map_HL + level, 0.0)
+        dh3_HL = tl.where(here_HL, gain * dt_HL + on_narrow * narrow_HL + on_map * map_HL + level, 0.0)
         d_project_now, sums0_now, sums1_now = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for group in tl.static_range(GROUPS):
-            wide_G1 = group * GROUP + map_G[None, :, None]
+            wide_G1 = start_G + group * GROUP + map_G[None, :, None]
             gain_G1 = tl.load(norm_2E + wide_G1, mask=wide_G1 < expanded, other=0.0)
             shift_G1 = tl.load(norm_2E + expanded + wide_G1, mask=wide_G1 < expanded, other=0.0)
             project_GH = tl.load(
@@ -190,12 +194,13 @@ def _second(
             sums0_now += (sums0[group] + tl.sum(m2_GL, 2),)
             sums1_now += (sums1[group] + tl.sum(m2_GL * local_GL, 2),)
         d_project, sums0, sums1 = d_project_now, sums0_now, sums1_now
+    padded = tl.num_programs(2) * GROUPS * GROUP
     for group in tl.static_range(GROUPS):
-        entry_G = group * GROUP + map_G
+        entry_G = start_G + group * GROUP + map_G
         entry_GH = entry_G[:, None] * PADDED + head_H[None, :]
-        tl.store(d_project_PEH + program * GROUPS * GROUP * PADDED + entry_GH, tl.sum(d_project[group], 0))
-        tl.store(sums_P2E + program * 2 * GROUPS * GROUP + entry_G, tl.sum(sums0[group], 0))
-        tl.store(sums_P2E + (program * 2 + 1) * GROUPS * GROUP + entry_G, tl.sum(sums1[group], 0))
+        tl.store(d_project_PEH + program * padded * PADDED + entry_GH, tl.sum(d_project[group], 0))
+        tl.store(sums_P2E + program * 2 * padded + entry_G, tl.sum(sums0[group], 0))
+        tl.store(sums_P2E + (program * 2 + 1) * padded + entry_G, tl.sum(sums1[group], 0))
 
 
 def second(
@@ -225,11 +230,13 @@ def second(
     batch, heads, tokens, _ = map_BHNN.shape
     expanded, positions, padded = local_BENN.shape[1], tokens * tokens, at_least_16(heads)
     parts, groups = triton.cdiv(positions, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
+    shares = triton.cdiv(groups * padded, GROUPS * 16)  # of the groups, each one program's
+    groups = triton.cdiv(groups, shares)
     m2_BENN = torch.empty_like(local_BENN)
-    d_project_PEH = map_BHNN.new_empty(batch * parts, groups * GROUP, padded, dtype=torch.float32)
-    sums_P2E = map_BHNN.new_empty(batch * parts, 2, groups * GROUP, dtype=torch.float32)
+    d_project_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=torch.float32)
+    sums_P2E = map_BHNN.new_empty(batch * parts, 2, shares * groups * GROUP, dtype=torch.float32)
     launch(
-        _second, (batch, parts), map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, stacked(to_narrow),
+        _second, (batch, parts, shares), map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, stacked(to_narrow),
         stacked((gain2_E, shift2_E)), project_HE.float().contiguous(), m2_BENN, d_project_PEH, sums_P2E,
         heads, expanded, positions,
         PADDED=padded, GROUPS=groups, GROUP=GROUP, WARPS=WARPS, LANES=LANES, STEPS=STEPS,

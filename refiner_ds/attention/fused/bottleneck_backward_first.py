@@ -29,7 +29,7 @@ __all__ = ["first"]
 # Keys of a span: of 40 columns 32 come out, of 24 in fp32 16, which else takes too many registers.
 KEYS = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
 ROWS = 8  # that are gathered at a time: 10 are read, and a program's place in the cache is 16 kB
-STEPS = 5  # times that many rows are a program's
+PROGRAMS = 4096  # about as many as fill a card a few times over: with more, their places would be too many
 
 _SPANS = tl.constexpr(SPANS)
 
@@ -110,9 +110,9 @@ def _add(place, more, again):
 @triton.jit
 def _first(
     map_BHNN, local_BENN, m2_BENN, folded_EH, affine_4E, taps_E9, mean_H, share_BHNN, gathered_PRHL, sums_P10E,
-    through_PEH, spans,
+    through_PEH, spans, steps,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(0), tl.program_id(1)
     AREA: tl.constexpr = TOKENS * TOKENS
@@ -127,8 +127,8 @@ def _first(
     program = (tile * tl.num_programs(1) + segment).to(tl.int64)
     gathered_HL = gathered_PRHL + program * (ROWS * PADDED * COLUMNS)
     gathered_HL += head_H[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    for step in range(STEPS):
-        top = (segment * STEPS + step) * ROWS
+    for step in range(steps):
+        top = (segment * steps + step) * ROWS
         for group in range(GROUPS):
             map_M = group * GROUP + place_M
             real_M = map_M < EXPANDED
@@ -218,7 +218,9 @@ def first(
     expanded, side, padded = local_BENN.shape[1], kernel_E1kk.shape[-1], at_least_16(heads)
     keys = KEYS[map_BHNN.dtype]
     spans, groups = batch * triton.cdiv(tokens, keys), triton.cdiv(expanded, GROUP)
-    tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, STEPS * ROWS)
+    tiles, blocks = triton.cdiv(spans, SPANS), triton.cdiv(tokens, ROWS)
+    steps = triton.cdiv(blocks, max(1, PROGRAMS // tiles))
+    segments = triton.cdiv(blocks, steps)
     share_BHNN = torch.empty_like(map_BHNN)
     programs, wide = tiles * segments, groups * GROUP
     gathered_PRHL = map_BHNN.new_empty(programs, ROWS, padded, SPANS * keys, dtype=torch.float32)
@@ -227,9 +229,9 @@ def first(
     launch(
         _first, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.float().contiguous(),
         stacked((shift1_E, gain2_E, slope_E, level_E)), nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
-        gathered_PRHL, sums_P10E, through_PEH, spans,
+        gathered_PRHL, sums_P10E, through_PEH, spans, steps,
         TOKENS=tokens, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP, KEYS=keys, ROWS=ROWS,
-        STEPS=STEPS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
+        PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
     )  # fmt: skip
     sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
     through_EH = through_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]

@@ -31,7 +31,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bottleneck_backward, "ROWS", dict.fromkeys(DTYPES, 16))
     for name, size in {"KEYS": 16, "STEPS": 2, "POSITIONS": 32, "WARPS": 2}.items():
         monkeypatch.setattr(bottleneck_backward, name, size)
-    for name, size in {"ROWS": 4, "STEPS": 2}.items():
+    for name, size in {"ROWS": 4, "PROGRAMS": 2}.items():
         monkeypatch.setattr(bottleneck_backward_first, name, size)
 
 
