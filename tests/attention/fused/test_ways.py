@@ -12,6 +12,7 @@ import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
 from refiner_ds.attention import Scores, choose, lean
 from refiner_ds.attention.fused import trial, ways
+from refiner_ds.benchmark.measure import kept_bytes
 from tests.attention.cases import SCALE, bottleneck, leaf, linear
 
 SIZES = {"img_size": 24, "patch_size": 8, "stem_chs": (4, 4, 4), "embed_dim": 12, "num_heads": 3, "depth": 2}
@@ -40,6 +41,28 @@ def test_a_model_trains_and_evaluates_as_with_the_plain_composition(layout, refi
     model.load_state_dict(before)
     for one, other in zip(training_step(model, images, "fused"), truth, strict=True):
         assert (one - other).norm() <= 2e-4 * other.norm() + 1e-6
+
+
+@pytest.mark.parametrize(("keep", "map_bytes"), [("map", 2), ("stacks", 2 + 2 * 3 + 2)])
+def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(keep, map_bytes, device):
+    refiner = on(device, bottleneck(2, 3))
+
+    def kept(batch: int) -> int:
+        attn = torch.rand(batch, 2, 6, 6, device=device).bfloat16().requires_grad_()
+        value = torch.randn(batch, 2, 6, 4, device=device).bfloat16().requires_grad_()
+        return kept_bytes(lambda: attention.refine(attn, value, refiner, SCALE, "fused", keep), torch.nn.Module())
+
+    assert kept(2) - kept(1) == map_bytes * 2 * 6 * 6 + 2 * 2 * 6 * 4
+
+
+def on(device: torch.device, part):
+    """A named tuple of tensors, and of such, on a device."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().to(device).requires_grad_(part.requires_grad)
+    if not isinstance(part, tuple):
+        return part
+    moved = [on(device, inner) for inner in part]
+    return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
 
 
 def test_fused_leaves_to_lean_what_it_does_not_know(device):
