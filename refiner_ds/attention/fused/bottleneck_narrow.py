@@ -34,7 +34,8 @@ from refiner_ds.attention.fused.tools import at_least_16, mix_stored
 __all__ = ["expand_local_project", "narrow_maps"]
 
 KEYS = 4  # of a span
-# Rows of a program, as many as registers hold: of maps in half precision, with sums beside, in single precision.
+# Rows of a program, as many as registers hold: of maps in half precision, with sums beside, and in single precision or
+# of more heads than one product takes.
 HALF_ROWS, MEASURED_ROWS, SINGLE_ROWS = 5, 4, 2
 
 
@@ -202,7 +203,9 @@ def narrow_maps(
     wide, stride = folded_EH.shape[0], stride or tokens
     groups, size = groups_of(wide)
     spans = batch * triton.cdiv(tokens, KEYS)
-    rows = SINGLE_ROWS if map_BHNN.dtype == torch.float32 else MEASURED_ROWS if measure else HALF_ROWS
+    rows = MEASURED_ROWS if measure else HALF_ROWS
+    if map_BHNN.dtype == torch.float32 or heads > GROUP:
+        rows = SINGLE_ROWS
     tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
     narrow_BHNN = map_BHNN.new_empty(batch, heads, tokens, stride)
     parts_P6H = map_BHNN.new_empty((tiles * segments if measure else 0, 6, heads), dtype=torch.float32)
