@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +79,10 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any
     # Said aloud, since Triton is going to change what it takes for granted, and the figures are of this.
     options = {"enable_fp_fusion": True, **options}
     if _compiled is None:
-        kernel[grid](*args, **options)
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, **options)
         return
     made = kernel.warmup(*args, grid=grid, **options)
     constants = {name: value for name, value in options.items() if name not in ("num_warps", "enable_fp_fusion")}
