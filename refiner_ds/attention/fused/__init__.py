@@ -6,7 +6,7 @@
 
     maps.py          queries and keys to maps, and back
     moments.py       mean and covariance of maps over heads
-    bottleneck.py    the released refiner in training: bottleneck_forward.py, bottleneck_backward.py and _backward_first.py
+    bottleneck.py    the released refiner in training: bottleneck_forward.py, _backward.py and _backward_first.py
     inference.py     the released refiner with its norms folded: bottleneck_narrow.py
     linear.py        the paper's refiner as one convolution: linear_forward.py, linear_backward.py, linear_tiles.py
 
