@@ -225,12 +225,14 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
         for step in (_train, _evaluate)
     ]
     rows = []
-    for (case, label, way, keep), bytes_entry, training, evaluation in zip(names, moved, *seconds, strict=True):
+    for (case, label, way, keep), (moved_entry, far_entry), training, evaluation in zip(
+        names, moved, *seconds, strict=True
+    ):
         one, two = (_keep(layer, case, way, keep, images) for images in (1, 2))
         per_image = 1000 / setting.batch
         output, *gradients = errors[case, label]
-        figures = (training * per_image, evaluation * per_image, (two - one) / MIB, *bytes_entry, output)
-        rows.append(Row(tokens, case, label, *figures, gradient_error=max(gradients)))
+        times, kept = (training * per_image, evaluation * per_image), (two - one) / MIB
+        rows.append(Row(tokens, case, label, *times, kept, moved_entry, far_entry, output, max(gradients)))
     return rows
 
 
