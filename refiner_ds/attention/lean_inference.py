@@ -39,8 +39,7 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) 
         for tile in tiles(batch, tokens, expanded, map_BHNN.device, radius):
             map_bHRN = map_BHNN[tile.images, :, tile.reach].to(dtype)
             u1_bERN = widen(map_bHRN.to(precision), expand_EH, bias1_E).clamp_(0, 6)
-            h2_bERN = convolve(u1_bERN, kernel_E1kk, tile, expanded)
-            u2_bERN = h2_bERN.add_(bias2_E[:, None, None]).clamp_(0, 6).to(dtype)
+            u2_bERN = convolve(u1_bERN, kernel_E1kk, tile, expanded, bias2_E).clamp_(0, 6).to(dtype)
             refined_bHRN = narrow(u2_bERN, project_HE).add_(combine(shift_H, (map_bHRN[:, :, tile.inner], gain_H)))
             out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images]
     return out_BHNd

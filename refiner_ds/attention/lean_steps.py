@@ -93,10 +93,15 @@ def _entries(x_bCRN: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x_bCRN.flatten(2), (0, 2)
 
 
+def _packed(x_bCRN: Tensor) -> Tensor:
+    """The tile without gaps: rows cut out of a stack would take the norm kernels' slow way."""
+    return x_bCRN if x_bCRN.is_contiguous(memory_format=torch.channels_last) else x_bCRN.contiguous()
+
+
 def affine(x_bCRN: Tensor, gain_C: Tensor | None, shift_C: Tensor) -> Tensor:
     """x·gain + shift, rounded once; gain (``None`` for 1) and shift in fp32 or better."""
     if _by_norm_kernels(x_bCRN):
-        return F.batch_norm(x_bCRN, *_standard(len(shift_C)), gain_C, shift_C, eps=0.0)
+        return F.batch_norm(_packed(x_bCRN), *_standard(len(shift_C)), gain_C, shift_C, eps=0.0)
     exact_bCRN, shift_C11 = x_bCRN.to(shift_C.dtype), shift_C[:, None, None]
     if gain_C is None:
         return (exact_bCRN + shift_C11).to(x_bCRN.dtype)
@@ -132,7 +137,7 @@ def moments(x_bCRN: Tensor) -> tuple[Tensor, Tensor]:
     if _by_norm_kernels(x_bCRN):
         # Averages in fp32 make the statistics fp32.
         average_C, another_C = torch.zeros(2, x_bCRN.shape[1], dtype=torch.float32)
-        mean_C, variance_C = torch.batch_norm_update_stats(x_bCRN, average_C, another_C, 1.0)
+        mean_C, variance_C = torch.batch_norm_update_stats(_packed(x_bCRN), average_C, another_C, 1.0)
         return mean_C, variance_C * (x_bCRN.numel() // x_bCRN.shape[1])
     entries, axes = _entries(x_bCRN)
     mean = entries.mean(axes, keepdim=True)
@@ -144,7 +149,8 @@ def gradient_sums(grad_bCRN: Tensor, x_bCRN: Tensor, mean_C: Tensor) -> tuple[Te
     if _by_norm_kernels(x_bCRN):
         mean_C = mean_C.float()
         _, with_x_C, alone_C = torch.ops.aten.native_batch_norm_backward(
-            grad_bCRN, x_bCRN, None, None, None, mean_C, torch.ones_like(mean_C), True, 0.0, [False, True, True]
+            *(_packed(grad_bCRN), _packed(x_bCRN)), *(None, None, None, mean_C, torch.ones_like(mean_C), True, 0.0),
+            [False, True, True],
         )
         return alone_C, with_x_C
     (grad, axes), (x, _) = _entries(grad_bCRN), _entries(x_bCRN)

@@ -71,7 +71,7 @@ def _padding(kernel: Tensor, tile: Tile) -> tuple[int, int]:
     return (radius if any(tile.missing) else 0), radius
 
 
-def convolve(x_bCRN: Tensor, kernel: Tensor, tile: Tile, groups: int = 1) -> Tensor:
+def convolve(x_bCRN: Tensor, kernel: Tensor, tile: Tile, groups: int = 1, bias_C: Tensor | None = None) -> Tensor:
     """Slide a kernel over the (query, key) plane of a tile that covers its reach; zero outside the map.
 
     Args:
@@ -81,7 +81,7 @@ def convolve(x_bCRN: Tensor, kernel: Tensor, tile: Tile, groups: int = 1) -> Ten
         The rows the tile makes, [b, maps out, R, N], in the same memory format.
     """
     padding = _padding(kernel, tile)
-    out_bCRN = F.conv2d(x_bCRN, kernel, padding=padding, groups=groups)
+    out_bCRN = F.conv2d(x_bCRN, kernel, bias_C, padding=padding, groups=groups)
     return out_bCRN[:, :, tile.inner] if padding[0] else out_bCRN
 
 

@@ -57,6 +57,18 @@ def test_the_third_bias_has_no_gradient_at_all():
     assert torch.equal(torch.autograd.grad(out.sum(), refiner.norm3_H.bias)[0], torch.zeros(3).double())
 
 
+@pytest.mark.parametrize("tile_bytes", [TINY_TILES, 2**20])
+def test_a_map_whose_second_norm_has_no_gain_is_no_exception(tile_bytes, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
+    attn, value, refiner = maps(2, 3, 9), leaf(2, 3, 9, 5), bottleneck(3, 2)
+    with torch.no_grad():
+        refiner.norm2_E.weight[1] = 0
+        refiner.norm2_E.bias[1] = 1
+    direction = torch.randn_like(value)
+    truth, ours = (forward_and_backward(attn, value, refiner, way, direction) for way in ("reference", "lean"))
+    assert max(relative_errors(without_bias3(ours, refiner, 3), without_bias3(truth, refiner, 3))) < 1e-12
+
+
 def test_gradients_pass_gradcheck(monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 200)
     attn, value, refiner = maps(2, 2, 5), leaf(2, 2, 5, 3), bottleneck(2, 2)
@@ -126,7 +138,10 @@ def half_precision_errors(way: str) -> list[float]:
 
 
 def test_half_precision_errs_less_than_plain_autocast():
-    """Over several draws, by ratios: in one draw a gate that flips can decide either way."""
+    """Over several draws, by ratios: in one draw a gate that flips can decide either way.
+
+    The kernel's gradient is what both round alike.
+    """
     ratios = []
     for seed in range(10):
         errors = []
@@ -135,7 +150,7 @@ def test_half_precision_errs_less_than_plain_autocast():
             errors.append(torch.tensor(half_precision_errors(way)))
         ratios.append((errors[0] / errors[1]).log())
     typical = torch.stack(ratios).mean(0).exp()
-    assert (typical < 1).all() and typical.mean() < 0.8, typical
+    assert (typical < 1.03).all() and typical.mean() < 0.75, typical
 
 
 def _like(part, through: torch.dtype = torch.bfloat16, to: torch.dtype = torch.float64):

@@ -29,7 +29,7 @@ def test_evaluation_equals_the_plain_composition(shape, folded, tile_bytes, monk
 
 
 def test_evaluation_in_half_precision_errs_less_than_plain_autocast():
-    """Over several draws; half-precision kernels or expansions would cost all of the difference."""
+    """Over several draws; kernels, expansions or expanded maps in half precision would cost what is won."""
     errors = []
     for seed in range(10):
         torch.manual_seed(seed)
@@ -45,4 +45,4 @@ def test_evaluation_in_half_precision_errs_less_than_plain_autocast():
         assert found[0].dtype == torch.bfloat16
         errors.append([((one.double() - truth).norm() / truth.norm()).item() for one in found])
     ours, plain = torch.tensor(errors).mean(0)
-    assert ours < 0.75 * plain
+    assert ours < 0.6 * plain, ours / plain

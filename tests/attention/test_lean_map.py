@@ -46,8 +46,30 @@ def test_dropout_passes_gradients_where_it_kept_entries_and_only_there(monkeypat
         torch.testing.assert_close(one, other)
 
 
-def test_dropout_of_everything_leaves_nothing():
-    assert not attention.attend(scores(1, 2, 5, dropout=1.0), leaf(1, 2, 5, 5), way="lean")[1].any()
+@pytest.mark.parametrize("way", ["lean", "reference"])
+def test_dropout_of_everything_leaves_nothing(way):
+    assert not attention.attend(scores(1, 2, 5, dropout=1.0), leaf(1, 2, 5, 5), way=way)[1].any()
+
+
+def test_logits_of_half_precision_queries_are_not_rounded():
+    """Logits about 30 have no digits behind the point in bf16; the map must have all that bf16 holds of it."""
+    q, k = (torch.randn(1, 2, 40, 8).mul(3).bfloat16() for _ in range(2))
+    made = attention.attend(attention.Scores(q, k, 1.0), q, way="lean")[1].double()
+    exact = attention.reference.attention_map(q.double(), k.double(), 1.0)
+    torch.testing.assert_close(made, exact, rtol=2**-8, atol=1e-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_changes_what_it_changes_in_the_plain_composition(dtype):
+    found = []
+    for way in ("lean", "reference"):
+        torch.manual_seed(0)
+        q, k, value = (leaf(2, 3, 9, 5, dtype=dtype) for _ in range(3))
+        with torch.autocast("cpu", torch.bfloat16):
+            out, made = attention.attend(attention.Scores(q, k, 0.3), value, way=way)
+        grads = torch.autograd.grad(out.sum(), (q, k, value))
+        found.append([(x.dtype, x.shape) for x in (out, made, *grads)])
+    assert found[0] == found[1]
 
 
 def test_dropout_follows_the_global_generator():
