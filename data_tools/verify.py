@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
-from data_tools.workshop import spread
+from data_tools.workshop import interruptible, spread
 from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.remote import fetch_shard
@@ -158,9 +158,10 @@ def main(argv: list[str] | None = None) -> int:
     given = _arguments().parse_args(argv)
     index = ShardIndex.load(locate(given.set, given.cache), check_files=False)
     faults = 0
-    for fault in check_set(index, max(1, given.processes), not given.no_decode):
-        faults += 1
-        print(fault)
+    with interruptible():
+        for fault in check_set(index, max(1, given.processes), not given.no_decode):
+            faults += 1
+            print(fault)
     print(f"{index.describe()}: {faults or 'no'} fault{'s' * (faults != 1)}")
     return 1 if faults else 0
 

@@ -37,11 +37,24 @@ Result = TypeVar("Result")
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Make Ctrl-C a refusal.
+
+    Raises:
+        DataError: it was pressed.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise DataError("interrupted; repeat the command, and it goes on") from None
+
+
+@contextmanager
 def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
     """Hold the partial folder for this process alone; refuse one that was begun for something else.
 
     Raises:
-        DataError: another process works there, it belongs to another plan, or it cannot be written.
+        DataError: another process works there, it belongs to another plan, it cannot be written, or Ctrl-C was pressed.
     """
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -58,7 +71,8 @@ def workshop(partial: Path, plan: dict[str, object]) -> Iterator[None]:
             write_whole(partial / PLAN_NAME, wanted)
         if not same:
             raise DataError(f"{partial}: begun from other files or settings; repeat those, or remove the folder")
-        yield
+        with interruptible():
+            yield
     except BlockingIOError:
         raise DataError(f"{partial}: another process is writing this set; wait for it, or end it") from None
     finally:
@@ -107,7 +121,7 @@ def spread(
         processes: 1 works here.
         start: how processes begin, as multiprocessing names it.
     Raises:
-        DataError: what ``work`` raises; a process was killed, or Ctrl-C pressed.
+        DataError: what ``work`` raises, or a process was killed.
     """
     try:
         if processes == 1:
@@ -120,8 +134,6 @@ def spread(
         raise DataError(
             "a process was killed, for want of memory perhaps; repeat the command, with fewer --processes"
         ) from None
-    except KeyboardInterrupt:
-        raise DataError("interrupted; repeat the command, and it goes on") from None
 
 
 def _spread(
@@ -131,7 +143,7 @@ def _spread(
         try:
             yield from pool.map(work, tasks)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, Exception):  # Ctrl-C, here or where the results are taken
                 for child in multiprocessing.active_children():
                     child.terminate()  # what it was at is begun again
             pool.shutdown(cancel_futures=True)

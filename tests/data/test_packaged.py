@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +54,21 @@ def test_digits_are_scikit_learns(cache: Path) -> None:
 
 
 def test_many_processes_may_ask_at_once_and_nothing_is_left_over(tmp_path: Path) -> None:
-    script = "import sys; from refiner_ds.data.packaged import locate; locate('package:digits/val', sys.argv[1])"
-    running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(4)]
-    assert [process.wait(timeout=60) for process in running] == [0] * 4
+    asking = multiprocessing.get_context("fork")
+    together = asking.Barrier(4)
+    running = [asking.Process(target=ask, args=(together, tmp_path)) for _ in range(4)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=60)
+    assert [process.exitcode for process in running] == [0] * 4
     assert [path.name for path in (tmp_path / "digits-v1").iterdir()] == ["val"]
     assert ShardIndex.load(tmp_path / "digits-v1" / "val").count == 364
+
+
+def ask(together: Barrier, cache: Path) -> None:
+    together.wait()
+    locate("package:digits/val", cache)
 
 
 def test_ordinary_folders_are_returned_as_they_are(tmp_path: Path) -> None:
