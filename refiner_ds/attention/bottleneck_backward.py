@@ -76,10 +76,13 @@ class TiledPasses(ForwardPasses):
         through_HE = torch.zeros_like(algebra.folded_EH.T)
         p0_E = through_HE.new_zeros(self.expanded)
         for tile in self.tiles(reach=True):
-            dh2_bERN = affine(self.read(self.local_BENN, tile, tile.reach), slope_E, level_E)
+            # Not rounded for the kernel's gradient: on the level it would err the same everywhere, over a whole map.
+            dh2_bERN = affine(self.read(self.local_BENN, tile, tile.reach).to(self.precision), slope_E, level_E)
             dh2_bERN += self.read(self.m2_BENN, tile, tile.reach)
             u1_bERN = self.activated(expansion, tile)
-            du1_bERN, share_E1kk = convolution_gradients(u1_bERN, dh2_bERN, kernel_E1kk, tile, self.expanded)
+            du1_bERN, share_E1kk = convolution_gradients(
+                u1_bERN, dh2_bERN, kernel_E1kk, tile, self.expanded, self.precision
+            )
             d_kernel_E1kk += share_E1kk
             m1_bERN = _gate(du1_bERN, u1_bERN[:, :, tile.inner])
             p0_E += total(m1_bERN)
