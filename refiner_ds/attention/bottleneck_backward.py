@@ -28,7 +28,7 @@ class TiledPasses(ForwardPasses):
     def last(self, stacks: tuple[Tensor, Tensor], value_BHNd: Tensor, grad_BHNd: Tensor) -> tuple[Tensor, ...]:
         """Pass 1: the gradient of the values, [B, H, N, d], and three sums, [H]."""
         self.local_BENN, self.narrow_BHNN = stacks
-        self.value_BHNd, self.grad_BHNd = value_BHNd.to(self.dtype), grad_BHNd.to(self.dtype)
+        self.value_BHNd, self.grad_BHNd = value_BHNd.to(self.precision), grad_BHNd.to(self.precision)
         d_value_BHNd = torch.zeros_like(value_BHNd, dtype=self.precision)
         norms = self.last_norms()
         sums_3H = torch.zeros(3, self.heads, dtype=torch.float64, device=d_value_BHNd.device)
@@ -54,7 +54,7 @@ class TiledPasses(ForwardPasses):
         (*on_narrow, level3_H), (*on_map, level_H) = (self.exact(*affine) for affine in (to_narrow, to_map))
         for tile in self.tiles():
             parts = self._narrow_parts(tile)
-            dh3_bHRN = combine(level3_H, *zip(parts, on_narrow, strict=True), exactly=True)
+            dh3_bHRN = combine(level3_H, *zip(parts, on_narrow, strict=True))
             self.d_map_BHNN[tile.images, :, tile.rows] = combine(level_H, *zip(parts, on_map, strict=True))
             local_bERN = self.read(self.local_BENN, tile)
             u2_bERN = affine(local_bERN, *norm).clamp_(0, 6)
@@ -69,20 +69,17 @@ class TiledPasses(ForwardPasses):
         algebra, expansion = self.algebra, self.expansion()
         # The kernel takes the gain: ∂h2 = gain2·(m2 + slope/gain2·h2 + level/gain2), all of it zero where gain2 is.
         gain_E111 = algebra.gain2_E[:, None, None, None]
-        kernel_E1kk = (self.kernel_E1kk * gain_E111).to(self.dtype)
+        kernel_E1kk = (self.kernel_E1kk * gain_E111).to(self.precision)
         slope_E, level_E = self.exact(*((x_E / algebra.gain2_E).nan_to_num(0, 0, 0) for x_E in (slope_E, level_E)))
-        folded_HE, (mean_H,) = algebra.folded_EH.to(self.dtype).T, self.exact(algebra.mean_H)
+        folded_HE, (mean_H,) = algebra.folded_EH.to(self.precision).T, self.exact(algebra.mean_H)
         d_kernel_E1kk = torch.zeros_like(self.kernel_E1kk, dtype=torch.float64)
         through_HE = torch.zeros_like(algebra.folded_EH.T)
         p0_E = through_HE.new_zeros(self.expanded)
         for tile in self.tiles(reach=True):
-            # Not rounded for the kernel's gradient: on the level it would err the same everywhere, over a whole map.
-            dh2_bERN = affine(self.read(self.local_BENN, tile, tile.reach).to(self.precision), slope_E, level_E)
+            dh2_bERN = affine(self.read(self.local_BENN, tile, tile.reach), slope_E, level_E)
             dh2_bERN += self.read(self.m2_BENN, tile, tile.reach)
             u1_bERN = self.activated(expansion, tile)
-            du1_bERN, share_E1kk = convolution_gradients(
-                u1_bERN, dh2_bERN, kernel_E1kk, tile, self.expanded, self.precision
-            )
+            du1_bERN, share_E1kk = convolution_gradients(u1_bERN, dh2_bERN, kernel_E1kk, tile, self.expanded)
             d_kernel_E1kk += share_E1kk
             m1_bERN = _gate(du1_bERN, u1_bERN[:, :, tile.inner])
             p0_E += total(m1_bERN)
@@ -95,7 +92,7 @@ class TiledPasses(ForwardPasses):
         """Pass 4: one small matrix product on A, added to the other shares of ∂A."""
         pull_HH, level_H = self.exact(pull_HH, level_H)
         for tile in self.tiles():
-            map_bHRN = self.read(self.map_BHNN, tile).to(self.precision)
+            map_bHRN = self.read(self.map_BHNN, tile)
             share_bHL = torch.baddbmm(level_H[:, None], pull_HH.expand(len(map_bHRN), -1, -1), map_bHRN.flatten(2))
             self.d_map_BHNN[tile.images, :, tile.rows] += share_bHL.view_as(map_bHRN)
         return self.d_map_BHNN

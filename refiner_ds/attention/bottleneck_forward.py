@@ -8,8 +8,9 @@
     4  out                           T = α·h3 + β·A + γ exists tile by tile only
 
 h2 and h3 are written, one layer's at a time and in the map's dtype; u1, u2 and T never are. Expanded maps lie with E
-last in memory, which on CPU makes depthwise convolution several times as fast. Half-precision maps are multiplied as
-they are where hardware can (``product_dtype``); norms, statistics and sums are fp32 or better.
+last in memory, which on CPU makes depthwise convolution several times as fast. Whatever maps are stored in,
+the arithmetic is fp32 or better: multiplying halves saves CPU time at few tokens only, and gradients that norms pull
+close to zero would err up to ten times as much.
 Axes: B batch, H heads, E expanded maps, N tokens, d head width; b, R the images and query rows of a tile.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck_algebra import Algebra
-from refiner_ds.attention.lean_steps import affine, combine, joint_moments, moments, narrow, product_dtype, widen
+from refiner_ds.attention.lean_steps import affine, combine, joint_moments, moments, narrow, widen
 from refiner_ds.attention.moments import Moments
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiles import Tile, convolve, tiles
@@ -37,24 +38,24 @@ class ForwardPasses:
 
     def __init__(self, map_BHNN: Tensor, algebra: Algebra) -> None:
         self.map_BHNN, self.algebra = map_BHNN, algebra
-        self.precision, self.dtype = statistics_dtype(map_BHNN.dtype), product_dtype(map_BHNN)
-        self.kernel_E1kk = algebra.refiner.local.kernels[0].to(self.dtype)
-        self.project_HE = algebra.refiner.project_HE.to(self.dtype)
+        self.precision = statistics_dtype(map_BHNN.dtype)
+        self.kernel_E1kk = algebra.refiner.local.kernels[0].to(self.precision)
+        self.project_HE = algebra.refiner.project_HE.to(self.precision)
         self.heads, self.expanded = self.project_HE.shape
 
     def exact(self, *small: Tensor) -> list[Tensor]:
-        """Weights, or numbers a map, in the precision of norms."""
+        """Weights, or numbers a map, in the precision of the arithmetic."""
         return [tensor.to(self.precision) for tensor in small]
 
     def tiles(self, reach: bool = False) -> list[Tile]:
         """The tiles of this layer, with the kernel's reach or without."""
         batch, _, tokens, _ = self.map_BHNN.shape
         radius = self.kernel_E1kk.shape[-1] // 2 if reach else 0
-        return list(tiles(batch, tokens, self.expanded, self.map_BHNN.device, radius, self.dtype.itemsize))
+        return list(tiles(batch, tokens, self.expanded, self.map_BHNN.device, radius, self.precision.itemsize))
 
     def read(self, stack: Tensor, tile: Tile, rows: slice | None = None) -> Tensor:
-        """The tile's rows of a stack of maps, for products, in the memory format they have."""
-        return stack[tile.images, :, rows or tile.rows].to(self.dtype)
+        """The tile's rows of a stack of maps in fp32 or better, in the memory format they have."""
+        return stack[tile.images, :, rows or tile.rows].to(self.precision)
 
     def wide_empty(self) -> Tensor:
         """Room for an expanded stack in the map's dtype, [B, E, N, N] with E last in memory."""
@@ -66,7 +67,7 @@ class ForwardPasses:
         """Pass 1: mean and covariance of A over heads, [H] and [H, H]."""
         found = Moments(self.heads, 1, self.map_BHNN.device)
         for tile in self.tiles():
-            map_HL = self.read(self.map_BHNN, tile).to(self.precision).transpose(0, 1).flatten(1)
+            map_HL = self.read(self.map_BHNN, tile).transpose(0, 1).flatten(1)
             mean_H1 = map_HL.mean(1, keepdim=True)
             centred_HL = map_HL - mean_H1
             found.add(map_HL.shape[1], mean_H1, (centred_HL @ centred_HL.T)[..., None])
@@ -119,7 +120,7 @@ class ForwardPasses:
     def output(self, narrow_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
         """Pass 4: refined maps times values, [B, H, N, d]."""
         out_BHNd = torch.empty_like(value_BHNd, memory_format=torch.contiguous_format)
-        value_BHNd, norms = value_BHNd.to(self.dtype), self.last_norms()
+        value_BHNd, norms = value_BHNd.to(self.precision), self.last_norms()
         for tile in self.tiles():
             refined_bHRN = self.refined(norms, self.read(narrow_BHNN, tile), self.read(self.map_BHNN, tile))
             out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from refiner_ds.attention.lean_steps import combine, narrow, product_dtype, widen
+from refiner_ds.attention.lean_steps import affine, narrow, product_dtype, widen
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.parameters import FoldedRefiner
 from refiner_ds.attention.tiles import convolve, tiles
@@ -40,6 +40,6 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) 
             map_bHRN = map_BHNN[tile.images, :, tile.reach].to(dtype)
             u1_bERN = widen(map_bHRN.to(precision), expand_EH, bias1_E).clamp_(0, 6)
             u2_bERN = convolve(u1_bERN, kernel_E1kk, tile, expanded, bias2_E).clamp_(0, 6).to(dtype)
-            refined_bHRN = narrow(u2_bERN, project_HE).add_(combine(shift_H, (map_bHRN[:, :, tile.inner], gain_H)))
+            refined_bHRN = narrow(u2_bERN, project_HE).add_(affine(map_bHRN[:, :, tile.inner], gain_H, shift_H))
             out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images]
     return out_BHNd

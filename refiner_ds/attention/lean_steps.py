@@ -2,8 +2,8 @@
 
     [b, H, R, N] ─ widen ─> [b, E, R, N], E last in memory ─ affine, moments, gradient_sums ─ narrow ─> [b, H, R, N]
 
-Products take half-precision factors as they are where hardware multiplies them, and sum in fp32. Steps between them are
-bound by memory: on CPU the batch norm's own kernels read and write halves once and compute in fp32.
+Everything works in its arguments' dtype, and sums in fp32 or better. Where half-precision maps may be multiplied as
+they are, ``product_dtype`` says what hardware can, and on CPU the batch norm's own kernel reads and writes halves once.
 Axes: b images and R query rows of a tile, H heads, E expanded maps, C either, N tokens, L = R·N.
 """
 
@@ -36,9 +36,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
     Sums within a product are fp32 or better either way.
     """
-    if x.device.type == "cpu" and not (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return statistics_dtype(x.dtype)
-    return x.dtype
+    if x.device.type != "cpu":
+        return x.dtype
+    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype if x.dtype == torch.bfloat16 and multiplies else statistics_dtype(x.dtype)
 
 
 def widen(x_bHRN: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -46,16 +47,8 @@ def widen(x_bHRN: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Te
 
     Args:
         x_bHRN: the maps.
-        weight_EH, bias_E: in their dtype; with a bias, which then counts too, they may be fp32 for half-precision maps.
+        weight_EH, bias_E: in their dtype.
     """
-    if bias_E is not None and bias_E.dtype != x_bHRN.dtype:
-        # What is wrong with a weight or bias is wrong in all of a map, and a norm behind it may not know: each comes as
-        # the sum of two halves, by way of maps given twice and two maps of ones.
-        whole = torch.cat((weight_EH, bias_E[:, None]), 1)
-        high = whole.to(x_bHRN.dtype)
-        weight_EH, bias_E = torch.cat((high, (whole - high).to(high.dtype)), 1), None
-        ones_b1RN = x_bHRN.new_ones(()).expand(len(x_bHRN), 1, *x_bHRN.shape[2:])
-        x_bHRN = torch.cat((x_bHRN, ones_b1RN, x_bHRN, ones_b1RN), 1)
     shape = (len(x_bHRN), *weight_EH.T.shape)
     x_bLH, weight_bHE = x_bHRN.flatten(2).mT, weight_EH.T.expand(shape)
     wide_bLE = torch.bmm(x_bLH, weight_bHE) if bias_E is None else torch.baddbmm(bias_E, x_bLH, weight_bHE)
@@ -108,18 +101,9 @@ def affine(x_bCRN: Tensor, gain_C: Tensor | None, shift_C: Tensor) -> Tensor:
     return torch.addcmul(shift_C11, exact_bCRN, gain_C[:, None, None]).to(x_bCRN.dtype)
 
 
-def combine(level_H: Tensor, *terms: tuple[Tensor, Tensor], exactly: bool = False) -> Tensor:
-    """The sum of (maps [b, H, R, N], gain [H]) and a level [H]; gains and level in fp32 or better.
-
-    Args:
-        exactly: round once and not after every term, where errors that all entries share would add up.
-    """
+def combine(level_H: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of (maps [b, H, R, N], gain [H]) and a level [H], rounded once; gains and level in fp32 or better."""
     (first_bHRN, gain_H), *others = terms
-    if _by_norm_kernels(first_bHRN) and not exactly:
-        sum_bHRN = affine(first_bHRN, gain_H, level_H)
-        for x_bHRN, gain_H in others:
-            sum_bHRN += affine(x_bHRN, gain_H, torch.zeros_like(gain_H))
-        return sum_bHRN
     sum_bHRN = first_bHRN.to(gain_H.dtype, copy=True).mul_(gain_H[:, None, None])
     for x_bHRN, gain_H in others:
         sum_bHRN.addcmul_(x_bHRN.to(gain_H.dtype), gain_H[:, None, None])
@@ -134,11 +118,6 @@ def total(x_bCRN: Tensor) -> Tensor:
 
 def moments(x_bCRN: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of each map's entries, and the sum of squares about it, [C] each, in fp32 or better."""
-    if _by_norm_kernels(x_bCRN):
-        # Averages in fp32 make the statistics fp32.
-        average_C, another_C = torch.zeros(2, x_bCRN.shape[1], dtype=torch.float32)
-        mean_C, variance_C = torch.batch_norm_update_stats(_packed(x_bCRN), average_C, another_C, 1.0)
-        return mean_C, variance_C * (x_bCRN.numel() // x_bCRN.shape[1])
     entries, axes = _entries(x_bCRN)
     mean = entries.mean(axes, keepdim=True)
     return mean.flatten(), (entries - mean).square_().sum(axes)
@@ -146,13 +125,6 @@ def moments(x_bCRN: Tensor) -> tuple[Tensor, Tensor]:
 
 def gradient_sums(grad_bCRN: Tensor, x_bCRN: Tensor, mean_C: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of grad and of grad·(x − mean) over each map's entries, [C] each, in fp32 or better."""
-    if _by_norm_kernels(x_bCRN):
-        mean_C = mean_C.float()
-        _, with_x_C, alone_C = torch.ops.aten.native_batch_norm_backward(
-            *(_packed(grad_bCRN), _packed(x_bCRN)), *(None, None, None, mean_C, torch.ones_like(mean_C), True, 0.0),
-            [False, True, True],
-        )
-        return alone_C, with_x_C
     (grad, axes), (x, _) = _entries(grad_bCRN), _entries(x_bCRN)
     alone_C = grad.sum(axes)
     return alone_C, ((grad * x).sum(axes).double() - mean_C.double() * alone_C.double()).to(alone_C.dtype)

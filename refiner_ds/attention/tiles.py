@@ -86,14 +86,13 @@ def convolve(x_bCRN: Tensor, kernel: Tensor, tile: Tile, groups: int = 1, bias_C
 
 
 def convolution_gradients(
-    x_bCRN: Tensor, grad_bCRN: Tensor, kernel: Tensor, tile: Tile, groups: int = 1, sums: torch.dtype | None = None
+    x_bCRN: Tensor, grad_bCRN: Tensor, kernel: Tensor, tile: Tile, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The way back of :func:`convolve`: for the rows the tile makes, and what it adds to the kernel's gradient.
 
     Args:
         x_bCRN: what was convolved, with its reach.
         grad_bCRN: the gradient behind the convolution, with its reach too; used up.
-        sums: the dtype for the kernel's gradient, where the tensors' own is too coarse for sums that tiles then cancel.
     Returns:
         [b, C, R, N] and the kernel's shape.
     """
@@ -101,20 +100,17 @@ def convolution_gradients(
     x_bCRN, grad_bCRN = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x_bCRN, grad_bCRN))
     padding = _padding(kernel, tile)
 
-    sums = sums or x_bCRN.dtype
-
     def gradients(behind_bCRN: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-        factors = (tensor.to(sums) for tensor in (behind_bCRN, x_bCRN, kernel))
         return torch.ops.aten.convolution_backward(
-            *factors, None, [1, 1], padding, [1, 1], False, [0, 0], groups, wanted
+            behind_bCRN, x_bCRN, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], groups, wanted
         )
 
-    if tile.reach == tile.rows and sums == x_bCRN.dtype:
+    if tile.reach == tile.rows:
         d_x_bCRN, d_kernel, _ = gradients(grad_bCRN, [True, True, False])
         return d_x_bCRN, d_kernel
     flipped = kernel.flip(-1, -2)
     flipped = flipped if groups > 1 else flipped.transpose(0, 1)
-    d_x_bCRN = convolve(grad_bCRN.to(x_bCRN.dtype), flipped, tile, groups)
+    d_x_bCRN = convolve(grad_bCRN, flipped, tile, groups)
     made_bCRN = grad_bCRN[:, :, tile.inner]
     if padding[0]:
         grad_bCRN[:, :, : tile.inner.start] = 0
