@@ -12,12 +12,15 @@ which some train and some do not, and whatever torch.compile and exporters trace
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck_backward import TiledPasses
-from refiner_ds.attention.bottleneck_function import refine_in_training
+from refiner_ds.attention.bottleneck_function import Passes, refine_in_training
 from refiner_ds.attention.folding import fold_refiner
 from refiner_ds.attention.lean_inference import refine_folded
 from refiner_ds.attention.lean_linear import refine_linear
@@ -31,7 +34,7 @@ from refiner_ds.attention.parameters import (
     Scores,
 )
 
-__all__ = ["KEEPS", "knows", "knows_maps", "make_map", "refine", "stacks_or_map", "traced"]
+__all__ = ["KEEPS", "Makers", "knows", "knows_maps", "make_map", "refine", "refine_by", "stacks_or_map", "traced"]
 
 KEEPS = ("auto", "map", "stacks")
 
@@ -101,19 +104,34 @@ def _memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def refine(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner, scale: float, keep: str) -> Tensor:
-    """Refined maps times values, [B, M, N, d], for what :func:`knows` says yes to.
+class Makers(NamedTuple):
+    """What computes each case of a way; see the head of this file."""
+
+    make_map: Callable[[Scores], Tensor]
+    linear: Callable[[Tensor | Scores, Tensor, LinearRefiner, float], Tensor]
+    folded: Callable[[Tensor, Tensor, FoldedRefiner], Tensor]
+    passes: type[Passes]
+
+
+def refine_by(
+    makers: Makers, attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner, scale: float, keep: str
+) -> Tensor:
+    """Refined maps times values, [B, M, N, d], by the one of ``makers`` whose case it is.
 
     Args:
         attn, value_BHNd, refiner, scale: as ``attention.refine`` takes them.
         keep: one of :data:`KEEPS`; only a bottleneck in training has the choice.
     """
     if isinstance(refiner, LinearRefiner):
-        return refine_linear(attn, value_BHNd, refiner, scale)
-    map_BHNN = (make_map(attn) if isinstance(attn, Scores) else attn).to(value_BHNd.dtype)
+        return makers.linear(attn, value_BHNd, refiner, scale)
+    map_BHNN = (makers.make_map(attn) if isinstance(attn, Scores) else attn).to(value_BHNd.dtype)
     if isinstance(refiner, FoldedRefiner):
-        return refine_folded(map_BHNN, value_BHNd, refiner)
+        return makers.folded(map_BHNN, value_BHNd, refiner)
     if not refiner.norm1_E.training:
-        return refine_folded(map_BHNN, value_BHNd, fold_refiner(refiner, scale))
+        return makers.folded(map_BHNN, value_BHNd, fold_refiner(refiner, scale))
     kept = stacks_or_map(keep, map_BHNN, refiner.expand_EH.shape[0])
-    return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept, TiledPasses)
+    return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept, makers.passes)
+
+
+# ``attention.refine`` for what :func:`knows` says yes to: attn, value, refiner, scale, keep.
+refine = partial(refine_by, Makers(make_map, refine_linear, refine_folded, TiledPasses))

@@ -50,7 +50,7 @@ def _go(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
     """One step of a map-making block, of a bottleneck or of a linear refiner; the numbers do not matter."""
     layer.train(training)
     setting = layer.setting
-    q, k, value = (x.to(setting.device, dtype).requires_grad_(training) for x in layer.inputs)
+    q, k, value = (x.detach().to(setting.device, dtype).requires_grad_(training) for x in layer.inputs)
     batch, heads, tokens, _ = value.shape
     map_BHNN = value.new_full((batch, heads, tokens, tokens), 1 / tokens).requires_grad_(training)
     with torch.set_grad_enabled(training):

@@ -157,7 +157,7 @@ def test_over_long_maps_half_precision_errs_less_too():
     for way in ("reference", "lean"):
         with torch.autocast("cpu", torch.bfloat16):
             half = forward_and_backward(attn, value, refiner, way, direction)
-        # Behind output, map and value: expansion, and where the kernel and the projection are among the leaves.
+        # What a norm's weight and bias get is left out: among them is the third bias, whose gradient is zero.
         found[way] = [
             ((one.double() - other).norm() / other.norm()).item()
             for one, other in zip(half, exact, strict=True)

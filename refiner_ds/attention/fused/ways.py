@@ -10,23 +10,18 @@ Fused knows what lean knows, but for float64 and kernels other than 1×1 and 3×
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from refiner_ds.attention import lean
-from refiner_ds.attention.bottleneck_function import refine_in_training
-from refiner_ds.attention.folding import fold_refiner
 from refiner_ds.attention.fused.bottleneck import KernelPasses
 from refiner_ds.attention.fused.inference import refine_folded
 from refiner_ds.attention.fused.launching import runs_on
 from refiner_ds.attention.fused.linear import refine_linear
 from refiner_ds.attention.fused.maps import make_map
-from refiner_ds.attention.parameters import (
-    FoldedRefiner,
-    LinearRefiner,
-    Refiner,
-    Scores,
-)
+from refiner_ds.attention.parameters import Refiner, Scores
 
 __all__ = ["knows", "knows_maps", "make_map", "refine", "runs_on"]
 
@@ -46,14 +41,5 @@ def knows(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner) -> bool:
     return lean.knows(attn, value_BHNd, refiner) and refiner.local.kernels[0].shape[-1] in KERNEL_SIZES
 
 
-def refine(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner, scale: float, keep: str) -> Tensor:
-    """Refined maps times values, [B, M, N, d], for what :func:`knows` says yes to; as ``lean.refine``."""
-    if isinstance(refiner, LinearRefiner):
-        return refine_linear(attn, value_BHNd, refiner, scale)
-    map_BHNN = (make_map(attn) if isinstance(attn, Scores) else attn).to(value_BHNd.dtype)
-    if isinstance(refiner, FoldedRefiner):
-        return refine_folded(map_BHNN, value_BHNd, refiner)
-    if not refiner.norm1_E.training:
-        return refine_folded(map_BHNN, value_BHNd, fold_refiner(refiner, scale))
-    kept = lean.stacks_or_map(keep, map_BHNN, refiner.expand_EH.shape[0])
-    return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept, KernelPasses)
+# As ``lean.refine``: attn, value, refiner, scale, keep.
+refine = partial(lean.refine_by, lean.Makers(make_map, refine_linear, refine_folded, KernelPasses))
