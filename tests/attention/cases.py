@@ -53,6 +53,16 @@ def linear(heads: int, ratio: int, kernel_size: int = 3, expand: bool = True, re
     return LinearRefiner(leaf(wide, heads) if expand else None, local, leaf(heads, wide) if reduce and expand else None)
 
 
+def on(device: torch.device, part):
+    """A named tuple of tensors, and of such, on a device."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().to(device).requires_grad_(part.requires_grad)
+    if not isinstance(part, tuple):
+        return part
+    moved = [on(device, inner) for inner in part]
+    return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
+
+
 def norms_of(refiner: BottleneckRefiner) -> list[Norm]:
     """Its four norms."""
     return [refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H]

@@ -16,6 +16,7 @@ from refiner_ds.attention.bottleneck_algebra import Affine, Algebra
 from refiner_ds.attention.fused import bottleneck_backward as back
 from refiner_ds.attention.fused.bottleneck_backward_first import first
 from refiner_ds.attention.fused.bottleneck_forward import expand_local, output, project
+from refiner_ds.attention.fused.layout import laid_out
 from refiner_ds.attention.fused.moments import map_moments
 
 __all__ = ["KernelPasses"]
@@ -30,7 +31,7 @@ class KernelPasses:
     """
 
     def __init__(self, map_BHNN: Tensor, algebra: Algebra) -> None:
-        self.map_BHNN, self.algebra = map_BHNN.contiguous(), algebra
+        self.map_BHNN, self.algebra = laid_out(map_BHNN), algebra
         self.kernel_E1kk = algebra.refiner.local.kernels[0]
         self.project_HE = algebra.refiner.project_HE
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from refiner_ds.attention.fused.bottleneck_forward import GROUP
 from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.layout import empty_stack, laid_out, row_stride
 from refiner_ds.attention.fused.tools import at_least_16, mix_stored, product, readable, relu6
 
 __all__ = ["last_sums", "second", "through_statistics"]
@@ -43,17 +44,18 @@ STEPS = 16  # of a program of pass 2: what its sums take is 2 % of what it reads
 @triton.jit
 def _last_sums(
     map_BHNN, narrow_BHNN, value_BHNd, grad_BHNd, refined_3H, dt_BHNN, d_value_BHNd, sums_P3,
-    value_strides, grad_strides, heads, tokens, width,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
+    value_strides, grad_strides, heads, width,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     stack, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     image, head = stack // heads, stack % heads
     key_C, feature_d = part * KEYS + tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    map_NN, narrow_NN = map_BHNN + stack * tokens * tokens, narrow_BHNN + stack * tokens * tokens
-    dt_NN = dt_BHNN + stack * tokens * tokens
+    AREA: tl.constexpr = TOKENS * STRIDE
+    map_NN, narrow_NN, dt_NN = map_BHNN + stack * AREA, narrow_BHNN + stack * AREA, dt_BHNN + stack * AREA
     value_Nd = value_BHNd + image * value_strides[0] + head * value_strides[1]
     grad_Nd = grad_BHNd + image * grad_strides[0] + head * grad_strides[1]
-    here_Cd = (key_C[:, None] < tokens) & (feature_d[None, :] < width)
+    here_Cd = (key_C[:, None] < TOKENS) & (feature_d[None, :] < width)
     value_Cd = tl.load(value_Nd + key_C[:, None] * value_strides[2] + feature_d[None, :], mask=here_Cd, other=0.0)
     # T is affine in h3 and A: both meet ∂out apart, and every sum follows from the two products and V.
     narrow_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
@@ -61,14 +63,14 @@ def _last_sums(
     grad_d = tl.zeros([WIDTH], dtype=tl.float32)
     for step in range(STEPS):
         row_R = step * ROWS + tl.arange(0, ROWS)
-        here_Rd = (row_R[:, None] < tokens) & (feature_d[None, :] < width)
+        here_Rd = (row_R[:, None] < TOKENS) & (feature_d[None, :] < width)
         grad_Rd = tl.load(grad_Nd + row_R[:, None] * grad_strides[2] + feature_d[None, :], mask=here_Rd, other=0.0)
-        place_RC = row_R[:, None] * tokens + key_C[None, :]
-        here_RC = (row_R[:, None] < tokens) & (key_C[None, :] < tokens)
-        map_RC = tl.load(map_NN + place_RC, mask=here_RC, other=0.0)
-        narrow_RC = tl.load(narrow_NN + place_RC, mask=here_RC, other=0.0)
-        dt_RC = product(grad_Rd, tl.trans(value_Cd))
-        tl.store(dt_NN + place_RC, dt_RC.to(dt_BHNN.dtype.element_ty), mask=here_RC)
+        place_RC = row_R[:, None] * STRIDE + key_C[None, :]
+        stored_RC = (row_R[:, None] < TOKENS) & (key_C[None, :] < STRIDE)
+        map_RC = tl.load(map_NN + place_RC, mask=stored_RC, other=0.0)
+        narrow_RC = tl.load(narrow_NN + place_RC, mask=stored_RC, other=0.0)
+        dt_RC = product(grad_Rd, tl.trans(value_Cd))  # zero behind the last key, as the values are
+        tl.store(dt_NN + place_RC, dt_RC.to(dt_BHNN.dtype.element_ty), mask=stored_RC)
         narrow_Cd += product(tl.trans(narrow_RC), grad_Rd)
         map_Cd += product(tl.trans(map_RC), grad_Rd)
         grad_d += tl.sum(grad_Rd.to(tl.float32), 0)
@@ -76,7 +78,7 @@ def _last_sums(
     beta = tl.load(refined_3H + heads + head)
     gamma = tl.load(refined_3H + 2 * heads + head)
     d_value_Cd = alpha * narrow_Cd + beta * map_Cd + gamma * grad_d[None, :]
-    place_Cd = stack * tokens * width + key_C[:, None] * width + feature_d[None, :]
+    place_Cd = stack * TOKENS * width + key_C[:, None] * width + feature_d[None, :]
     tl.store(d_value_BHNd + place_Cd, d_value_Cd.to(d_value_BHNd.dtype.element_ty), mask=here_Cd)
     sums_3 = sums_P3 + (stack * tl.num_programs(1) + part) * 3
     value_Cd = value_Cd.to(tl.float32)
@@ -102,7 +104,7 @@ def last_sums(
     heads, then read it instead of multiplying all heads' ∂out and V at each of their positions.
 
     Args:
-        map_BHNN, narrow_BHNN: A and h3, contiguous, one dtype.
+        map_BHNN, narrow_BHNN: A and h3, one dtype.
         value_BHNd, grad_BHNd: values, and the gradient of the output; multiplied in the maps' dtype.
         alpha_H, beta_H, gamma_H: what norms 3 and 4 come to.
         mean3_H, mean_H: means of h3 and A.
@@ -110,18 +112,19 @@ def last_sums(
         ∂V in its dtype and ∂T in the maps', both [B, H, N, ·]; the sums of ∂T, ∂T·(h3 − mean) and ∂T·(A − mean),
         each [H], float64.
     """
+    map_BHNN, narrow_BHNN = laid_out(map_BHNN), laid_out(narrow_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
     width = value_BHNd.shape[-1]
     value, grad = readable(value_BHNd.to(map_BHNN.dtype)), readable(grad_BHNd.to(map_BHNN.dtype))
-    dt_BHNN = torch.empty_like(map_BHNN)
+    dt_BHNN = empty_stack(map_BHNN)
     d_value_BHNd = value_BHNd.new_empty(value_BHNd.shape)
     parts, rows = triton.cdiv(tokens, KEYS), ROWS[map_BHNN.dtype]
     sums_P3 = map_BHNN.new_empty(batch, heads, parts, 3, dtype=torch.float32)
     launch(
         _last_sums, (batch * heads, parts), map_BHNN, narrow_BHNN, value, grad, stacked((alpha_H, beta_H, gamma_H)),
-        dt_BHNN, d_value_BHNd, sums_P3, value.stride()[:3], grad.stride()[:3], heads, tokens, width,
-        WIDTH=at_least_16(width), ROWS=rows, KEYS=KEYS, STEPS=triton.cdiv(tokens, rows),
-        num_warps=4 if width <= 32 else 8,
+        dt_BHNN, d_value_BHNd, sums_P3, value.stride()[:3], grad.stride()[:3], heads, width,
+        TOKENS=tokens, STRIDE=row_stride(tokens), WIDTH=at_least_16(width), ROWS=rows, KEYS=KEYS,
+        STEPS=triton.cdiv(tokens, rows), num_warps=4 if width <= 32 else 8,
     )  # fmt: skip
     t0_H, t1_H, t2_H = sums_P3.sum((0, 2), dtype=torch.float64).unbind(1)
     return d_value_BHNd, dt_BHNN, t0_H, t1_H - mean3_H * t0_H, t2_H - mean_H * t0_H
@@ -138,12 +141,13 @@ def stacked(vectors: Iterable[Tensor]) -> Tensor:
 @triton.jit
 def _second(
     map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, to_narrow_4H, norm_2E, project_HE, m2_BENN, d_project_PEH, sums_P2E,
-    heads, expanded, positions,
-    PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
-    STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    heads, expanded,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    WARPS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     image, part, start_G = tl.program_id(0), tl.program_id(1), tl.program_id(2) * GROUPS * GROUP
-    first, first_wide = image.to(tl.int64) * heads * positions, image.to(tl.int64) * expanded * positions
+    AREA: tl.constexpr = TOKENS * STRIDE
+    first, first_wide = image.to(tl.int64) * heads * AREA, image.to(tl.int64) * expanded * AREA
     head_H, map_G = tl.arange(0, PADDED), tl.arange(0, GROUP)
     # All in three dimensions, [warps, maps, lanes]: each warp multiplies what is its own.
     head_H1, cut_L = head_H[None, :, None], tl.arange(0, WARPS)[:, None, None] * LANES
@@ -153,8 +157,8 @@ def _second(
     on_narrow = tl.load(to_narrow_4H + heads + head_H1, mask=real_H, other=0.0)
     on_map = tl.load(to_narrow_4H + 2 * heads + head_H1, mask=real_H, other=0.0)
     level = tl.load(to_narrow_4H + 3 * heads + head_H1, mask=real_H, other=0.0)
-    map_H1, narrow_H1 = map_BHNN + first + head_H1 * positions, narrow_BHNN + first + head_H1 * positions
-    dt_H1 = dt_BHNN + first + head_H1 * positions
+    map_H1, narrow_H1 = map_BHNN + first + head_H1 * AREA, narrow_BHNN + first + head_H1 * AREA
+    dt_H1 = dt_BHNN + first + head_H1 * AREA
     program = image.to(tl.int64) * tl.num_programs(1) + part
     d_project, sums0, sums1 = tl.tuple(()), tl.tuple(()), tl.tuple(())
     for _ in tl.static_range(GROUPS):
@@ -163,12 +167,14 @@ def _second(
         sums1 += (tl.zeros([WARPS, GROUP], dtype=tl.float32),)
     for step in range(STEPS):
         start = (part * STEPS + step) * WARPS * LANES
-        here_L = start + cut_L + lane_L < positions
-        here_HL = real_H & here_L
+        stored_L = start + cut_L + lane_L < AREA
+        stored_HL = real_H & stored_L
         # Cuts are added last: known when compiling, they cost loads nothing.
-        map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
-        narrow_HL = tl.load(narrow_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
-        dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=here_HL).to(tl.float32)
+        map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+        narrow_HL = tl.load(narrow_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+        dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+        here_HL = stored_HL & ((start + cut_L + lane_L) % STRIDE < TOKENS)
+        # Zero behind rows' last keys, and so is all that follows from it.
         dh3_HL = tl.where(here_HL, gain * dt_HL + on_narrow * narrow_HL + on_map * map_HL + level, 0.0)
         d_project_now, sums0_now, sums1_now = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for group in tl.static_range(GROUPS):
@@ -179,15 +185,15 @@ def _second(
                 project_HE + head_H[None, None, :] * expanded + wide_G1,
                 mask=(head_H[None, None, :] < heads) & (wide_G1 < expanded), other=0.0,
             )  # fmt: skip
-            local_G1, m2_G1 = local_BENN + first_wide + wide_G1 * positions, m2_BENN + first_wide + wide_G1 * positions
+            local_G1, m2_G1 = local_BENN + first_wide + wide_G1 * AREA, m2_BENN + first_wide + wide_G1 * AREA
             project_WGH = tl.broadcast_to(project_GH, [WARPS, GROUP, PADDED])
-            here_GL = (wide_G1 < expanded) & here_L
-            local_GL = tl.load(local_G1 + start + lane_L + cut_L, mask=here_GL, other=0.0).to(tl.float32)
+            stored_GL = (wide_G1 < expanded) & stored_L
+            local_GL = tl.load(local_G1 + start + lane_L + cut_L, mask=stored_GL, other=0.0).to(tl.float32)
             before_GL = gain_G1 * local_GL + shift_G1
             u2_GL = relu6(before_GL)
             du2_GL = tl.dot(project_WGH, dh3_HL, input_precision=PRECISION)
             m2_GL = tl.where((before_GL > 0.0) & (before_GL < 6.0), du2_GL, 0.0)
-            tl.store(m2_G1 + start + lane_L + cut_L, m2_GL.to(m2_BENN.dtype.element_ty), mask=here_GL)
+            tl.store(m2_G1 + start + lane_L + cut_L, m2_GL.to(m2_BENN.dtype.element_ty), mask=stored_GL)
             d_project_now += (
                 tl.dot(u2_GL, tl.permute(dh3_HL, (0, 2, 1)), d_project[group], input_precision=PRECISION),
             )
@@ -219,7 +225,7 @@ def second(
     Reads A, h3, ∂T and h2 and writes m2: 3 + 2E/H entries per entry of A.
 
     Args:
-        map_BHNN, narrow_BHNN, dt_BHNN, local_BENN: A, h3, ∂T and h2, contiguous, one dtype.
+        map_BHNN, narrow_BHNN, dt_BHNN, local_BENN: A, h3, ∂T and h2, one dtype.
         to_narrow: what multiplies ∂T, h3 and A in the gradient of h3, and what is added, each [H].
         gain2_E, shift2_E: norm 2 as an affine map.
         mean2_E: the mean of h2.
@@ -227,19 +233,20 @@ def second(
     Returns:
         m2, [B, E, N, N] in the maps' dtype; ∂project [H, E]; the sums of m2 and of m2·(h2 − mean), [E]; float64.
     """
+    map_BHNN, narrow_BHNN, dt_BHNN, local_BENN = map(laid_out, (map_BHNN, narrow_BHNN, dt_BHNN, local_BENN))
     batch, heads, tokens, _ = map_BHNN.shape
-    expanded, positions, padded = local_BENN.shape[1], tokens * tokens, at_least_16(heads)
-    parts, groups = triton.cdiv(positions, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
+    expanded, stride, padded = local_BENN.shape[1], row_stride(tokens), at_least_16(heads)
+    parts, groups = triton.cdiv(tokens * stride, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
     shares = triton.cdiv(groups * padded, GROUPS * 16)  # of the groups, each one program's
     groups = triton.cdiv(groups, shares)
-    m2_BENN = torch.empty_like(local_BENN)
+    m2_BENN = empty_stack(local_BENN)
     d_project_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=torch.float32)
     sums_P2E = map_BHNN.new_empty(batch * parts, 2, shares * groups * GROUP, dtype=torch.float32)
     launch(
         _second, (batch, parts, shares), map_BHNN, narrow_BHNN, dt_BHNN, local_BENN, stacked(to_narrow),
         stacked((gain2_E, shift2_E)), project_HE.float().contiguous(), m2_BENN, d_project_PEH, sums_P2E,
-        heads, expanded, positions,
-        PADDED=padded, GROUPS=groups, GROUP=GROUP, WARPS=WARPS, LANES=LANES, STEPS=STEPS,
+        heads, expanded,
+        TOKENS=tokens, STRIDE=stride, PADDED=padded, GROUPS=groups, GROUP=GROUP, WARPS=WARPS, LANES=LANES, STEPS=STEPS,
         PRECISION=precision(map_BHNN), num_warps=WARPS,
     )  # fmt: skip
     d_project_HE = d_project_PEH.sum(0, dtype=torch.float64)[:expanded, :heads].T
@@ -257,8 +264,8 @@ def precision(map_BHNN: Tensor) -> str:
 
 @triton.jit
 def _through_statistics(
-    map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN, columns_3H, pull_HH, heads, positions,
-    PADDED: tl.constexpr, POSITIONS: tl.constexpr,
+    map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN, columns_3H, pull_HH, heads,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head_H, place_L = tl.arange(0, PADDED), part * POSITIONS + tl.arange(0, POSITIONS)
@@ -268,18 +275,19 @@ def _through_statistics(
     gain_H1 = tl.load(columns_3H + head_H, mask=real_H, other=0.0)[:, None]
     on_narrow_H1 = tl.load(columns_3H + heads + head_H, mask=real_H, other=0.0)[:, None]
     level_H1 = tl.load(columns_3H + 2 * heads + head_H, mask=real_H, other=0.0)[:, None]
-    first = image * heads * positions
-    place_HL = head_H[:, None] * positions + place_L[None, :]
-    here_HL = real_H[:, None] & (place_L[None, :] < positions)
-    map_HL = tl.load(map_BHNN + first + place_HL, mask=here_HL, other=0.0)
-    narrow_HL = tl.load(narrow_BHNN + first + place_HL, mask=here_HL, other=0.0).to(tl.float32)
-    dt_HL = tl.load(dt_BHNN + first + place_HL, mask=here_HL, other=0.0).to(tl.float32)
-    share_HL = tl.load(share_BHNN + first + place_HL, mask=here_HL, other=0.0).to(tl.float32)
+    AREA: tl.constexpr = TOKENS * STRIDE
+    first = image * heads * AREA
+    place_HL = head_H[:, None] * AREA + place_L[None, :]
+    stored_HL = real_H[:, None] & (place_L[None, :] < AREA)
+    map_HL = tl.load(map_BHNN + first + place_HL, mask=stored_HL, other=0.0)
+    narrow_HL = tl.load(narrow_BHNN + first + place_HL, mask=stored_HL, other=0.0).to(tl.float32)
+    dt_HL = tl.load(dt_BHNN + first + place_HL, mask=stored_HL, other=0.0).to(tl.float32)
+    share_HL = tl.load(share_BHNN + first + place_HL, mask=stored_HL, other=0.0).to(tl.float32)
     if map_HL.dtype == tl.float16:
         map_HL = map_HL.to(tl.float32)  # it knows no numbers as small as what pulls
     d_map_HL = share_HL + gain_H1 * dt_HL + on_narrow_H1 * narrow_HL + level_H1
-    d_map_HL = mix_stored(pull_HH, map_HL, d_map_HL)
-    tl.store(share_BHNN + first + place_HL, d_map_HL.to(share_BHNN.dtype.element_ty), mask=here_HL)
+    d_map_HL = tl.where((place_L % STRIDE < TOKENS)[None, :], mix_stored(pull_HH, map_HL, d_map_HL), 0.0)
+    tl.store(share_BHNN + first + place_HL, d_map_HL.to(share_BHNN.dtype.element_ty), mask=stored_HL)
 
 
 def through_statistics(
@@ -296,18 +304,20 @@ def through_statistics(
     Reads A, h3, ∂T and the share and writes ∂A: 5 entries per entry of A.
 
     Args:
-        map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN: A, h3, ∂T and the share, contiguous, one dtype.
+        map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN: A, h3, ∂T and the share, one dtype.
         to_map: what multiplies ∂T, h3 and A on the direct way to A, and what is added, each [H].
         pull_HH, level_H: the way through the statistics of norm 1, pull · A + level.
     Returns:
-        ``share_BHNN``, now ∂A.
+        ∂A, in the share's place if that is laid out as kernels read it.
     """
+    map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN = map(laid_out, (map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN))
     batch, heads, tokens, _ = map_BHNN.shape
-    positions = tokens * tokens
+    stride = row_stride(tokens)
     gain_H, on_narrow_H, on_map_H, direct_H = to_map
     launch(
-        _through_statistics, (batch, triton.cdiv(positions, POSITIONS)), map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN,
-        stacked((gain_H, on_narrow_H, direct_H + level_H)), (pull_HH + on_map_H.diag()).float(), heads, positions,
-        PADDED=at_least_16(heads), POSITIONS=POSITIONS, num_warps=4,
+        _through_statistics, (batch, triton.cdiv(tokens * stride, POSITIONS)),
+        map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN,
+        stacked((gain_H, on_narrow_H, direct_H + level_H)), (pull_HH + on_map_H.diag()).float(), heads,
+        TOKENS=tokens, STRIDE=stride, PADDED=at_least_16(heads), POSITIONS=POSITIONS, num_warps=4,
     )  # fmt: skip
     return share_BHNN

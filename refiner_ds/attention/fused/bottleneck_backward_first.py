@@ -21,6 +21,7 @@ from torch import Tensor
 from refiner_ds.attention.fused.bottleneck_backward import precision, stacked
 from refiner_ds.attention.fused.bottleneck_forward import GROUP, nine_taps
 from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.layout import empty_stack, laid_out, row_stride
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
 from refiner_ds.attention.fused.tools import at_least_16, mix_stored, relu6
 
@@ -35,11 +36,11 @@ _SPANS = tl.constexpr(SPANS)
 
 
 @triton.jit
-def _behind_local(m2_L, local_L, offset_M, real_M, here_L, gain_MM, slope_MM, level_M1):
+def _behind_local(m2_L, local_L, offset_M, real_M, stored_L, here_L, gain_MM, slope_MM, level_M1):
     """∂h2 at some places, zero outside the map. Diagonal matrices leave it where products leave their results."""
-    here_ML = here_L[None, :] & real_M[:, None]
-    m2_ML = tl.load(m2_L[None, :] + offset_M[:, None], mask=here_ML, other=0.0)
-    local_ML = tl.load(local_L[None, :] + offset_M[:, None], mask=here_ML, other=0.0)
+    stored_ML = stored_L[None, :] & real_M[:, None]
+    m2_ML = tl.load(m2_L[None, :] + offset_M[:, None], mask=stored_ML, other=0.0)
+    local_ML = tl.load(local_L[None, :] + offset_M[:, None], mask=stored_ML, other=0.0)
     if m2_ML.dtype == tl.float16:
         m2_ML, local_ML = m2_ML.to(tl.float32), local_ML.to(tl.float32)  # it knows no numbers as small as slopes
     sums_ML = tl.zeros([offset_M.shape[0], here_L.shape[0]], dtype=tl.float32)
@@ -91,13 +92,15 @@ def _weights(
 
 
 @triton.jit
-def _hand_over(gathered_HL, share_HL, top_L, here_L, real_H, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+def _hand_over(
+    gathered_HL, share_HL, top_L, stored_L, real_H, TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """Store the share of some rows from the place where it was gathered, which is then free for the next ones."""
     for row in range(ROWS):
-        here_HL = (here_L & (top_L + row < TOKENS))[None, :] & real_H[:, None]
+        stored_HL = (stored_L & (top_L + row < TOKENS))[None, :] & real_H[:, None]
         gathered = tl.load(gathered_HL + row * (gathered_HL.shape[0] * gathered_HL.shape[1]))
-        place_HL = share_HL + (top_L[None, :] + row) * TOKENS
-        tl.store(place_HL, gathered.to(share_HL.dtype.element_ty), mask=here_HL)
+        place_HL = share_HL + (top_L[None, :] + row) * STRIDE
+        tl.store(place_HL, gathered.to(share_HL.dtype.element_ty), mask=stored_HL)
     tl.debug_barrier()
 
 
@@ -111,16 +114,16 @@ def _add(place, more, again):
 def _first(
     map_BHNN, local_BENN, m2_BENN, folded_EH, affine_4E, taps_E9, mean_H, share_BHNN, gathered_PRHL, sums_P10E,
     through_PEH, spans, steps,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(0), tl.program_id(1)
-    AREA: tl.constexpr = TOKENS * TOKENS
+    AREA: tl.constexpr = TOKENS * STRIDE
     COLUMNS: tl.constexpr = _SPANS * KEYS
     head_H, place_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
     real_H = head_H < HEADS
-    image_L, key_L, here_L = span_places(tile, spans, TOKENS, KEYS)
-    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, KEYS)
+    image_L, key_L, stored_L, here_L = span_places(tile, spans, TOKENS, STRIDE, KEYS)
+    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, STRIDE, KEYS)
     narrow_HL = (image_L * (HEADS * AREA) + key_L)[None, :] + (head_H * AREA)[:, None]
     wide_L, wide_Q = image_L * (EXPANDED * AREA) + key_L, image_Q * (EXPANDED * AREA) + key_Q
     mean_H1 = tl.load(mean_H + head_H, mask=real_H, other=0.0)[:, None]
@@ -146,22 +149,22 @@ def _first(
             for line in range(ROWS + 2):
                 row = top + line - 1
                 row_L, row_Q = row + 0 * key_L, row + 0 * key_Q  # the interpreter makes no mask of one number
-                far = group * (GROUP * AREA) + row * TOKENS
+                far = group * (GROUP * AREA) + row * STRIDE
+                in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), here_Q & (row_Q >= 0) & (row_Q < TOKENS)
                 dh2_ML = _behind_local(
                     m2_BENN + wide_L + far, local_BENN + wide_L + far, place_M * AREA, real_M,
-                    here_L & (row_L >= 0) & (row_L < TOKENS), gain_MM, slope_MM, level_M1,
+                    stored_L & in_L, here_L & in_L, gain_MM, slope_MM, level_M1,
                 )  # fmt: skip
                 dh2_MQ = _behind_local(
                     m2_BENN + wide_Q + far, local_BENN + wide_Q + far, place_M * AREA, real_M,
-                    here_Q & (row_Q >= 0) & (row_Q < TOKENS), gain_MM, slope_MM, level_M1,
+                    in_Q, in_Q, gain_MM, slope_MM, level_M1,
                 )  # fmt: skip
                 left_ML, right_ML = neighbours(dh2_ML, dh2_MQ, GROUP, KEYS)
-                behind_L = here_L & (row_L + 1 < tl.minimum(TOKENS, top + ROWS))
-                map_HL = tl.load(
-                    map_BHNN + narrow_HL + (row + 1) * TOKENS, mask=behind_L[None, :] & real_H[:, None], other=0.0
-                )
+                behind_L = row_L + 1 < tl.minimum(TOKENS, top + ROWS)
+                stored_HL = (stored_L & behind_L)[None, :] & real_H[:, None]
+                map_HL = tl.load(map_BHNN + narrow_HL + (row + 1) * STRIDE, mask=stored_HL, other=0.0)
                 u1_behind_ML = relu6(mix_stored(folded_MH, map_HL, empty_ML) + shift_M1)
-                u1_behind_ML = tl.where(behind_L[None, :], u1_behind_ML, 0.0)
+                u1_behind_ML = tl.where((here_L & behind_L)[None, :], u1_behind_ML, 0.0)
                 done_ML = before_ML + taps[0] * right_ML + taps[1] * dh2_ML + taps[2] * left_ML
                 before_ML = now_ML + taps[3] * right_ML + taps[4] * dh2_ML + taps[5] * left_ML
                 now_ML = taps[6] * right_ML + taps[7] * dh2_ML + taps[8] * left_ML
@@ -169,9 +172,9 @@ def _first(
                 if line >= 2:
                     m1_ML = tl.where((u1_before_ML > 0.0) & (u1_before_ML < 6.0), done_ML, 0.0)
                     sum_MS += _held(m1_ML, GROUP, KEYS)
-                    here_HL = (here_L & (row_L - 1 < TOKENS))[None, :] & real_H[:, None]
-                    map_HL = tl.load(map_BHNN + narrow_HL + (row - 1) * TOKENS, mask=here_HL, other=0.0)
-                    centred_HL = tl.where(here_HL, map_HL.to(tl.float32) - mean_H1, 0.0)
+                    stored_HL = (stored_L & (row_L - 1 < TOKENS))[None, :] & real_H[:, None]
+                    map_HL = tl.load(map_BHNN + narrow_HL + (row - 1) * STRIDE, mask=stored_HL, other=0.0)
+                    centred_HL = tl.where(stored_HL, map_HL.to(tl.float32) - mean_H1, 0.0)
                     through_MH = tl.dot(m1_ML, tl.trans(centred_HL), through_MH, input_precision=PRECISION)
                     place_HL = gathered_HL + (line - 2) * (PADDED * COLUMNS)
                     share_HL = tl.load(place_HL, mask=group + 0 * head_H[:, None] > 0, other=0.0)
@@ -185,7 +188,7 @@ def _first(
             entry_MH = map_M[:, None] * PADDED + head_H[None, :]
             _add(through_PEH + program * (GROUPS * GROUP * PADDED) + entry_MH, through_MH, step + 0 * entry_MH > 0)
             tl.debug_barrier()  # what this group stored is read by the next one
-        _hand_over(gathered_HL, share_BHNN + narrow_HL, top + 0 * key_L, here_L, real_H, TOKENS, ROWS)
+        _hand_over(gathered_HL, share_BHNN + narrow_HL, top + 0 * key_L, stored_L, real_H, TOKENS, STRIDE, ROWS)
 
 
 def first(
@@ -205,7 +208,7 @@ def first(
     Reads A, h2 and m2 and writes the share: 2 + 2E/H entries per entry of A.
 
     Args:
-        map_BHNN, local_BENN, m2_BENN: A, h2 and m2, contiguous, one dtype.
+        map_BHNN, local_BENN, m2_BENN: A, h2 and m2, one dtype.
         folded_EH, shift1_E: the expansion with norm 1 in it.
         kernel_E1kk: the local kernels, of size 1 or 3.
         gain2_E, slope_E, level_E: norm 2, backward.
@@ -214,14 +217,16 @@ def first(
         The share of ∂A that comes through the expanded maps, [B, H, N, N] in the maps' dtype; ∂kernel in its shape; the
         sums of m1, [E], and of m1·(A − mean)ᵀ, [E, H]; float64.
     """
+    map_BHNN, local_BENN, m2_BENN = laid_out(map_BHNN), laid_out(local_BENN), laid_out(m2_BENN)
     batch, heads, tokens, _ = map_BHNN.shape
+    stride = row_stride(tokens)
     expanded, side, padded = local_BENN.shape[1], kernel_E1kk.shape[-1], at_least_16(heads)
     keys = KEYS[map_BHNN.dtype]
-    spans, groups = batch * triton.cdiv(tokens, keys), triton.cdiv(expanded, GROUP)
+    spans, groups = batch * stride // keys, triton.cdiv(expanded, GROUP)
     tiles, blocks = triton.cdiv(spans, SPANS), triton.cdiv(tokens, ROWS)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // tiles))
     segments = triton.cdiv(blocks, steps)
-    share_BHNN = torch.empty_like(map_BHNN)
+    share_BHNN = empty_stack(map_BHNN)
     programs, wide = tiles * segments, groups * GROUP
     gathered_PRHL = map_BHNN.new_empty(programs, ROWS, padded, SPANS * keys, dtype=torch.float32)
     sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=torch.float32)
@@ -230,8 +235,8 @@ def first(
         _first, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.float().contiguous(),
         stacked((shift1_E, gain2_E, slope_E, level_E)), nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
         gathered_PRHL, sums_P10E, through_PEH, spans, steps,
-        TOKENS=tokens, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP, KEYS=keys, ROWS=ROWS,
-        PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
+        TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP,
+        KEYS=keys, ROWS=ROWS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
     )  # fmt: skip
     sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
     through_EH = through_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]

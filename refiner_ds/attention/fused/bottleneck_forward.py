@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.layout import empty_stack, entries_of_parts, laid_out, row_stride
 from refiner_ds.attention.fused.moments import combine_each
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
-from refiner_ds.attention.fused.tools import at_least_16, mix_stored, product, readable
+from refiner_ds.attention.fused.tools import at_least_16, in_two, mix_stored, product, readable
 
 __all__ = [
     "expand_local",
@@ -50,8 +51,8 @@ ROWS, COLUMNS = 64, 32  # of a tile of output: the fewest rows that warp-group p
 @triton.jit
 def _expand_local(
     map_BHNN, folded_EH, shift_E, taps_E9, local_BENN, parts_P3E, spans,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-    GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, SIZE: tl.constexpr,
+    PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(1), tl.program_id(2)
     # The last group may share maps with the one before: both then write the same numbers.
@@ -65,9 +66,9 @@ def _expand_local(
     taps = tl.tuple(())
     for tap in tl.static_range(9):
         taps += (tl.load(taps_E9 + wide_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
-    image_L, key_L, here_L = span_places(tile, spans, TOKENS, KEYS)
-    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, KEYS)
-    AREA: tl.constexpr = TOKENS * TOKENS
+    image_L, key_L, stored_L, here_L = span_places(tile, spans, TOKENS, STRIDE, KEYS)
+    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, STRIDE, KEYS)
+    AREA: tl.constexpr = TOKENS * STRIDE
     map_L, map_Q = map_BHNN + image_L * (HEADS * AREA) + key_L, map_BHNN + image_Q * (HEADS * AREA) + key_Q
     local_L = local_BENN + (image_L * EXPANDED + start) * AREA + key_L
     empty_ML = tl.zeros([GROUP, 4 * KEYS], dtype=tl.float32)
@@ -78,15 +79,15 @@ def _expand_local(
     first = segment * ROWS
     for step in range(ROWS + 2):
         row = first + step - 1
-        row_L, row_Q = tl.where(here_L, row, -1), tl.where(here_Q, row, -1)
+        row_L, row_Q = tl.where(stored_L, row, -1), tl.where(here_Q, row, -1)
         in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), (row_Q >= 0) & (row_Q < TOKENS)
         map_HL = tl.load(
-            (map_L + row * TOKENS)[None, :] + (head_H * AREA)[:, None], mask=in_L[None, :] & real_H1, other=0.0
+            (map_L + row * STRIDE)[None, :] + (head_H * AREA)[:, None], mask=in_L[None, :] & real_H1, other=0.0
         )
         map_HQ = tl.load(
-            (map_Q + row * TOKENS)[None, :] + (head_H * AREA)[:, None], mask=in_Q[None, :] & real_H1, other=0.0
+            (map_Q + row * STRIDE)[None, :] + (head_H * AREA)[:, None], mask=in_Q[None, :] & real_H1, other=0.0
         )
-        u1_ML = sixth_of_u1(folded_MH, map_HL, shift_M1, in_L)
+        u1_ML = sixth_of_u1(folded_MH, map_HL, shift_M1, in_L & here_L)
         left_ML, right_ML = neighbours(u1_ML, sixth_of_u1(folded_MH, map_HQ, shift_M1, in_Q), GROUP, KEYS)
         h2_ML = before_ML + taps[6] * left_ML + taps[7] * u1_ML + taps[8] * right_ML
         before_ML = now_ML + taps[3] * left_ML + taps[4] * u1_ML + taps[5] * right_ML
@@ -99,8 +100,9 @@ def _expand_local(
             square_ML += (h2_ML - pilot_M1) * (h2_ML - pilot_M1)
             if WRITE:
                 tl.store(
-                    (local_L + (row - 1) * TOKENS)[None, :] + (place_M * AREA)[:, None],
-                    h2_ML.to(local_BENN.dtype.element_ty), mask=here_L[None, :] & real_M[:, None],
+                    (local_L + (row - 1) * STRIDE)[None, :] + (place_M * AREA)[:, None],
+                    tl.where(here_L[None, :], h2_ML, 0.0).to(local_BENN.dtype.element_ty),
+                    mask=stored_L[None, :] & real_M[:, None],
                 )  # fmt: skip
     count = tl.sum(here_L.to(tl.float32), 0) * tl.minimum(TOKENS - first, ROWS)
     mean_M = tl.sum(tl.where(here_L[None, :], sum_ML, 0.0), 1) / count
@@ -127,27 +129,28 @@ def expand_local(
     for each of the E / H expanded ones.
 
     Args:
-        map_BHNN: contiguous maps.
+        map_BHNN: maps.
         folded_EH, shift1_E: what the maps are multiplied with, and what is added.
         kernel_E1kk: kernels of size 1 or 3.
         write: whether h2 is wanted, or its moments alone.
     Returns:
         h2, [B, E, N, N] in the maps' dtype, or ``None``; its mean and biased variance before rounding, [E], float64.
     """
+    map_BHNN = laid_out(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    wide = folded_EH.shape[0]
+    wide, stride = folded_EH.shape[0], row_stride(tokens)
     groups, size = groups_of(wide)
-    spans = batch * triton.cdiv(tokens, KEYS)
+    spans = batch * stride // KEYS
     rows = triton.cdiv(tokens, max(1, round(tokens / SEGMENT)))
     tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
-    local_BENN = map_BHNN.new_empty((batch, wide, tokens, tokens) if write else 0)
+    local_BENN = empty_stack(map_BHNN, wide) if write else map_BHNN.new_empty(0)
     parts_P3E = map_BHNN.new_empty(tiles * segments, 3, wide, dtype=torch.float32)
     taps_E9 = 6 * nine_taps(kernel_E1kk) + nan_unless_finite(folded_EH.sum(1), shift1_E)[:, None]
     launch(
         _expand_local, (groups, tiles, segments), map_BHNN, _sixth(folded_EH), _sixth(shift1_E),
         taps_E9, local_BENN, parts_P3E, spans,
-        TOKENS=tokens, HEADS=heads, EXPANDED=wide, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP, KEYS=KEYS,
-        ROWS=rows, WRITE=write, num_warps=1,
+        TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=wide, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP,
+        KEYS=KEYS, ROWS=rows, WRITE=write, num_warps=1,
     )  # fmt: skip
     mean_1E, variance_11E = combine_each(parts_P3E[:, 0], parts_P3E[:, 1:2], parts_P3E[:, 2:, None])
     return local_BENN if write else None, mean_1E[0], variance_11E[0, 0]
@@ -189,21 +192,17 @@ def mix_computed(weight_HM, maps_ML, sums_HL, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         sums_HL = mix_stored(weight_HM, maps_ML, sums_HL)
     else:
-        if DTYPE == tl.bfloat16:
-            # The upper half of an fp32 number is a bfloat16: cheaper than rounding and going back.
-            coarse_ML = (maps_ML.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        else:
-            coarse_ML = maps_ML.to(DTYPE).to(tl.float32)
-        sums_HL = mix_stored(weight_HM, coarse_ML.to(DTYPE), sums_HL)
-        sums_HL += product(weight_HM.to(DTYPE), (maps_ML - coarse_ML).to(DTYPE))
+        coarse_ML, fine_ML = in_two(maps_ML, DTYPE)
+        sums_HL = mix_stored(weight_HM, coarse_ML, sums_HL)
+        sums_HL += product(weight_HM.to(DTYPE), fine_ML)
     return sums_HL
 
 
 @triton.jit
 def _project(
-    local_BENN, map_BHNN, affine_2E, project_HE, narrow_BHNN, parts_P6H,
-    AREA: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
+    local_BENN, map_BHNN, affine_2E, project_HE, narrow_BHNN, parts_P6H, counts_P,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head_H, place_M, offset_L = tl.arange(0, PADDED), tl.arange(0, GROUP), tl.arange(0, POSITIONS)
@@ -217,6 +216,7 @@ def _project(
         shifts += (tl.load(affine_2E + EXPANDED + wide_M, mask=real_M, other=0.0)[:, None],)
         entry_HM = head_H[:, None] * EXPANDED + wide_M[None, :]
         weights += (tl.load(project_HE + entry_HM, mask=real_H[:, None] & real_M[None, :], other=0.0),)
+    AREA: tl.constexpr = TOKENS * STRIDE
     start = part * STEPS * POSITIONS
     empty_HL = tl.zeros([PADDED, POSITIONS], dtype=tl.float32)
     sum3_HL, sum_HL, square3_HL, cross_HL, square_HL = empty_HL, empty_HL, empty_HL, empty_HL, empty_HL
@@ -225,24 +225,25 @@ def _project(
     map_L = map_BHNN + image * (HEADS * AREA) + start + offset_L
     narrow_L = narrow_BHNN + image * (HEADS * AREA) + start + offset_L
     for step in range(STEPS):
-        here_1L = (start + step * POSITIONS + offset_L < AREA)[None, :]
-        here_HL, here_ML = here_1L & real_H[:, None], here_1L & (place_M < SIZE)[:, None]
-        map_HL = tl.load(map_L[None, :] + (head_H * AREA)[:, None], mask=here_HL, other=0.0).to(tl.float32)
+        place_L = start + step * POSITIONS + offset_L
+        stored_1L, here_1L = (place_L < AREA)[None, :], ((place_L < AREA) & (place_L % STRIDE < TOKENS))[None, :]
+        stored_HL, stored_ML = stored_1L & real_H[:, None], stored_1L & (place_M < SIZE)[:, None]
+        map_HL = tl.load(map_L[None, :] + (head_H * AREA)[:, None], mask=stored_HL, other=0.0).to(tl.float32)
         h3_HL = empty_HL
         for group in tl.static_range(GROUPS):
             local_1L = (local_L + min(group * SIZE, EXPANDED - SIZE) * AREA)[None, :]
-            h2_ML = tl.load(local_1L + (place_M * AREA)[:, None], mask=here_ML, other=0.0).to(tl.float32)
+            h2_ML = tl.load(local_1L + (place_M * AREA)[:, None], mask=stored_ML, other=0.0).to(tl.float32)
             u2_ML = tl.clamp(h2_ML * gains[group] + shifts[group], 0.0, 1.0)
             h3_HL = mix_computed(weights[group], u2_ML, h3_HL, local_BENN.dtype.element_ty)
-        stored_HL = h3_HL.to(narrow_BHNN.dtype.element_ty)
-        tl.store(narrow_L[None, :] + (head_H * AREA)[:, None], stored_HL, mask=here_HL)
+        rounded_HL = tl.where(here_1L, h3_HL, 0.0).to(narrow_BHNN.dtype.element_ty)
+        tl.store(narrow_L[None, :] + (head_H * AREA)[:, None], rounded_HL, mask=stored_HL)
         local_L += POSITIONS
         map_L += POSITIONS
         narrow_L += POSITIONS
         if step == 0:
-            count = tl.minimum(AREA - start, POSITIONS)
-            pilot3_H1 = (tl.sum(tl.where(here_1L, h3_HL, 0.0), 1) / count)[:, None]
-            pilot_H1 = (tl.sum(map_HL, 1) / count)[:, None]
+            count = tl.sum(here_1L.to(tl.float32), 1)[:, None]
+            pilot3_H1 = tl.sum(tl.where(here_1L, h3_HL, 0.0), 1)[:, None] / count
+            pilot_H1 = tl.sum(map_HL, 1)[:, None] / count
         apart3_HL = tl.where(here_1L, h3_HL - pilot3_H1, 0.0)
         apart_HL = tl.where(here_1L, map_HL - pilot_H1, 0.0)
         sum3_HL += apart3_HL
@@ -251,7 +252,7 @@ def _project(
         cross_HL += apart3_HL * apart_HL
         square_HL += apart_HL * apart_HL
     part_H = parts_P6H + (image * tl.num_programs(1) + part) * (6 * HEADS) + head_H
-    seen = tl.minimum(AREA - start, STEPS * POSITIONS).to(tl.float32)
+    seen = tl.load(counts_P + part).to(tl.float32)
     store_joint(
         part_H, real_H, HEADS, seen, pilot3_H1, pilot_H1, tl.sum(sum3_HL, 1), tl.sum(sum_HL, 1),
         tl.sum(square3_HL, 1), tl.sum(cross_HL, 1), tl.sum(square_HL, 1),
@@ -280,24 +281,25 @@ def project(
     Reads 2 bytes (in half precision) for each of the E / H + 1 elements of h2 and the map, writes 2.
 
     Args:
-        local_BENN, map_BHNN: h2 and the maps, contiguous.
+        local_BENN, map_BHNN: h2 and the maps.
         gain2_E, shift2_E: norm 2 as an affine map.
         project_HE: the projection.
     Returns:
         h3, [B, H, N, N] in the maps' dtype; its mean before rounding, [H], and the covariance of h3 and A within each
         head, [2, 2, H], float64.
     """
+    local_BENN, map_BHNN = laid_out(local_BENN), laid_out(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    wide, area = local_BENN.shape[1], tokens * tokens
+    wide, stride = local_BENN.shape[1], row_stride(tokens)
     groups, size = groups_of(wide)
-    narrow_BHNN = torch.empty_like(map_BHNN)
-    parts = triton.cdiv(area, STEPS * POSITIONS)
+    narrow_BHNN, counts_P = empty_stack(map_BHNN), entries_of_parts(tokens, STEPS * POSITIONS, map_BHNN.device)
+    parts = len(counts_P)
     parts_P6H = map_BHNN.new_empty(batch * parts, 6, heads, dtype=torch.float32)
     launch(
         _project, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E))),
         6 * project_HE.float().contiguous() + nan_unless_finite(gain2_E, shift2_E), narrow_BHNN, parts_P6H,
-        AREA=area, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size, PADDED=at_least_16(heads), GROUP=GROUP,
-        POSITIONS=POSITIONS, STEPS=STEPS, num_warps=2,
+        counts_P, TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size,
+        PADDED=at_least_16(heads), GROUP=GROUP, POSITIONS=POSITIONS, STEPS=STEPS, num_warps=2,
     )  # fmt: skip
     return narrow_BHNN, *joint_moments(parts_P6H)
 
@@ -315,26 +317,26 @@ def joint_moments(parts_P6H: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _output(
     narrow_BHNN, map_BHNN, affine_3H, value_BHNd, out_BHNd, image_stride, head_stride, token_stride,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     stack, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = stack % HEADS
     row_R, feature_d = part * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     value_1d = value_BHNd + stack // HEADS * image_stride + head * head_stride + feature_d[None, :]
-    narrow_R1 = narrow_BHNN + stack * TOKENS * TOKENS + row_R[:, None] * TOKENS
-    map_R1 = map_BHNN + stack * TOKENS * TOKENS + row_R[:, None] * TOKENS
+    narrow_R1 = narrow_BHNN + stack * (TOKENS * STRIDE) + row_R[:, None] * STRIDE
+    map_R1 = map_BHNN + stack * (TOKENS * STRIDE) + row_R[:, None] * STRIDE
     # T is affine in h3 and A: with both multiplied apart, nothing but what is stored is ever rounded.
     from_narrow_Rd = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     from_map_Rd = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     value_d = tl.zeros([PADDED], dtype=tl.float32)
     for start in range(0, TOKENS, COLUMNS):
         key_C = start + tl.arange(0, COLUMNS)
-        here_RC = (row_R[:, None] < TOKENS) & (key_C[None, :] < TOKENS)
+        stored_RC = (row_R[:, None] < TOKENS) & (key_C[None, :] < STRIDE)
         here_Cd = (key_C[:, None] < TOKENS) & (feature_d[None, :] < WIDTH)
         value_Cd = tl.load(value_1d + key_C[:, None] * token_stride, mask=here_Cd, other=0.0)
-        narrow_RC = tl.load(narrow_R1 + key_C[None, :], mask=here_RC, other=0.0)
-        map_RC = tl.load(map_R1 + key_C[None, :], mask=here_RC, other=0.0)
+        narrow_RC = tl.load(narrow_R1 + key_C[None, :], mask=stored_RC, other=0.0)
+        map_RC = tl.load(map_R1 + key_C[None, :], mask=stored_RC, other=0.0)
         from_narrow_Rd += product(narrow_RC, value_Cd)
         from_map_Rd += product(map_RC, value_Cd)
         value_d += tl.sum(value_Cd.to(tl.float32), 0)
@@ -354,17 +356,18 @@ def output(
     Reads 4 bytes an element of the map (in half precision).
 
     Args:
-        narrow_BHNN, map_BHNN: h3 and the maps, contiguous.
+        narrow_BHNN, map_BHNN: h3 and the maps.
         alpha_H, beta_H, gamma_H: what norms 3 and 4 come to.
         value_BHNd: values in the maps' dtype, heads lying anywhere.
     """
-    value_BHNd = readable(value_BHNd)
+    narrow_BHNN, map_BHNN, value_BHNd = laid_out(narrow_BHNN), laid_out(map_BHNN), readable(value_BHNd)
     batch, heads, tokens, width = value_BHNd.shape
     out_BHNd = value_BHNd.new_empty(batch, heads, tokens, width)
     affine_3H = torch.stack((alpha_H, beta_H, gamma_H)).float()
     launch(
         _output, (batch * heads, triton.cdiv(tokens, ROWS)), narrow_BHNN, map_BHNN, affine_3H, value_BHNd, out_BHNd,
         *value_BHNd.stride()[:3],
-        TOKENS=tokens, HEADS=heads, WIDTH=width, PADDED=at_least_16(width), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        TOKENS=tokens, STRIDE=row_stride(tokens), HEADS=heads, WIDTH=width, PADDED=at_least_16(width), ROWS=ROWS,
+        COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out_BHNd

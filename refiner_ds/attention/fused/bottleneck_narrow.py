@@ -28,6 +28,7 @@ from refiner_ds.attention.fused.bottleneck_forward import (
     store_joint,
 )
 from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.layout import empty_stack, laid_out, row_stride
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
 from refiner_ds.attention.fused.tools import at_least_16, mix_stored
 
@@ -49,21 +50,22 @@ def _narrow(
     tile, segment = tl.program_id(0), tl.program_id(1)
     head_H, place_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
     real_H, real_H1 = head_H < HEADS, head_H[:, None] < HEADS
-    image_L, key_L, here_L = span_places(tile, spans, TOKENS, KEYS)
-    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, KEYS)
-    AREA: tl.constexpr = TOKENS * TOKENS
+    image_L, key_L, stored_L, here_L = span_places(tile, spans, TOKENS, STRIDE, KEYS)
+    image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, STRIDE, KEYS)
+    AREA: tl.constexpr = TOKENS * STRIDE
     map_L, map_Q = map_BHNN + image_L * (HEADS * AREA) + key_L, map_BHNN + image_Q * (HEADS * AREA) + key_Q
     first = segment * ROWS
     maps, edges, inside_L, inside_Q = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     narrow = tl.tuple(())
     for step in tl.static_range(ROWS + 2):
-        row_L, row_Q = tl.where(here_L, first + step - 1, -1), tl.where(here_Q, first + step - 1, -1)
+        row = first + step - 1
+        row_L, row_Q = tl.where(stored_L, row, -1), tl.where(here_Q, row, -1)
         in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), (row_Q >= 0) & (row_Q < TOKENS)
-        place_HL = (map_L + row_L * TOKENS)[None, :] + (head_H * AREA)[:, None]
-        place_HQ = (map_Q + row_Q * TOKENS)[None, :] + (head_H * AREA)[:, None]
+        place_HL = (map_L + row * STRIDE)[None, :] + (head_H * AREA)[:, None]
+        place_HQ = (map_Q + row * STRIDE)[None, :] + (head_H * AREA)[:, None]
         maps += (tl.load(place_HL, mask=in_L[None, :] & real_H1, other=0.0),)
         edges += (tl.load(place_HQ, mask=in_Q[None, :] & real_H1, other=0.0),)
-        inside_L += (in_L,)
+        inside_L += (in_L & here_L,)
         inside_Q += (in_Q,)
     empty_HL = tl.zeros([PADDED, 4 * KEYS], dtype=tl.float32)
     gain_H1 = tl.load(affine_2H + head_H, mask=real_H, other=0.0)[:, None]
@@ -77,10 +79,12 @@ def _narrow(
             narrow, maps, edges, inside_L, inside_Q, wide_M, (place_M < SIZE) & (wide_M < EXPANDED), folded_EH,
             shift_E, taps_E9, level_E, project_HE, HEADS, EXPANDED, PADDED, GROUP, KEYS, ROWS,
         )  # fmt: skip
-    narrow_L = narrow_BHNN + image_L * (HEADS * TOKENS * STRIDE) + key_L
+    narrow_L = narrow_BHNN + image_L * (HEADS * AREA) + key_L
     for step in tl.static_range(ROWS):
-        place_HL = (narrow_L + (first + step) * STRIDE)[None, :] + (head_H * (TOKENS * STRIDE))[:, None]
-        tl.store(place_HL, narrow[step].to(narrow_BHNN.dtype.element_ty), mask=inside_L[step + 1][None, :] & real_H1)
+        place_HL = (narrow_L + (first + step) * STRIDE)[None, :] + (head_H * AREA)[:, None]
+        rounded_HL = tl.where(here_L[None, :], narrow[step], 0.0).to(narrow_BHNN.dtype.element_ty)
+        stored_HL = (stored_L & (tl.where(stored_L, first + step, TOKENS) < TOKENS))[None, :] & real_H1
+        tl.store(place_HL, rounded_HL, mask=stored_HL)
     if MEASURE:
         part_H = parts_P6H + (tile * tl.num_programs(1) + segment) * (6 * HEADS) + head_H
         _measure(narrow, maps, inside_L, part_H, real_H, HEADS, PADDED, ROWS)
@@ -184,30 +188,29 @@ def narrow_maps(
     project_HE: Tensor,
     affine_2H: Tensor,
     measure: bool,
-    stride: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h3 and its moments, or T = h3 + gain·A + shift.
 
     Args:
-        map_BHNN: contiguous maps.
+        map_BHNN: maps.
         folded_EH, shift1_E: what the maps are multiplied with, and what is added.
         taps_E9: kernels with norm 2's gain in them; shift2_E: its shift.
         project_HE: the projection.
         affine_2H: gain and shift of the maps themselves, where they are added.
         measure: make h3 and measure it, or make T.
-        stride: from row to row of the result, N unless given.
     Returns:
-        [B, H, N, stride], and what ``joint_moments`` takes (if measured).
+        [B, H, N, N] in the maps' dtype, and what ``joint_moments`` takes (if measured).
     """
+    map_BHNN = laid_out(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    wide, stride = folded_EH.shape[0], stride or tokens
+    wide, stride = folded_EH.shape[0], row_stride(tokens)
     groups, size = groups_of(wide)
-    spans = batch * triton.cdiv(tokens, KEYS)
+    spans = batch * stride // KEYS
     rows = MEASURED_ROWS if measure else HALF_ROWS
     if map_BHNN.dtype == torch.float32 or heads > GROUP:
         rows = SINGLE_ROWS
     tiles, segments = triton.cdiv(spans, SPANS), triton.cdiv(tokens, rows)
-    narrow_BHNN = map_BHNN.new_empty(batch, heads, tokens, stride)
+    narrow_BHNN = empty_stack(map_BHNN)
     parts_P6H = map_BHNN.new_empty((tiles * segments if measure else 0, 6, heads), dtype=torch.float32)
     finite_E = nan_unless_finite(folded_EH.sum(1), shift1_E, taps_E9.sum(1), shift2_E)
     launch(

@@ -1,6 +1,6 @@
 """The released refiner for inference, norms folded: one kernel that writes nothing expanded, and a matrix product.
 
-    A ─ bottleneck_narrow.py ─> T, rows aligned ─ · V ─> out
+    A ─ bottleneck_narrow.py ─> T ─ · V ─> out
 
 Axes: B batch, H heads, E expanded maps, N tokens, d head width.
 """
@@ -8,7 +8,6 @@ Axes: B batch, H heads, E expanded maps, N tokens, d head width.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from refiner_ds.attention.fused.bottleneck_forward import nine_taps
@@ -16,8 +15,6 @@ from refiner_ds.attention.fused.bottleneck_narrow import narrow_maps
 from refiner_ds.attention.parameters import FoldedRefiner
 
 __all__ = ["refine_folded"]
-
-ALIGNED = 16  # entries that a row of T is padded to a multiple of: libraries want 16 bytes, the compiler 16 entries
 
 
 @torch.no_grad()
@@ -30,11 +27,9 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) 
         map_BHNN: maps.
         value_BHNd: values in their dtype.
     """
-    tokens = map_BHNN.shape[-1]
     refined_BHNN, _ = narrow_maps(
-        map_BHNN.contiguous(), refiner.expand_EH, refiner.bias1_E, nine_taps(refiner.local.kernels[0]), refiner.bias2_E,
+        map_BHNN, refiner.expand_EH, refiner.bias1_E, nine_taps(refiner.local.kernels[0]), refiner.bias2_E,
         refiner.project_HE, torch.stack((refiner.gain_H, refiner.shift_H)), False,
-        triton.cdiv(tokens, ALIGNED) * ALIGNED,
     )  # fmt: skip
     with torch.autocast(map_BHNN.device.type, enabled=False):
-        return refined_BHNN[..., :tokens] @ value_BHNd
+        return refined_BHNN @ value_BHNd

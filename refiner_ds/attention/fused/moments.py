@@ -13,39 +13,52 @@ import triton.language as tl
 from torch import Tensor
 
 from refiner_ds.attention.fused.launching import launch
-from refiner_ds.attention.fused.tools import at_least_16, mix
+from refiner_ds.attention.fused.layout import entries_of_parts, laid_out, row_stride
+from refiner_ds.attention.fused.tools import at_least_16, in_two, mix, product
 
 __all__ = ["combine", "combine_each", "map_moments"]
 
-POSITIONS = 128  # of a step
-STEPS = 32  # of a program
+POSITIONS = 64  # of a step
+STEPS = 64  # of a program, which is one warp: there is a single tile of a product to make
+
+
+@triton.jit
+def _maps_at(row_H1, place_L, head_H, heads, TOKENS: tl.constexpr, STRIDE: tl.constexpr):
+    """Maps at some places, [H, L] in fp32, zero where there are none; and which of the places are entries, [L]."""
+    stored_L = place_L < TOKENS * STRIDE
+    map_HL = tl.load(row_H1 + place_L[None, :], mask=(head_H < heads)[:, None] & stored_L[None, :], other=0.0)
+    return map_HL.to(tl.float32), stored_L & (place_L % STRIDE < TOKENS)
 
 
 @triton.jit
 def _map_moments(
-    map_BHNN, means_PH, comoments_PHH, heads, positions,
-    PADDED: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
+    map_BHNN, means_PH, comoments_PHH, counts_P, heads,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     image, part = tl.program_id(0), tl.program_id(1)
     head_H, offset_L = tl.arange(0, PADDED), tl.arange(0, POSITIONS)
     start = part * STEPS * POSITIONS
-    count = tl.minimum(positions - start, STEPS * POSITIONS)
-    row_H1 = map_BHNN + (image.to(tl.int64) * heads + head_H[:, None]) * positions
+    row_H1 = map_BHNN + (image.to(tl.int64) * heads + head_H[:, None]) * (TOKENS * STRIDE)
     # Sums about a value near the mean keep fp32's digits: the mean of the first step is near enough.
-    here_HL = (head_H[:, None] < heads) & (start + offset_L[None, :] < positions)
-    first_HL = tl.load(row_H1 + start + offset_L[None, :], mask=here_HL, other=0.0).to(tl.float32)
-    pilot_H = tl.sum(first_HL, 1) / tl.minimum(count, POSITIONS)
-    sum_H = tl.zeros([PADDED], dtype=tl.float32)
-    square_HH = tl.zeros([PADDED, PADDED], dtype=tl.float32)
+    first_HL, real_L = _maps_at(row_H1, start + offset_L, head_H, heads, TOKENS, STRIDE)
+    pilot_H = tl.sum(first_HL, 1) / tl.sum(real_L.to(tl.float32), 0)
+    apart_HL = tl.zeros([PADDED, POSITIONS], dtype=tl.float32)
+    square_HH, beside_HH = tl.zeros([PADDED, PADDED], dtype=tl.float32), tl.zeros([PADDED, PADDED], dtype=tl.float32)
     for step in range(STEPS):
-        place_L = start + step * POSITIONS + offset_L
-        here_HL = (head_H[:, None] < heads) & (place_L[None, :] < positions)
-        map_HL = tl.load(row_H1 + place_L[None, :], mask=here_HL, other=0.0).to(tl.float32)
-        centred_HL = tl.where(here_HL, map_HL - pilot_H[:, None], 0.0)
-        sum_H += tl.sum(centred_HL, 1)
-        square_HH += mix(centred_HL, tl.trans(centred_HL))
+        map_HL, real_L = _maps_at(row_H1, start + step * POSITIONS + offset_L, head_H, heads, TOKENS, STRIDE)
+        centred_HL = tl.where(real_L[None, :], map_HL - pilot_H[:, None], 0.0)
+        apart_HL += centred_HL
+        if map_BHNN.dtype.element_ty == tl.float32:
+            square_HH += mix(centred_HL, tl.trans(centred_HL))
+        else:
+            # What the fine pieces give by themselves is nothing.
+            coarse_HL, fine_HL = in_two(centred_HL, map_BHNN.dtype.element_ty)
+            square_HH += product(coarse_HL, tl.trans(coarse_HL))
+            beside_HH += product(coarse_HL, tl.trans(fine_HL))
+    count = tl.load(counts_P + part)
+    sum_H = tl.sum(apart_HL, 1)
     mean_H = sum_H / count
-    square_HH -= sum_H[:, None] * mean_H[None, :]
+    square_HH += beside_HH + tl.trans(beside_HH) - sum_H[:, None] * mean_H[None, :]
     program = image * tl.num_programs(1) + part
     tl.store(means_PH + program * PADDED + head_H, pilot_H + mean_H)
     entry_HH = head_H[:, None] * PADDED + head_H[None, :]
@@ -56,20 +69,19 @@ def map_moments(map_BHNN: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased covariance of maps over heads, [H] and [H, H], float64.
 
     Args:
-        map_BHNN: contiguous maps, fp32 or half precision.
+        map_BHNN: maps, fp32 or half precision.
     """
+    map_BHNN = laid_out(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    positions, padded = tokens * tokens, at_least_16(heads)
-    parts = triton.cdiv(positions, STEPS * POSITIONS)
+    padded, counts_P = at_least_16(heads), entries_of_parts(tokens, STEPS * POSITIONS, map_BHNN.device)
+    parts = len(counts_P)
     means_PH = map_BHNN.new_empty(batch * parts, padded, dtype=torch.float32)
     comoments_PHH = map_BHNN.new_empty(batch * parts, padded, padded, dtype=torch.float32)
     launch(
-        _map_moments, (batch, parts), map_BHNN, means_PH, comoments_PHH, heads, positions,
-        PADDED=padded, POSITIONS=POSITIONS, STEPS=STEPS, num_warps=4,
+        _map_moments, (batch, parts), map_BHNN, means_PH, comoments_PHH, counts_P, heads,
+        TOKENS=tokens, STRIDE=row_stride(tokens), PADDED=padded, POSITIONS=POSITIONS, STEPS=STEPS, num_warps=1,
     )  # fmt: skip
-    starts = torch.arange(parts, device=map_BHNN.device) * STEPS * POSITIONS
-    counts_P = (positions - starts).clamp(max=STEPS * POSITIONS).repeat(batch)
-    mean_H, covariance_HH = combine(counts_P, means_PH, comoments_PHH)
+    mean_H, covariance_HH = combine(counts_P.repeat(batch), means_PH, comoments_PHH)
     return mean_H[:heads], covariance_HH[:heads, :heads]
 
 

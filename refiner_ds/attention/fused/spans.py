@@ -8,8 +8,8 @@ in order: they are dealt so that what a thread gets is a span, K keys in a row, 
     edges   0 … 7    the key before span 0, the key behind it, the key before span 1 …
 
 Only the two edges of a span are worked out twice, by it and by its neighbour. Spans are numbered through all images of
-a batch, ceil(N / K) an image, so that few columns fall outside whatever N is.
-Axes: M maps (or heads), L columns of a tile, Q its edges, K keys of a span (4 or 8).
+a batch, S / K an image, so that few columns fall outside whatever N is; those behind a row's last key lie on its zeros.
+Axes: M maps (or heads), L columns of a tile, Q its edges, K keys of a span (4 or 8), S entries from row to row.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ _SPANS = tl.constexpr(SPANS)
 
 
 @triton.jit
-def span_places(tile, total, TOKENS: tl.constexpr, KEYS: tl.constexpr):
-    """Of every column: image, key, and whether there is one; ``total`` counts the batch's spans."""
+def span_places(tile, total, TOKENS: tl.constexpr, STRIDE: tl.constexpr, KEYS: tl.constexpr):
+    """Of every column: image, key, whether it is in memory, and whether it is one; ``total`` counts a batch's spans."""
     column_L = tl.arange(0, _SPANS * KEYS)
     span_L = tile * _SPANS + column_L // 2 % _SPANS
-    PER_IMAGE: tl.constexpr = (TOKENS + KEYS - 1) // KEYS
+    PER_IMAGE: tl.constexpr = STRIDE // KEYS
     key_L = span_L % PER_IMAGE * KEYS + column_L // (2 * _SPANS) * 2 + column_L % 2
-    return (span_L // PER_IMAGE).to(tl.int64), key_L, (span_L < total) & (key_L < TOKENS)
+    stored_L = span_L < total
+    return (span_L // PER_IMAGE).to(tl.int64), key_L, stored_L, stored_L & (key_L < TOKENS)
 
 
 @triton.jit
-def edge_places(tile, total, TOKENS: tl.constexpr, KEYS: tl.constexpr):
-    """The same of every edge."""
+def edge_places(tile, total, TOKENS: tl.constexpr, STRIDE: tl.constexpr, KEYS: tl.constexpr):
+    """Of every edge: image, key, and whether there is one."""
     column_Q = tl.arange(0, 2 * _SPANS)
     span_Q = tile * _SPANS + column_Q // 2
-    PER_IMAGE: tl.constexpr = (TOKENS + KEYS - 1) // KEYS
+    PER_IMAGE: tl.constexpr = STRIDE // KEYS
     key_Q = span_Q % PER_IMAGE * KEYS - 1 + column_Q % 2 * (KEYS + 1)
     return (span_Q // PER_IMAGE).to(tl.int64), key_Q, (span_Q < total) & (key_Q >= 0) & (key_Q < TOKENS)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refiner_ds.attention.fused.launching import INTERPRETED
 
-__all__ = ["at_least_16", "mix", "mix_stored", "product", "readable", "relu6"]
+__all__ = ["at_least_16", "in_two", "mix", "mix_stored", "product", "readable", "relu6"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -56,6 +56,17 @@ def mix_stored(weight, maps, sums):
         sums += product(coarse, maps)
         sums += product((weight - coarse.to(tl.float32)).to(maps.dtype), maps)
     return sums
+
+
+@triton.jit
+def in_two(x, DTYPE: tl.constexpr):
+    """fp32 numbers as the sum of two in half precision, which has more than twice its digits."""
+    if DTYPE == tl.bfloat16:
+        # The upper half of an fp32 number is a bfloat16: cheaper than rounding and going back.
+        coarse = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        coarse = x.to(DTYPE).to(tl.float32)
+    return coarse.to(DTYPE), (x - coarse).to(DTYPE)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from refiner_ds.attention.bottleneck_algebra import Algebra
 from refiner_ds.attention.fused import bottleneck_backward, bottleneck_backward_first
 from refiner_ds.attention.fused.bottleneck_backward import last_sums, second, through_statistics
 from refiner_ds.attention.fused.bottleneck_backward_first import first
+from refiner_ds.attention.fused.layout import laid_out
 from tests.attention.cases import SCALE, bottleneck, leaf, maps
 from tests.attention.test_lean_bottleneck import _like
 
@@ -152,6 +153,7 @@ def test_back_through_the_statistics_of_the_first_norm(batch, heads, tokens, dty
     truth = reference.expand(map_BHNN.double(), pull_HH) + columns(level_H) + share_BHNN.double()
     for factor_H, part in zip(to_map, (dt_BHNN, narrow_BHNN, map_BHNN, torch.ones_like(map_BHNN)), strict=True):
         truth += columns(factor_H) * part.double()
+    share_BHNN = laid_out(share_BHNN)
     d_map_BHNN = through_statistics(map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN, to_map, pull_HH, level_H)
     assert d_map_BHNN.data_ptr() == share_BHNN.data_ptr()
     assert close(d_map_BHNN, truth, 2e-6 + STORING[dtype])

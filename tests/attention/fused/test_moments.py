@@ -16,4 +16,6 @@ def test_mean_and_covariance_of_maps_in_one_pass(batch, heads, tokens, dtype, de
     mean_H, covariance_HH = moments.map_moments(map_BHNN)
     flat_HL = map_BHNN.double().transpose(0, 1).flatten(1)
     assert (mean_H - flat_HL.mean(1)).abs().max() < 1e-7
-    assert (covariance_HH - flat_HL.cov(correction=0)).abs().max() < 1e-5 * covariance_HH.abs().max()
+    # Half precision multiplies in two pieces, which the interpreter cuts off where a GPU rounds.
+    allowed = 1e-5 if dtype == torch.float32 else 5e-5
+    assert (covariance_HH - flat_HL.cov(correction=0)).abs().max() < allowed * covariance_HH.abs().max()

@@ -12,8 +12,9 @@ import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
 from refiner_ds.attention import Scores, choose, lean
 from refiner_ds.attention.fused import trial, ways
+from refiner_ds.attention.fused.layout import laid_out, row_stride
 from refiner_ds.benchmark.measure import kept_bytes
-from tests.attention.cases import SCALE, bottleneck, leaf, linear
+from tests.attention.cases import SCALE, bottleneck, leaf, linear, on
 
 SIZES = {"img_size": 24, "patch_size": 8, "stem_chs": (4, 4, 4), "embed_dim": 12, "num_heads": 3, "depth": 2}
 
@@ -35,12 +36,15 @@ def training_step(model: torch.nn.Module, images: torch.Tensor, way: str) -> lis
 @pytest.mark.parametrize(("layout", "refiner"), [("paper", "linear"), ("released", "bottleneck")])
 def test_a_model_trains_and_evaluates_as_with_the_plain_composition(layout, refiner, device):
     model = timm.create_model("refined_vit", layout=layout, refiner=refiner, num_classes=5, **SIZES).to(device)
+    with torch.no_grad():
+        for block in model.blocks:  # of nearly uniform maps norm 1 would make rounding so large that gates flip
+            block.attn.qkv.weight.mul_(20)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = torch.randn(2, 3, 24, 24, device=device)
     truth = training_step(model, images, "reference")
     model.load_state_dict(before)
     for one, other in zip(training_step(model, images, "fused"), truth, strict=True):
-        assert (one - other).norm() <= 2e-4 * other.norm() + 1e-6
+        assert (one - other).norm() <= 5e-5 * other.norm() + 1e-6
 
 
 @pytest.mark.parametrize(("keep", "map_bytes"), [("map", 2), ("stacks", 2 + 2 * 3 + 2)])
@@ -48,21 +52,11 @@ def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(keep, map_bytes, device):
     refiner = on(device, bottleneck(2, 3))
 
     def kept(batch: int) -> int:
-        attn = torch.rand(batch, 2, 6, 6, device=device).bfloat16().requires_grad_()
+        attn = laid_out(torch.rand(batch, 2, 6, 6, device=device).bfloat16()).requires_grad_()
         value = torch.randn(batch, 2, 6, 4, device=device).bfloat16().requires_grad_()
         return kept_bytes(lambda: attention.refine(attn, value, refiner, SCALE, "fused", keep), torch.nn.Module())
 
-    assert kept(2) - kept(1) == map_bytes * 2 * 6 * 6 + 2 * 2 * 6 * 4
-
-
-def on(device: torch.device, part):
-    """A named tuple of tensors, and of such, on a device."""
-    if isinstance(part, torch.Tensor):
-        return part.detach().to(device).requires_grad_(part.requires_grad)
-    if not isinstance(part, tuple):
-        return part
-    moved = [on(device, inner) for inner in part]
-    return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
+    assert kept(2) - kept(1) == map_bytes * 2 * 6 * row_stride(6) + 2 * 2 * 6 * 4
 
 
 def test_fused_leaves_to_lean_what_it_does_not_know(device):

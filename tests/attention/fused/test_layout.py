@@ -1,0 +1,88 @@
+"""Rows of stacks begin at 16 bytes with zeros behind their last entries, whatever was in memory before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from refiner_ds import attention
+from refiner_ds.attention.fused import (
+    bottleneck_backward,
+    bottleneck_backward_first,
+    bottleneck_forward,
+    bottleneck_narrow,
+    layout,
+)
+from refiner_ds.attention.fused.layout import empty_stack, entries_of_parts, laid_out, lies_so, row_stride
+from tests.attention.cases import SCALE, bottleneck, leaves, on
+
+WRITERS = [bottleneck_forward, bottleneck_narrow, bottleneck_backward, bottleneck_backward_first, layout]
+
+
+def behind_rows(stack_BCNN: Tensor) -> Tensor:
+    """What lies between the last entry of each row and the next row."""
+    batch, maps, tokens, _ = stack_BCNN.shape
+    whole = torch.as_strided(stack_BCNN, (batch, maps, tokens, row_stride(tokens)), stack_BCNN.stride())
+    return whole[..., tokens:]
+
+
+@pytest.fixture
+def memory_full_of_nan():
+    """New tensors are NaN until somebody writes them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_copied_once_and_begins_every_row_at_16_bytes(tokens, dtype, memory_full_of_nan):
+    dense_BCNN = torch.randn(2, 3, tokens, tokens).to(dtype)
+    stack_BCNN = laid_out(dense_BCNN)
+    assert torch.equal(stack_BCNN, dense_BCNN) and not behind_rows(stack_BCNN).any()
+    assert laid_out(stack_BCNN) is stack_BCNN and laid_out(stack_BCNN.detach()).data_ptr() == stack_BCNN.data_ptr()
+    row_bytes = [stack_BCNN[0, 1, row].data_ptr() % 16 for row in range(tokens)]
+    assert row_bytes == [0] * tokens and stack_BCNN.stride(2) - tokens < 8
+
+
+def test_rows_of_the_same_length_with_something_else_behind_them_are_copied():
+    wide = torch.ones(2, 3, 7, 8)
+    assert not lies_so(wide[..., :7]) and not behind_rows(laid_out(wide[..., :7])).any()
+    stack = laid_out(torch.ones(2, 3, 7, 7))
+    assert not lies_so(stack[:1]) and not lies_so(stack.mT) and not lies_so(stack.clone())
+
+
+def test_entries_are_counted_without_the_zeros():
+    for tokens, length in ((7, 16), (8, 16), (13, 64), (5, 1000)):
+        stack = empty_stack(torch.zeros(1, 1, tokens, tokens))
+        real = torch.zeros(tokens, row_stride(tokens), dtype=torch.int64)
+        real[:, : stack.shape[-1]] = 1
+        parts = [part.sum().item() for part in real.flatten().split(length)]
+        assert entries_of_parts(tokens, length, torch.device("cpu")).tolist() == parts
+
+
+@pytest.mark.parametrize("keep", ["map", "stacks"])
+@pytest.mark.parametrize("tokens", [7, 8])
+def test_whatever_lies_behind_rows_before_is_zero_after(tokens, keep, device, memory_full_of_nan, monkeypatch):
+    written: list[Tensor] = []
+
+    def noted(*args, **options) -> Tensor:
+        written.append(empty_stack(*args, **options))
+        return written[-1]
+
+    for module in WRITERS:
+        monkeypatch.setattr(module, "empty_stack", noted)
+    refiner = on(device, bottleneck(3, 3))
+    attn = torch.rand(2, 3, tokens, tokens, device=device).requires_grad_()
+    value = torch.randn(2, 3, tokens, 4, device=device).requires_grad_()
+    out = attention.refine(attn, value, refiner, SCALE, "fused", keep)
+    wanted = [attn, value, *leaves(refiner)]
+    grads = torch.autograd.grad(out.square().sum(), wanted)
+    with torch.no_grad():
+        evaluating = on(device, bottleneck(3, 3, training=False))
+        evaluated = attention.refine(attn, value, evaluating, SCALE, "fused")
+    assert all(x.isfinite().all() for x in (out, evaluated, *grads))
+    # A laid out, h2 and h3, and for the way back A again, with A alone kept both others too, ∂T, m2 and ∂A; A and T.
+    assert len(written) == (9 if keep == "stacks" else 11)
+    assert all(not behind_rows(stack).any() for stack in written)
