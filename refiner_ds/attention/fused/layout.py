@@ -49,7 +49,7 @@ def lies_so(x_BCNN: Tensor) -> bool:
     strides = (maps * tokens * stride, tokens * stride, stride, 1)
     # An axis of length 1 may have any stride.
     same = all(one == 1 or a == b for one, a, b in zip(x_BCNN.shape, x_BCNN.stride(), strides, strict=True))
-    return same and x_BCNN.storage_offset() == ALIGNED and bool(x_BCNN.untyped_storage().nbytes() == size)
+    return bool(same and x_BCNN.storage_offset() == ALIGNED and x_BCNN.untyped_storage().nbytes() == size)
 
 
 def laid_out(x_BCNN: Tensor) -> Tensor:
