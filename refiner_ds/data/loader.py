@@ -9,6 +9,9 @@ comes out. A position is the number of samples consumed, padding included: steps
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +79,16 @@ def _as_it_is(batch: Any) -> Any:
 
 def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; threads inside them only fight over cores
+    # Launchers tell whole process groups to stop. Torch lets a worker die of that, and training with it, although the
+    # training process wants to finish its step and save: a worker ends when that process says so, or is gone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def train_batches(

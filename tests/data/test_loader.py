@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import random
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -178,6 +180,24 @@ def test_too_little_shared_memory_is_one_sentence(make_set: Callable[..., ShardI
         assert len(next(iter(batches)).labels_B) == 6
 
     on_small_disk(Path("/dev/shm"), look)
+
+
+def test_stopping_everybody_leaves_the_workers_to_the_training_process(make_set: Callable[..., ShardIndex]) -> None:
+    index = make_set(24)
+    batches = iter(
+        train_batches(index, PLAIN, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=5, workers=2)
+    )
+    taken = [next(batches)]
+    workers = multiprocessing.active_children()
+    # torchrun, deepspeed's launcher and some Slurms send TERM to every process; the step is finished all the same
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    taken += islice(batches, 11)
+    assert sorted(torch.cat([batch.sample_B for batch in taken]).tolist()) == sorted([*range(24)] * 2)
+    for worker in workers:
+        assert worker.is_alive()
+        worker.terminate()  # as torch does with workers that do not end by themselves, and multiprocessing at exit
+        worker.join(10)
+        assert worker.exitcode == 0
 
 
 def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:
