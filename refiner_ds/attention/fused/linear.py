@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import reference
+from refiner_ds.attention.fused.layout import laid_out
 from refiner_ds.attention.fused.linear_backward import kernel_gradient, map_gradient
 from refiner_ds.attention.fused.linear_forward import refined_attend
 from refiner_ds.attention.fused.maps import make_map, score_gradients, softmax_map
@@ -56,7 +57,7 @@ class _Refine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BMNd: Tensor) -> tuple[Tensor | None, ...]:
         value_BHNd, kernel_MHkk, *source = ctx.saved_tensors
-        map_BHNN = source[0] if len(source) == 1 else softmax_map(source[0], source[1], ctx.scale)[0]
+        map_BHNN = laid_out(source[0]) if len(source) == 1 else softmax_map(source[0], source[1], ctx.scale)[0]
         d_value_BHNd = _value_gradient(map_BHNN, grad_BMNd, kernel_MHkk, value_BHNd)
         d_kernel_MHkk = kernel_gradient(map_BHNN, grad_BMNd, value_BHNd, kernel_MHkk.shape[-1])
         del map_BHNN

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from refiner_ds.attention.fused.tools import readable
 
-__all__ = ["KEYS", "ROWS", "WARPS", "map_tile", "slices", "stages", "tap", "vectors"]
+__all__ = ["KEYS", "WARPS", "map_tiles", "slices", "stages", "tap", "vectors"]
 
-# Compiled for Hopper in bf16, 12 or 16 heads of 32, the kernels take 166 to 205 registers and nothing spills; with 32
-# rows, 32 keys or half the warps, one kernel or more does. Which is fastest has not been measured on a GPU.
-ROWS = 16
+# Keys of a forward tile, and warps of all; see linear_forward.py and linear_backward.py for the rest.
 KEYS = 16
 WARPS = 8
 
@@ -34,21 +32,87 @@ def stages(value_BMNd: Tensor) -> int:
 
 
 @triton.jit
-def map_tile(map_HNN, head_H, row_R, key_K, strides, heads, tokens):
-    """Maps of one image, [H, L], zero where there is none."""
-    here_RK = ((row_R >= 0) & (row_R < tokens))[:, None] & (key_K < tokens)[None, :]
-    here_HRK = (head_H < heads)[:, None, None] & here_RK[None, :, :]
-    place_RK = row_R[:, None] * strides[2] + key_K[None, :] * strides[3]
-    head_H11 = map_HNN + head_H[:, None, None] * strides[1]
-    tile_HRK = tl.load(head_H11 + place_RK[None, :, :], mask=here_HRK, other=0.0)
-    return tl.reshape(tile_HRK, [head_H.shape[0], row_R.shape[0] * key_K.shape[0]])
+def map_tiles(
+    map_HNN, head_H, first_row, key_K, heads,
+    TAPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRIDE: tl.constexpr, TURNED: tl.constexpr = False,
+):  # fmt: skip
+    """For each tap, maps of one image at the rows it reads; [H, R·K], zero where there is none.
+
+    With ``TURNED``, rows and keys of the maps in memory change names, and what comes is [H, K·R].
+    """
+    RADIUS: tl.constexpr = TAPS // 2
+    HEADS: tl.constexpr = head_H.shape[0]
+    LENGTH: tl.constexpr = ROWS * key_K.shape[0]
+    row_R = first_row + tl.arange(0, ROWS)
+    here_H11 = (head_H < heads)[:, None, None]
+    head_H11 = map_HNN + head_H[:, None, None] * (TOKENS * STRIDE)
+    # Zeros behind a row in memory are read rather than masked: whole pieces of 16 bytes are there or not.
+    tiles = tl.tuple(())
+    if not TURNED:
+        here_H1K = here_H11 & (key_K < STRIDE)[None, None, :]
+        for row in tl.static_range(TAPS):
+            moved_R = row_R + (row - RADIUS)
+            here_HRK = here_H1K & ((moved_R >= 0) & (moved_R < TOKENS))[None, :, None]
+            place_RK = moved_R[:, None] * STRIDE + key_K[None, :]
+            tile_HRK = tl.load(head_H11 + place_RK[None, :, :], mask=here_HRK, other=0.0)
+            tiles = tiles + (tl.reshape(tile_HRK, [HEADS, LENGTH]),)
+    else:
+        here_HK1 = here_H11 & (key_K < TOKENS)[None, :, None]
+        key_HK1 = head_H11 + key_K[None, :, None] * STRIDE
+        here_HKR = here_HK1 & (row_R < STRIDE)[None, None, :]
+        tile_HKR = tl.load(key_HK1 + row_R[None, None, :], mask=here_HKR, other=0.0)
+        if TAPS == 1:
+            tiles = tiles + (tl.reshape(tile_HKR, [HEADS, LENGTH]),)
+        else:
+            tl.static_assert(TAPS == 3)
+            # Loads one entry off could take two bytes at a time only: a thread's eight entries move within it, G = R/8.
+            before_G = first_row - 1 + tl.arange(0, ROWS // 8) * 8
+            here_HKG = here_HK1 & ((before_G >= 0) & (before_G < STRIDE))[None, None, :]
+            before_HKG = tl.load(key_HK1 + before_G[None, None, :], mask=here_HKG, other=0.0)
+            here_HKG = here_HK1 & (before_G + 9 < STRIDE)[None, None, :]
+            behind_HKG = tl.load(key_HK1 + (before_G + 9)[None, None, :], mask=here_HKG, other=0.0)
+            tile_HKG8 = tl.reshape(tile_HKR, [HEADS, LENGTH // ROWS, ROWS // 8, 8])
+            tiles = tiles + (tl.reshape(_one_before(tile_HKG8, before_HKG), [HEADS, LENGTH]),)
+            tiles = tiles + (tl.reshape(tile_HKR, [HEADS, LENGTH]),)
+            tiles = tiles + (tl.reshape(_one_behind(tile_HKG8, behind_HKG), [HEADS, LENGTH]),)
+    return tiles
 
 
 @triton.jit
-def vectors(x_MNd, plane_M, here_M, token_R, strides, tokens, width, WIDTH: tl.constexpr):
+def _halves(x):
+    """Every second entry of the last axis, from the first and from the second one on."""
+    return tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))
+
+
+@triton.jit
+def _merged(even, odd):
+    """What :func:`_halves` takes apart."""
+    return tl.reshape(tl.join(even, odd), even.shape[:-1] + [even.shape[-1] * 2])
+
+
+@triton.jit
+def _one_before(x_HKG8, first_HKG):
+    """``first``, then all but the last along the last axis; registers are only renamed."""
+    even, odd = _halves(x_HKG8)
+    odd02, odd13 = _halves(odd)
+    odd1, _ = tl.split(odd13)
+    return _merged(_merged(tl.join(first_HKG, odd1), odd02), even)
+
+
+@triton.jit
+def _one_behind(x_HKG8, last_HKG):
+    """All but the first along the last axis, then ``last``."""
+    even, odd = _halves(x_HKG8)
+    even02, even13 = _halves(even)
+    _, even2 = tl.split(even02)
+    return _merged(odd, _merged(even13, tl.join(even2, last_HKG)))
+
+
+@triton.jit
+def vectors(x_MNd, plane_M, here_M, token_R, strides, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """Some tokens' vectors of one image, [M, R, WIDTH], zero where there is none; ``plane_M`` says whose."""
     at_d = tl.arange(0, WIDTH)
-    here_MR = here_M[:, None] & ((token_R >= 0) & (token_R < tokens))[None, :]
+    here_MR = here_M[:, None] & ((token_R >= 0) & (token_R < TOKENS))[None, :]
     here_MRd = here_MR[:, :, None] & (at_d < width)[None, None, :]
     token_MR1 = x_MNd + plane_M[:, None, None] * strides[1] + token_R[None, :, None] * strides[2]
     return tl.load(token_MR1 + at_d[None, None, :], mask=here_MRd, other=0.0)

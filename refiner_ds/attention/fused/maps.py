@@ -10,6 +10,7 @@ Axes: B batch, H heads, N tokens, d head width; R, K the rows and keys of a tile
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,150 +20,165 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention.fused.launching import launch
+from refiner_ds.attention.fused.layout import empty_stack, laid_out, lies_so, row_stride
 from refiner_ds.attention.fused.tools import at_least_16, product, readable
 from refiner_ds.attention.parameters import Scores
 
 __all__ = ["make_map", "score_gradients", "softmax_map"]
 
-# Queries and keys of a tile: compiled for Hopper in bf16, heads of 32 take 94, 124 and 88 registers and four programs
-# share a processor; with 64 keys it is two, and backward spills in fp32.
+# Queries and keys of a tile: compiled for Hopper in bf16, heads of 32 take 64, 107 and 80 registers and four programs
+# or more share a processor; with 128 queries it is a fifth fewer instructions but three, and fp32 spills half a KB.
 ROWS = 64
 KEYS = 32
 
+_LOG2_E = tl.constexpr(math.log2(math.e))  # 2ˣ is one instruction, eˣ five
+
 
 @triton.jit
-def _vectors(x_BHNd, image, head, place_L, strides, tokens, width, WIDTH: tl.constexpr):
+def _vectors(x_BHNd, image, head, place_L, strides, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """Some tokens' queries or keys, [L, WIDTH], zero outside."""
     at_d = tl.arange(0, WIDTH)
     start = x_BHNd + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    here_Ld = (place_L[:, None] < tokens) & (at_d[None, :] < width)
+    here_Ld = (place_L[:, None] < TOKENS) & (at_d[None, :] < width)
     return tl.load(start + place_L[:, None] * strides[2] + at_d[None, :], mask=here_Ld, other=0.0)
 
 
 @triton.jit
-def _kept(seed, plane, row_R, key_K, tokens, dropout):
+def _kept(seed, plane, row_R, key_K, dropout, TOKENS: tl.constexpr):
     """What dropout multiplies entries with; every pass draws the same."""
-    drawn_RK = tl.rand(seed + plane, row_R[:, None] * tokens + key_K[None, :])
+    drawn_RK = tl.rand(seed + plane, row_R[:, None] * TOKENS + key_K[None, :])
     return tl.where(drawn_RK >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit
 def _softmax_map(
-    q_BHNd, k_BHNd, handed_BHNN, map_BHNN, lse_BHN, q_strides, k_strides, scale, dropout, seed, heads, tokens, width,
-    HANDED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    q_BHNd, k_BHNd, handed_BHNN, map_BHNN, lse_BHN, q_strides, k_strides, scale, dropout, seed, heads, width,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HANDED: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
-    entries = plane.to(tl.int64) * tokens * tokens
+    entries = plane.to(tl.int64) * (TOKENS * STRIDE)
     handed_BHNN, map_BHNN = handed_BHNN + entries, map_BHNN + entries
     row_R, key_K = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS)
-    q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, tokens, width, WIDTH)
+    q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
     most_R = tl.full([ROWS], float("-inf"), tl.float32)
     sum_R = tl.zeros([ROWS], tl.float32)
-    for start in range(0, tokens, KEYS):
-        here_K = start + key_K < tokens
-        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, tokens, width, WIDTH)
-        logits_RK = tl.where(here_K[None, :], product(q_Rd, tl.trans(k_Kd)) * scale, float("-inf"))
+    for start in range(0, TOKENS, KEYS):
+        here_K = start + key_K < TOKENS
+        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
+        logits_RK = tl.where(here_K[None, :], product(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E), float("-inf"))
         new_R = tl.maximum(most_R, tl.max(logits_RK, 1))
-        sum_R = sum_R * tl.exp(most_R - new_R) + tl.sum(tl.exp(logits_RK - new_R[:, None]), 1)
+        sum_R = sum_R * tl.exp2(most_R - new_R) + tl.sum(tl.exp2(logits_RK - new_R[:, None]), 1)
         most_R = new_R
-    lse_R = most_R + tl.log(sum_R)
-    tl.store(lse_BHN + plane.to(tl.int64) * tokens + row_R, lse_R, mask=row_R < tokens)
-    for start in range(0, tokens, KEYS):
-        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, tokens, width, WIDTH)
-        entry_RK = tl.exp(product(q_Rd, tl.trans(k_Kd)) * scale - lse_R[:, None])
-        here_RK = (row_R[:, None] < tokens) & (start + key_K[None, :] < tokens)
-        place_RK = row_R[:, None] * tokens + start + key_K[None, :]
+    lse_R = most_R + tl.log2(sum_R)
+    tl.store(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, lse_R, mask=row_R < TOKENS)
+    for start in range(0, TOKENS, KEYS):
+        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
+        entry_RK = tl.exp2(product(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
+        stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
+        place_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
         if HANDED:
-            entry_RK += scale * tl.load(handed_BHNN + place_RK, mask=here_RK, other=0.0).to(tl.float32)
+            entry_RK += scale * tl.load(handed_BHNN + place_RK, mask=stored_RK, other=0.0).to(tl.float32)
         if DROPOUT:
-            entry_RK *= _kept(seed, plane, row_R, start + key_K, tokens, dropout)
-        tl.store(map_BHNN + place_RK, entry_RK.to(map_BHNN.dtype.element_ty), mask=here_RK)
+            entry_RK *= _kept(seed, plane, row_R, start + key_K, dropout, TOKENS)
+        entry_RK = tl.where(start + key_K[None, :] < TOKENS, entry_RK, 0.0)
+        tl.store(map_BHNN + place_RK, entry_RK.to(map_BHNN.dtype.element_ty), mask=stored_RK)
 
 
 @triton.jit
 def _behind_softmax(
-    q_Rd, k_Kd, lse_R, grad_NN, plane, row_R, key_K, scale, dropout, seed, tokens, DROPOUT: tl.constexpr
-):
-    """A tile of the softmax, and of the gradient behind it, zero outside; [R, K] both. ``grad_NN`` is its plane."""
-    here_RK = (row_R[:, None] < tokens) & (key_K[None, :] < tokens)
-    place_RK = row_R[:, None] * tokens + key_K[None, :]
-    grad_RK = tl.load(grad_NN + place_RK, mask=here_RK, other=0.0).to(tl.float32)
+    q_Rd, k_Kd, lse_R, grad_NN, plane, row_R, key_K, scale, dropout, seed,
+    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the softmax, and of the gradient behind it, [R, K] both; ``grad_NN`` is its plane.
+
+    The gradient is zero outside, the softmax behind its last key: no number of a row that is none is ever used.
+    """
+    stored_RK = (row_R[:, None] < TOKENS) & (key_K[None, :] < GRAD_STRIDE)
+    place_RK = row_R[:, None] * GRAD_STRIDE + key_K[None, :]
+    grad_RK = tl.load(grad_NN + place_RK, mask=stored_RK, other=0.0).to(tl.float32)
     if DROPOUT:
-        grad_RK *= _kept(seed, plane, row_R, key_K, tokens, dropout)
-    softmax_RK = tl.exp(product(q_Rd, tl.trans(k_Kd)) * scale - lse_R[:, None])
-    return tl.where(here_RK, softmax_RK, 0.0), grad_RK
+        grad_RK *= _kept(seed, plane, row_R, key_K, dropout, TOKENS)
+    softmax_RK = tl.exp2(product(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
+    return tl.where(key_K[None, :] < TOKENS, softmax_RK, 0.0), grad_RK
 
 
 @triton.jit
 def _query_gradients(
     q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dq_BHNd, handed_BHNN, mean_BHN, q_strides, k_strides, scale, dropout, seed,
-    heads, tokens, width,
-    HANDED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    heads, width,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, HANDED: tl.constexpr,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
-    entries = plane.to(tl.int64) * tokens * tokens
-    grad_BHNN, handed_BHNN = grad_BHNN + entries, handed_BHNN + entries
+    grad_BHNN += plane.to(tl.int64) * (TOKENS * GRAD_STRIDE)
+    handed_BHNN += plane.to(tl.int64) * (TOKENS * STRIDE)
     row_R, key_K, at_d = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, tokens, width, WIDTH)
-    lse_R = tl.load(lse_BHN + plane.to(tl.int64) * tokens + row_R, mask=row_R < tokens, other=0.0)
+    q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
+    lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
     mean_R = tl.zeros([ROWS], tl.float32)
-    for start in range(0, tokens, KEYS):
-        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, tokens, width, WIDTH)
+    for start in range(0, TOKENS, KEYS):
+        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
         softmax_RK, grad_RK = _behind_softmax(
-            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, start + key_K, scale, dropout, seed, tokens, DROPOUT
-        )
+            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, start + key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, DROPOUT,
+        )  # fmt: skip
         mean_R += tl.sum(softmax_RK * grad_RK, 1)
         if HANDED:
-            here_RK = (row_R[:, None] < tokens) & (start + key_K[None, :] < tokens)
-            place_RK = row_R[:, None] * tokens + start + key_K[None, :]
-            tl.store(handed_BHNN + place_RK, (scale * grad_RK).to(handed_BHNN.dtype.element_ty), mask=here_RK)
-    tl.store(mean_BHN + plane.to(tl.int64) * tokens + row_R, mean_R, mask=row_R < tokens)
+            stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
+            place_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
+            tl.store(handed_BHNN + place_RK, (scale * grad_RK).to(handed_BHNN.dtype.element_ty), mask=stored_RK)
+    tl.store(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mean_R, mask=row_R < TOKENS)
     dq_Rd = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(0, tokens, KEYS):
-        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, tokens, width, WIDTH)
+    for start in range(0, TOKENS, KEYS):
+        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
         softmax_RK, grad_RK = _behind_softmax(
-            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, start + key_K, scale, dropout, seed, tokens, DROPOUT
-        )
+            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, start + key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, DROPOUT,
+        )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dq_Rd += product(logits_RK.to(k_Kd.dtype), k_Kd)
-    place_Rd = (plane.to(tl.int64) * tokens + row_R[:, None]) * width + at_d[None, :]
-    here_Rd = (row_R[:, None] < tokens) & (at_d[None, :] < width)
+    place_Rd = (plane.to(tl.int64) * TOKENS + row_R[:, None]) * width + at_d[None, :]
+    here_Rd = (row_R[:, None] < TOKENS) & (at_d[None, :] < width)
     tl.store(dq_BHNd + place_Rd, (dq_Rd * scale).to(dq_BHNd.dtype.element_ty), mask=here_Rd)
 
 
 @triton.jit
 def _key_gradients(
     q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dk_BHNd, mean_BHN, q_strides, k_strides, scale, dropout, seed,
-    heads, tokens, width,
-    DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    heads, width,
+    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
-    grad_BHNN += plane.to(tl.int64) * tokens * tokens
+    grad_BHNN += plane.to(tl.int64) * (TOKENS * GRAD_STRIDE)
     key_K, offset_R, at_d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    k_Kd = _vectors(k_BHNd, image, head, key_K, k_strides, tokens, width, WIDTH)
+    k_Kd = _vectors(k_BHNd, image, head, key_K, k_strides, width, TOKENS, WIDTH)
     dk_Kd = tl.zeros([KEYS, WIDTH], tl.float32)
-    for start in range(0, tokens, ROWS):
+    for start in range(0, TOKENS, ROWS):
         row_R = start + offset_R
-        q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, tokens, width, WIDTH)
-        lse_R = tl.load(lse_BHN + plane.to(tl.int64) * tokens + row_R, mask=row_R < tokens, other=0.0)
-        mean_R = tl.load(mean_BHN + plane.to(tl.int64) * tokens + row_R, mask=row_R < tokens, other=0.0)
+        q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
+        lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
+        mean_R = tl.load(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
         softmax_RK, grad_RK = _behind_softmax(
-            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, key_K, scale, dropout, seed, tokens, DROPOUT
-        )
+            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, DROPOUT,
+        )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dk_Kd += product(tl.trans(logits_RK.to(q_Rd.dtype)), q_Rd)
-    place_Kd = (plane.to(tl.int64) * tokens + key_K[:, None]) * width + at_d[None, :]
-    here_Kd = (key_K[:, None] < tokens) & (at_d[None, :] < width)
+    place_Kd = (plane.to(tl.int64) * TOKENS + key_K[:, None]) * width + at_d[None, :]
+    here_Kd = (key_K[:, None] < TOKENS) & (at_d[None, :] < width)
     tl.store(dk_BHNd + place_Kd, (dk_Kd * scale).to(dk_BHNd.dtype.element_ty), mask=here_Kd)
 
 
 def softmax_map(
     q_BHNd: Tensor, k_BHNd: Tensor, scale: float, handed_BHNN: Tensor | None = None, dropout: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale·QKᵀ) + scale·handed, dropped out: [B, H, N, N] in the queries' dtype; log-sum-exps [B, H, N], fp32.
+    """softmax(scale·QKᵀ) + scale·handed, dropped out: [B, H, N, N] in the queries' dtype; [B, H, N] fp32 log-sum-exps,
+    to base 2.
 
     Args:
         q_BHNd, k_BHNd: queries and keys in one dtype, fp32 or half precision.
@@ -172,14 +188,14 @@ def softmax_map(
     """
     batch, heads, tokens, width = q_BHNd.shape
     q_BHNd, k_BHNd = readable(q_BHNd), readable(k_BHNd)
-    map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
+    map_BHNN = empty_stack(q_BHNd)
     lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=torch.float32)
-    handed = map_BHNN if handed_BHNN is None else handed_BHNN.contiguous()
+    handed = map_BHNN if handed_BHNN is None else laid_out(handed_BHNN)
     launch(
         _softmax_map, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, handed, map_BHNN, lse_BHN,
-        q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, tokens, width,
-        HANDED=handed_BHNN is not None, DROPOUT=dropout > 0, ROWS=ROWS, KEYS=KEYS, WIDTH=at_least_16(width),
-        num_warps=4,
+        q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, width,
+        TOKENS=tokens, STRIDE=row_stride(tokens), HANDED=handed_BHNN is not None, DROPOUT=dropout > 0,
+        ROWS=ROWS, KEYS=KEYS, WIDTH=at_least_16(width), num_warps=4,
     )  # fmt: skip
     return map_BHNN, lse_BHN
 
@@ -196,16 +212,21 @@ def score_gradients(
         grad_BHNN: the gradient of the map.
     """
     batch, heads, tokens, width = q_BHNd.shape
-    q_BHNd, k_BHNd, grad_BHNN = readable(q_BHNd), readable(k_BHNd), grad_BHNN.contiguous()
+    q_BHNd, k_BHNd, stride = readable(q_BHNd), readable(k_BHNd), row_stride(tokens)
+    # What autograd adds up is dense: reading that two bytes at a time costs less than a copy.
+    grad_BHNN, grad_stride = (grad_BHNN, stride) if lies_so(grad_BHNN) else (grad_BHNN.contiguous(), tokens)
     dq_BHNd, dk_BHNd = (x.new_empty(batch, heads, tokens, width) for x in (q_BHNd, k_BHNd))
-    d_handed_BHNN = None if handed is None else torch.empty_like(grad_BHNN, dtype=handed)
+    d_handed_BHNN = None if handed is None else empty_stack(grad_BHNN, dtype=handed)
     mean_BHN = torch.empty_like(lse_BHN)
-    numbers = (q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, tokens, width)
-    constants = {"DROPOUT": dropout > 0, "ROWS": ROWS, "KEYS": KEYS, "WIDTH": at_least_16(width), "num_warps": 4}
+    numbers = (q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, width)
+    constants = {
+        "TOKENS": tokens, "GRAD_STRIDE": grad_stride, "DROPOUT": dropout > 0,
+        "ROWS": ROWS, "KEYS": KEYS, "WIDTH": at_least_16(width), "num_warps": 4,
+    }  # fmt: skip
     launch(
         _query_gradients, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dq_BHNd,
-        grad_BHNN if d_handed_BHNN is None else d_handed_BHNN, mean_BHN, *numbers, HANDED=handed is not None,
-        **constants,
+        grad_BHNN if d_handed_BHNN is None else d_handed_BHNN, mean_BHN, *numbers, STRIDE=stride,
+        HANDED=handed is not None, **constants,
     )  # fmt: skip
     launch(
         _key_gradients, (batch * heads, triton.cdiv(tokens, KEYS)), q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dk_BHNd,

@@ -5,6 +5,7 @@ Triton decides once a process: where there is a GPU, TRITON_INTERPRET=1 before p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -24,3 +25,11 @@ def device(request) -> torch.device:
     if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
         pytest.skip("there is no GPU, or kernels are interpreted in this process")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def memory_full_of_nan() -> Iterator[None]:
+    """New tensors are NaN until somebody writes them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -7,9 +7,11 @@ import torch
 
 from refiner_ds.attention import Scores, composed, reference
 from refiner_ds.attention.fused import linear, linear_backward, linear_forward
+from refiner_ds.attention.fused.layout import laid_out
 from refiner_ds.benchmark.measure import kept_bytes
 from tests.attention.cases import SCALE, leaves
 from tests.attention.cases import linear as refiner_of
+from tests.attention.fused.test_maps import ends_in_zeros
 
 # The interpreter cuts the last bits of bf16 off where a GPU rounds: two roundings are one percent.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -102,6 +104,21 @@ def test_maps_may_lie_anywhere(device):
     for other_BHNN in (padded_BHNN, map_BHNN.mT.contiguous().mT):
         assert torch.equal(linear_forward.refined_attend(other_BHNN, value, kernel), out)
         assert torch.equal(linear_backward.kernel_gradient(other_BHNN, value, value, 3), d_kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_rows_and_keys_of_a_stack_change_names_where_it_lies(taps, dtype, device):
+    turned = laid_out(torch.rand(1, 3, 35, 35, device=device).to(dtype)).mT
+    value, kernel = torch.randn(1, 3, 35, 5, device=device).to(dtype), torch.randn(3, 3, taps, taps, device=device)
+    out = linear_forward.refined_attend(turned, value, kernel, torch.float32)
+    torch.testing.assert_close(out, linear_forward.refined_attend(turned.contiguous(), value, kernel, torch.float32))
+
+
+@pytest.mark.parametrize(("tokens", "maps"), [(9, 3), (8, 3), (9, 17)])
+def test_the_gradient_of_maps_lies_with_zeros_behind_rows(tokens, maps, device, memory_full_of_nan):
+    grad, value = (torch.randn(2, heads, tokens, 5, device=device) for heads in (maps, 1))
+    assert ends_in_zeros(linear_backward.map_gradient(grad, value, torch.randn(maps, 3, 3, 3, device=device)))
 
 
 def test_joining_heads_copies_nothing(device):

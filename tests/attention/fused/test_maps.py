@@ -7,6 +7,7 @@ import torch
 
 from refiner_ds.attention import Scores, composed
 from refiner_ds.attention.fused import maps
+from refiner_ds.attention.fused.layout import laid_out, lies_so, row_stride
 from refiner_ds.benchmark.measure import kept_bytes
 
 SCALE = 0.3
@@ -25,6 +26,14 @@ def inputs(shape, dtype, device) -> list[torch.Tensor]:
     both = torch.randn(batch, tokens, 2, heads, width, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     handed = torch.randn(batch, heads, tokens, tokens, device=device).softmax(-1).to(dtype)
     return [both[0].detach().requires_grad_(), both[1].detach().requires_grad_(), handed.requires_grad_()]
+
+
+def ends_in_zeros(stack_BCNN: torch.Tensor) -> bool:
+    """Whether a stack lies as layout.py says, its last entries finite and zeros behind each row."""
+    assert lies_so(stack_BCNN)
+    batch, maps_, tokens, _ = stack_BCNN.shape
+    rows = torch.as_strided(stack_BCNN, (batch, maps_, tokens, row_stride(tokens)), stack_BCNN.stride())
+    return bool(rows.isfinite().all() and not rows[..., tokens:].any())
 
 
 def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
@@ -75,3 +84,23 @@ def test_queries_keys_and_a_number_a_row_are_kept(device):
 
     one, two = (kept_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2))
     assert two - one == 2 * 2 * 3 * 20 * 16 + 4 * 3 * 20
+
+
+@pytest.mark.parametrize("tokens", [35, 40])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_maps_and_gradients_handed_on_lie_with_zeros_behind_rows(tokens, dropout, device, memory_full_of_nan):
+    q, k, handed = (x.detach() for x in inputs((2, 2, tokens, 5), torch.bfloat16, device))
+    made, lse = maps.softmax_map(q, k, SCALE, handed, dropout)
+    *others, d_handed = maps.score_gradients(q, k, lse, SCALE, handed, torch.float16, dropout)
+    assert ends_in_zeros(made) and ends_in_zeros(d_handed) and d_handed.dtype == torch.float16
+    assert all(x.isfinite().all() for x in (lse, *others))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_gradient_is_read_where_it_lies(device, memory_full_of_nan):
+    """Dense, as autograd adds up, or laid out, as kernels write; behind rows e⁰ over a tiny sum is no number."""
+    q, k, handed = (x.detach() for x in inputs((2, 2, 35, 5), torch.float32, device))
+    lse = maps.softmax_map(q, k - 40, 8.0)[1]
+    dense = torch.randn_like(handed)
+    copies = [maps.score_gradients(q, k - 40, lse, 8.0, grad, torch.float32) for grad in (dense, laid_out(dense))]
+    assert all(torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(*copies, strict=True))
