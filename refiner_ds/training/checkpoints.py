@@ -32,8 +32,15 @@ class Checkpoints:
         self._keep = keep
         self._world = world
 
-    def save(self, engine: Engine, averages: Averages, state: State, config: dict[str, Any]) -> Path:
-        """Write one checkpoint, together on all ranks, and make it the latest. Returns its folder."""
+    def save(self, engine: Engine, averages: Averages, state: State, config: dict[str, Any]) -> Path | None:
+        """Write one checkpoint, together on all ranks, and make it the latest.
+
+        Returns:
+            its folder; None where a weight is not finite: nobody could go on from that, and nothing is written.
+        """
+        weights, averaged = engine.full_weights(), averages.state()
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            return None
         name = f"step_{state.step:08d}"
         writing, final = self._folder / f".writing_{name}", self._folder / name
         if self._world.leads:
@@ -42,7 +49,6 @@ class Checkpoints:
             writing.mkdir(parents=True)
         self._world.barrier()
         engine.engine.save_checkpoint(str(writing), tag="deepspeed", client_state={}, save_latest=False)
-        weights, averaged = engine.full_weights(), averages.state()
         self._world.barrier()  # every rank's part is on disk
         if self._world.leads:
             buffers = {key: buffer.cpu().clone() for key, buffer in engine.statistics().items()}

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ from refiner_ds.training.world import World
 
 FINISHED = 0
 DIVERGED = 3  # the loss is not finite: running again would do the same
+
+
+class Outcome(NamedTuple):
+    """What every rank knows alike of a step: the mean loss of all ranks, and whether any of them was asked to stop."""
+
+    loss: float
+    stopping: bool
 
 
 class Training:
@@ -101,27 +108,26 @@ class Training:
             outcome = self._one_step(batches)
             self.step += 1
             last = self.step == self.schedule.total_steps
+            # At once, not with the next numbers: what is saved from here on is lost, and pushes the good states out.
+            if not math.isfinite(outcome.loss):
+                return self._give_up(f"the loss is {outcome.loss}")
             logged = last or self.step % run.log_steps == 0
-            if logged and not self._log():
-                return DIVERGED
+            if logged:
+                self._log()
             self._show(self.step - began, logged)
             if last or _due(self.step, run.eval_epochs * every):
                 self._evaluate()
             if last or _due(self.step, run.picture_epochs * every):
                 self._picture()
-            stopping = self._asked_to_stop(outcome)
-            if last or stopping or _due(self.step, run.checkpoint_epochs * every):
-                self._save()
-            if stopping and not last:
+            if last or outcome.stopping or _due(self.step, run.checkpoint_epochs * every):
+                if not self._save():
+                    return self._give_up("weights are no longer finite")
+            if outcome.stopping and not last:
                 self.console.done()
                 self.console.say(f"asked to stop: saved step {self.step}; the same command continues")
                 return RUN_ME_AGAIN
         self._finish()
         return FINISHED
-
-    def _asked_to_stop(self, outcome: torch.Tensor) -> bool:
-        # The exchange ends with the share of ranks that were signalled, so every rank decides alike.
-        return bool(outcome[3] > 0)
 
     def close(self) -> None:
         """Flush what is open; to be called however ``go`` ended."""
@@ -129,7 +135,7 @@ class Training:
         self.metrics.close()
         self.engine.close()
 
-    def _one_step(self, batches: Iterator[Batch]) -> torch.Tensor:
+    def _one_step(self, batches: Iterator[Batch]) -> Outcome:
         recipe, seed = self.keys.recipe, self.keys.run.seed
         began = time.perf_counter()
         self.engine.set_lr(self.schedule.lr(self.step * self.batch.global_batch))
@@ -148,13 +154,14 @@ class Training:
             self.exchange.add(losses, 1 / self.batch.accumulation)
             total = losses.total + self.engine.module.cos_reg_loss() if self.keys.model.cos_reg else losses.total
             self.engine.backward_and_step(total)
-        outcome = self.exchange.finish(bool(self.stop))
+        exchanged = self.exchange.finish(bool(self.stop))
         if self.engine.stepped:
             self.averages.update(self.step)
-        self._losses += outcome[:3]
+        self._losses += exchanged[:3]
+        loss, _, _, stopping = exchanged.tolist()  # waits for the device: only now the step has taken its time
         self._steps += 1
         self._seconds += time.perf_counter() - began
-        return outcome
+        return Outcome(loss, stopping > 0)
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
@@ -163,8 +170,8 @@ class Training:
         self._steps, self._bad = 0, 0
         self._seconds, self._waited = 0.0, 0.0
 
-    def _log(self) -> bool:
-        """Write the interval's numbers; False where the loss is not finite."""
+    def _log(self) -> None:
+        """Write the interval's numbers."""
         samples = self.step * self.batch.global_batch
         loss, loss_cls, loss_patch = (self._losses / self._steps).tolist()
         bad = int(self.world.total(torch.tensor([self._bad], device=self.world.device)))
@@ -185,15 +192,18 @@ class Training:
         }
         self.metrics.write("train", self.step, self.schedule.epoch(samples), samples, **self._numbers)
         self._reset_interval()
-        if math.isfinite(loss):
-            return True
+
+    def _give_up(self, why: str) -> int:
+        if self._steps:
+            self._log()
+        numbers = self._numbers
         self.console.done()
         self.console.say(
-            f"stopped at step {self.step}: the loss is {loss} (class {loss_cls}, patch {loss_patch}, learning rate"
-            f" {self._numbers['lr']:.2e}, gradient norm {self.engine.grad_norm}); the last good state is in"
+            f"stopped at step {self.step}: {why} (class loss {numbers['loss_cls']}, patch loss {numbers['loss_patch']},"
+            f" learning rate {numbers['lr']:.2e}, gradient norm {numbers['grad_norm']}); the last good state is in"
             f" {self.folder / 'checkpoints'}: lower refiner.recipe.lr or set gradient_clipping"
         )
-        return False
+        return DIVERGED
 
     def _mfu(self, images_per_second: float) -> float | None:
         peak = peak_flops(self.world.device)
@@ -256,10 +266,10 @@ class Training:
         pixels: np.ndarray = batch.images_BHWC[0].numpy()
         self.metrics.picture("attention", attention_picture(self.evaluated, image[0], pixels), self.step)
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
         samples = self.step * self.batch.global_batch
         state = State(self.step, samples, self.schedule.epoch(samples), self.world.size)
-        self.checkpoints.save(self.engine, self.averages, state, self.run.resolved())
+        return self.checkpoints.save(self.engine, self.averages, state, self.run.resolved()) is not None
 
     def _finish(self) -> None:
         summary: dict[str, Any] = {"step": self.step, "samples": self.step * self.batch.global_batch}

@@ -1,0 +1,138 @@
+"""What goes wrong in a month of training: nothing good is lost to it, and whoever meets it is heard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from refiner_ds.config import load
+from refiner_ds.training.checkpoint_files import State
+from refiner_ds.training.checkpoints import Checkpoints
+from refiner_ds.training.console import Console
+from refiner_ds.training.loop import DIVERGED, FINISHED, Outcome, Training
+from refiner_ds.training.signals import StopFlag
+from refiner_ds.training.world import World
+
+
+class Alone(World):
+    """The only process of a run, without a process group."""
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+    def say(self, value: object) -> object:
+        """There is nobody else to hear it."""
+        return value
+
+
+ALONE = Alone(0, 1, 0, torch.device("cpu"))
+
+
+class Course(Training):
+    """The course of a run whose steps are given: their losses. Notes what it does."""
+
+    def __init__(self, losses: list[float], *overrides: str, whole: bool = True) -> None:
+        self.run = load(None, ["refiner.run.log_steps=4", "refiner.run.checkpoint_epochs=0.5", *overrides])
+        self.keys, self.folder, self.world = self.run.refiner, self.run.folder, ALONE
+        self.schedule: Any = SimpleNamespace(total_steps=len(losses), steps_an_epoch=4)
+        self.batch: Any = SimpleNamespace(global_batch=48)
+        self.console = Console(False)
+        self.step, self.losses, self.whole, self.done = 0, losses, whole, ""
+
+    def _train_batches(self, position: int) -> Any:
+        return None
+
+    def _one_step(self, batches: Any) -> Outcome:
+        self._steps += 1
+        return Outcome(self.losses[self.step], False)
+
+    def _log(self) -> None:
+        self._numbers = {"loss_cls": 0.0, "loss_patch": 0.0, "lr": 0.0, "grad_norm": 0.0}
+        self._steps, self.done = 0, f"{self.done} logged {self.step}"
+
+    def _save(self) -> bool:
+        self.done += f" saved {self.step}" * self.whole
+        return self.whole
+
+    def _show(self, trained: int, logged: bool) -> None: ...
+
+    def _evaluate(self) -> None: ...
+
+    def _picture(self) -> None: ...
+
+    def _finish(self) -> None: ...
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved() -> None:
+    sound = Course([1.0] * 8)
+    assert sound.go() == FINISHED and sound.done == " saved 2 logged 4 saved 4 saved 6 logged 8 saved 8"
+    lost = Course([1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), float("nan"), float("nan")])
+    assert lost.go() == DIVERGED and lost.done == " saved 2 logged 4 saved 4 logged 6"
+
+
+def test_weights_that_are_not_finite_end_the_run_though_the_loss_still_was() -> None:
+    lost = Course([1.0] * 8, whole=False)
+    assert lost.go() == DIVERGED and lost.done == " logged 2"
+
+
+class Weights:
+    """As much of an engine and of its averages as saving asks for."""
+
+    def __init__(self, value: float) -> None:
+        self.weights = {"w": torch.tensor([value, 1.0])}
+        self.engine = self
+
+    def save_checkpoint(self, folder: str, tag: str, **_: object) -> None:
+        Path(folder, tag).mkdir()
+        Path(folder, tag, "states.pt").write_bytes(b"states")
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        return self.weights
+
+    state = full_weights
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def save(checkpoints: Checkpoints, step: int, value: float = 1.0) -> Path | None:
+    weights: Any = Weights(value)
+    return checkpoints.save(weights, weights, State(step, step * 48, 0.0, 1), {})
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1, ALONE)
+    good = save(checkpoints, 10)
+    assert save(checkpoints, 20, float("nan")) is None
+    assert kept(tmp_path) == ["step_00000010"] and checkpoints.newest() == good
+    assert not list((tmp_path / "checkpoints").glob(".writing_*"))
+
+
+def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
+    class Late:
+        """Losses and wishes that the device has not come to yet."""
+
+        def __getitem__(self, part: slice) -> torch.Tensor:
+            return torch.ones(3)
+
+        def tolist(self) -> list[float]:
+            time.sleep(0.1)
+            return [1.0, 1.0, 1.0, 0.25]
+
+    course = Course([1.0])
+    course.batch = SimpleNamespace(global_batch=48, accumulation=0)
+    course.schedule.lr = lambda samples: 0.1
+    course.engine = SimpleNamespace(set_lr=lambda lr: None, stepped=False)  # type: ignore[assignment]
+    course.exchange = SimpleNamespace(finish=lambda wish: Late())  # type: ignore[assignment]
+    course.stop = StopFlag()
+    course._reset_interval()
+    assert Training._one_step(course, iter(())) == Outcome(1.0, True)
+    assert course._seconds >= 0.1
