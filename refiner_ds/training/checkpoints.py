@@ -61,7 +61,9 @@ class Checkpoints:
                 shutil.rmtree(final)
             os.replace(writing, final)
             write_atomically(self._run / "latest", name + "\n")
-            for old in sorted(self._folder.glob("step_*"))[: -self._keep]:
+            # Later ones were passed over as damaged when the run resumed; they take no good one's place.
+            sound = sorted(folder for folder in self._folder.glob("step_*") if folder.name <= name)
+            for old in sound[: -self._keep]:
                 shutil.rmtree(old)
         self._world.barrier()
         return final

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from refiner_ds.config import load
-from refiner_ds.training.checkpoint_files import State
+from refiner_ds.training.checkpoint_files import State, faults
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.loop import DIVERGED, FINISHED, Outcome, Training
@@ -114,6 +114,21 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert save(checkpoints, 20, float("nan")) is None
     assert kept(tmp_path) == ["step_00000010"] and checkpoints.newest() == good
     assert not list((tmp_path / "checkpoints").glob(".writing_*"))
+
+
+def test_a_damaged_later_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    for step in (10, 30, 40):
+        save(Checkpoints(tmp_path, 9, ALONE), step)
+    for step in (30, 40):
+        (tmp_path / "checkpoints" / f"step_{step:08d}" / "model.safetensors").write_bytes(b"")
+    assert checkpoints.newest() == tmp_path / "checkpoints/step_00000010"
+    fresh = save(checkpoints, 20)  # asked to stop there, say
+    assert kept(tmp_path) == [f"step_{step:08d}" for step in (10, 20, 30, 40)]
+    assert checkpoints.newest() == fresh and (tmp_path / "latest").read_text() == "step_00000020\n"
+    save(checkpoints, 30)
+    assert kept(tmp_path) == [f"step_{step:08d}" for step in (20, 30, 40)]
+    assert not faults(tmp_path / "checkpoints/step_00000030")
 
 
 def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
