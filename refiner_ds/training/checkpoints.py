@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from refiner_ds.errors import CheckpointError
 from refiner_ds.training.averages import Averages
-from refiner_ds.training.checkpoint_files import State, newest_whole, read_state, write_atomically, write_manifest
+from refiner_ds.training.checkpoint_files import (
+    State,
+    faults,
+    newest_whole,
+    read_state,
+    write_atomically,
+    write_manifest,
+)
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.world import World
 
@@ -69,10 +76,18 @@ class Checkpoints:
         return final
 
     def newest(self) -> Path | None:
-        """The newest complete and undamaged checkpoint, the same on every rank; None where there is none."""
-        found = newest_whole(self._folder) if self._world.leads else None
-        said = self._world.say(str(found) if found else None)
-        return Path(str(said)) if said else None
+        """The newest complete and undamaged checkpoint, the same on every rank; None where a run has none yet.
+
+        Raises:
+            CheckpointError: there are some, all damaged: beginning anew is for a person to decide.
+        """
+        found, fault = (newest_whole(self._folder), None) if self._world.leads else (None, None)
+        if self._world.leads and found is None:
+            fault = next((faults(folder)[0] for folder in sorted(self._folder.glob("step_*"), reverse=True)), None)
+        found, fault = self._world.say((found, fault))  # type: ignore[misc]
+        if fault:
+            raise CheckpointError(f"{fault}; no checkpoint is whole: delete {self._folder} to begin again at step 0")
+        return found
 
     def load(self, folder: Path, engine: Engine, averages: Averages) -> State:
         """Put a checkpoint back. Every rank must call it.

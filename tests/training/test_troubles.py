@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from refiner_ds.config import load
-from refiner_ds.training.checkpoint_files import State, faults
+from refiner_ds.errors import CheckpointError
+from refiner_ds.training.checkpoint_files import MANIFEST, State, faults
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.loop import DIVERGED, FINISHED, Outcome, Training
@@ -129,6 +131,16 @@ def test_a_damaged_later_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> 
     save(checkpoints, 30)
     assert kept(tmp_path) == [f"step_{step:08d}" for step in (20, 30, 40)]
     assert not faults(tmp_path / "checkpoints/step_00000030")
+
+
+def test_a_run_of_nothing_but_damaged_checkpoints_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 3, ALONE)
+    assert checkpoints.newest() is None  # of a run that has saved nothing yet
+    for step in (10, 20):
+        save(checkpoints, step)
+        (tmp_path / "checkpoints" / f"step_{step:08d}" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="step_00000020/complete.json: missing.*delete .*checkpoints to begin"):
+        checkpoints.newest()
 
 
 def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
