@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from refiner_ds.config import load
 from refiner_ds.errors import CheckpointError, DataError, refusals_are_told
-from refiner_ds.training.console import hush
+from refiner_ds.training.console import heard_from, hush
 
 if TYPE_CHECKING:
     from refiner_ds.training.evaluation import Accuracy
@@ -86,7 +86,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         workers=data.workers if options.workers is None else options.workers,
         on_bad_sample=data.on_bad_sample,
     )
-    accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, world.device.type == "cuda")
+    with heard_from(world.rank):
+        accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, world.device.type == "cuda")
     if world.leads:
         _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio)
     leave()

@@ -9,7 +9,11 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from refiner_ds.errors import RefinerError
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("refiner_ds")
@@ -41,6 +45,21 @@ def write_logs(folder: Path, rank: int) -> None:
             logger.handlers[:] = []
             logger.propagate = True
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+@contextmanager
+def heard_from(rank: int) -> Iterator[None]:
+    """Say what a rank is refused in the middle of common work: a damaged sample, say, which it alone has met.
+
+    `refusals_are_told` has the leading rank speak, since before that work all meet the same.
+    """
+    try:
+        yield
+    except RefinerError as error:
+        log.error("%s", error)
+        if rank:
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 class Console:

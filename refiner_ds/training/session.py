@@ -11,7 +11,7 @@ from pathlib import Path
 import refiner_ds
 from refiner_ds.training.build import choose_attention
 from refiner_ds.training.checkpoint_files import write_atomically
-from refiner_ds.training.console import Console, log, write_logs
+from refiner_ds.training.console import Console, heard_from, log, write_logs
 from refiner_ds.training.loop import FINISHED, Training
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.signals import stop_flag
@@ -32,7 +32,8 @@ def take_part(ready: Preparation) -> int:
         _greet(ready, world)
         training = Training(ready, world, stop)
         try:
-            code = training.go()
+            with heard_from(world.rank):
+                code = training.go()
         finally:
             training.close()
         if code == FINISHED and world.leads:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from refiner_ds.config import load
-from refiner_ds.errors import CheckpointError
+from refiner_ds.errors import CheckpointError, DataError
+from refiner_ds.training import session
 from refiner_ds.training.checkpoint_files import MANIFEST, State, faults
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
@@ -163,3 +164,20 @@ def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
     course._reset_interval()
     assert Training._one_step(course, iter(())) == Outcome(1.0, True)
     assert course._seconds >= 0.1
+
+
+@pytest.mark.parametrize("rank, said", [(0, ""), (3, "error: rank 3: shard 7: damaged\n")])
+def test_a_rank_that_alone_meets_damage_says_so(
+    rank: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go() -> int:
+        raise DataError("shard 7: damaged")
+
+    monkeypatch.setattr(session, "join", lambda: World(rank, 4, 0, torch.device("cpu")))
+    monkeypatch.setattr(session, "write_logs", lambda *_: None)
+    monkeypatch.setattr(session, "_greet", lambda *_: None)
+    monkeypatch.setattr(session, "Training", lambda *_: SimpleNamespace(go=go, close=lambda: None))
+    ready: Any = SimpleNamespace(run=load(None, [f"refiner.run.output={tmp_path}"]))
+    with pytest.raises(DataError):
+        session.take_part(ready)
+    assert capsys.readouterr().err == said  # the leading rank's is said by the command
