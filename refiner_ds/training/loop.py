@@ -259,7 +259,8 @@ class Training:
         if not self.world.leads:
             return
         view = EvalSettings(self.keys.model.img_size, self.keys.data.eval_crop_ratio)
-        batch = next(iter(eval_batches(self.ready.val, view, batch=1, rank=0, world_size=1)))
+        skip = self.keys.data.on_bad_sample
+        batch = next(iter(eval_batches(self.ready.val, view, batch=1, rank=0, world_size=1, on_bad_sample=skip)))
         image = normalise(
             batch.images_BHWC.to(self.world.device), self.keys.data.mean, self.keys.data.std, torch.float32
         )

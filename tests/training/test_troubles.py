@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from refiner_ds.config import load
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.packaged import locate
 from refiner_ds.errors import CheckpointError, DataError
-from refiner_ds.training import session
+from refiner_ds.training import loop, session
 from refiner_ds.training.checkpoint_files import MANIFEST, State, faults
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
@@ -181,3 +183,23 @@ def test_a_rank_that_alone_meets_damage_says_so(
     with pytest.raises(DataError):
         session.take_part(ready)
     assert capsys.readouterr().err == said  # the leading rank's is said by the command
+
+
+def test_a_picture_skips_a_damaged_image_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    val = ShardIndex.load(locate("package:digits/val", tmp_path))
+    tar = val.folder / val.shards[0].name
+    tar.write_bytes(b"?" * 2048 + tar.read_bytes()[2048:])
+    drawn = []
+    monkeypatch.setattr(loop, "attention_picture", lambda model, image, pixels: drawn.append(pixels.shape))
+    for bad in ("skip", "error"):
+        course = Course([1.0], f"refiner.data.on_bad_sample={bad}")
+        course.ready = SimpleNamespace(val=val)  # type: ignore[assignment]
+        course.averages = SimpleNamespace(state=dict)  # type: ignore[assignment]
+        course.evaluated = torch.nn.Identity()  # type: ignore[assignment]
+        course.metrics = SimpleNamespace(picture=lambda *_: None)  # type: ignore[assignment]
+        if bad == "error":
+            with pytest.raises(DataError):
+                Training._picture(course)
+        else:
+            Training._picture(course)
+    assert drawn == [(28, 28, 3)]
