@@ -58,6 +58,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from refiner_ds.data.loader import eval_batches
     from refiner_ds.training.build import build_model, choose_attention
     from refiner_ds.training.checkpoint_files import find_checkpoint, read_state, read_weights
+    from refiner_ds.training.engine import evaluates_in_bf16
     from refiner_ds.training.evaluation import evaluate
     from refiner_ds.training.preparation import load_index
     from refiner_ds.training.world import join, leave
@@ -86,8 +87,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         workers=data.workers if options.workers is None else options.workers,
         on_bad_sample=data.on_bad_sample,
     )
+    bf16 = evaluates_in_bf16(run, world)
     with heard_from(world.rank):
-        accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, world.device.type == "cuda")
+        accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, bf16)
     if world.leads:
         _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio)
     leave()

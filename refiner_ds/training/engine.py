@@ -24,6 +24,11 @@ def computes_in_bf16(run: RunFile, world: World) -> bool:
     return asked
 
 
+def evaluates_in_bf16(run: RunFile, world: World) -> bool:
+    """Whether evaluation computes under autocast: where training computes in bf16, CPUs apart, slower so."""
+    return world.device.type == "cuda" and computes_in_bf16(run, world)
+
+
 def deepspeed_config(run: RunFile, batch: BatchPlan, bf16: bool) -> dict[str, Any]:
     """The run file's DeepSpeed part with the batch spelled out, as ``deepspeed.initialize`` wants it."""
     config = run.keys.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"refiner", "extends"})

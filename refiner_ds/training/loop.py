@@ -25,7 +25,7 @@ from refiner_ds.training.build import build_model, peak_flops, training_flops
 from refiner_ds.training.checkpoint_files import State, write_atomically
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
-from refiner_ds.training.engine import Engine
+from refiner_ds.training.engine import Engine, evaluates_in_bf16
 from refiner_ds.training.evaluation import Accuracy, evaluate
 from refiner_ds.training.exchange import StepExchange
 from refiner_ds.training.inputs import InputMaker, derived_seed
@@ -240,9 +240,9 @@ class Training:
         buffers = {name: buffer.cpu() for name, buffer in self.engine.statistics().items()}
         for which, state in (("model", {**self.engine.full_weights(), **buffers}), ("ema", self.averages.state())):
             self.evaluated.load_state_dict(state)
-            autocast = self.engine.bf16 and self.world.device.type == "cuda"
+            bf16 = evaluates_in_bf16(self.run, self.world)
             accuracy = evaluate(
-                self.evaluated, self._val_batches(), self.world, self.keys.data.mean, self.keys.data.std, autocast
+                self.evaluated, self._val_batches(), self.world, self.keys.data.mean, self.keys.data.std, bf16
             )
             self.last[which] = accuracy
             values = {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss, "weights": which}

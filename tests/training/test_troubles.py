@@ -18,6 +18,7 @@ from refiner_ds.training import loop, session
 from refiner_ds.training.checkpoint_files import MANIFEST, State, faults
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
+from refiner_ds.training.engine import evaluates_in_bf16
 from refiner_ds.training.loop import DIVERGED, FINISHED, Outcome, Training
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.world import World
@@ -203,3 +204,11 @@ def test_a_picture_skips_a_damaged_image_where_the_run_does(tmp_path: Path, monk
         else:
             Training._picture(course)
     assert drawn == [(28, 28, 3)]
+
+
+@pytest.mark.parametrize(
+    "device, asked, does", [("cuda", "true", True), ("cuda", "false", False), ("cpu", "true", False)]
+)
+def test_evaluation_computes_in_what_training_computed_in(device: str, asked: str, does: bool) -> None:
+    world = World(0, 1, 0, torch.device(device))
+    assert evaluates_in_bf16(load(None, [f"bf16.enabled={asked}"]), world) is does
