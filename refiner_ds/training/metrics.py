@@ -32,7 +32,7 @@ class Metrics:
         file = folder / "metrics.jsonl"
         _drop_beyond(file, step)
         self._file = open(file, "a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, epoch: float, samples: int, **values: Any) -> None:
         """One line, and one scalar for each number in it.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.config import get_gradient_clipping
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from refiner_ds.config import load
 from refiner_ds.data.batch import Batch
@@ -109,6 +110,16 @@ def test_resuming_drops_what_was_logged_beyond_the_checkpoint(tmp_path: Path) ->
     again.write("train", 3, 0.3, 144, loss=float("nan"))
     again.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, None)]
+
+
+def test_resuming_hides_what_tensorboard_was_shown_beyond_the_checkpoint(tmp_path: Path) -> None:
+    for first, last in ((1, 4), (1, 3), (2, 3)):  # killed before anything was saved, then after step 1 was
+        metrics = Metrics(tmp_path, first - 1)
+        for step in range(first, last + 1):
+            metrics.write("train", step, step / 10, step * 48, loss=float(step))
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
 CONSOLE = """
