@@ -7,7 +7,9 @@ bytes or the shard of another set is an error that names shard and sample, never
 from __future__ import annotations
 
 import io
+import math
 import os
+import time
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from refiner_ds.data.writer import check_of
 from refiner_ds.errors import DataError
 
 OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limit of 1,024
+ASK_AGAIN_SECONDS = 600.0  # after which a shard that could not be fetched is asked for again
 JPEG_START = b"\xff\xd8\xff"
 
 
@@ -56,7 +59,7 @@ class SampleReader:
         self.index = index
         self._only_maps = index.only_maps
         self._open: OrderedDict[int, tuple[int, str]] = OrderedDict()
-        self._unreachable: dict[int, str] = {}
+        self._unreachable: dict[int, tuple[float, str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}  # descriptors mean nothing to another process
@@ -76,12 +79,14 @@ class SampleReader:
             return self._open[shard]
         if len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
-        if shard in self._unreachable:
-            raise DataError(self._unreachable[shard])
+        since, answer = self._unreachable.get(shard, (-math.inf, ""))
+        if time.monotonic() - since < ASK_AGAIN_SECONDS:
+            raise DataError(answer)
         try:
             path = fetch_shard(self.index, shard)
         except DataError as error:
-            self._unreachable[shard] = str(error)  # its other samples need not wait for the same answer
+            # Its other samples need not wait for the same answer; a server that was away for an hour is back some day.
+            self._unreachable[shard] = time.monotonic(), str(error)
             raise
         self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path)
         return self._open[shard]

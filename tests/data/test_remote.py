@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from data_tools.verify import main as verify
-from refiner_ds.data import remote
+from refiner_ds.data import remote, samples
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.packaged import locate
+from refiner_ds.data.samples import SampleReader
 from refiner_ds.errors import DataError
 from tests.data.small_disk import SmallDisk, on_small_disk
 
@@ -156,6 +157,19 @@ def test_lasting_trouble_is_an_error_or_a_counted_skip(server: Server, tmp_path:
     assert epoch(index, on_bad="skip") == [*range(7), *[-1] * 7, *range(14, 20)]
     assert server.requests["shard-000001.tar"] == (2 if fault == "404" else 6)  # not again for every sample
     assert not list(index.folder.glob("shard-000001.tar*[!k]")), "nothing half-fetched stays"
+
+
+def test_a_shard_that_was_not_to_be_had_is_asked_for_again_some_day(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults["shard-000001.tar"] = ("404", 1)
+    reader = SampleReader(ShardIndex.load(locate(server.address, tmp_path / "cache")))
+    for _ in range(2):
+        with pytest.raises(DataError, match="answers 404"):
+            reader.read(7)
+    assert server.requests["shard-000001.tar"] == 1
+    monkeypatch.setattr(samples, "ASK_AGAIN_SECONDS", 0.0)
+    assert reader.read(7).label == 7 % 3
 
 
 @pytest.mark.parametrize("name, fault", [("index.json", "404"), ("members.npy", "404"), ("index.json", "stall")])
