@@ -22,6 +22,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPException
@@ -61,7 +62,8 @@ def fetch_set(spec: str, cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(cannot_write(cache, error)) from None
-    arrived = cache / f".index-{os.getpid()}.json"
+    # Not by process number: in containers it is often the same on every node that shares the cache.
+    arrived = cache / f".index-{uuid.uuid4().hex}.json"
     _fetch(spec, INDEX_NAME, arrived, lambda size, sha256: "" if size else "nothing came")
     index = arrived.read_bytes()
     arrived.unlink()

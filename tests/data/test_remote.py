@@ -202,6 +202,22 @@ def test_many_processes_fetch_a_shard_once(server: Server, tmp_path: Path) -> No
     assert {count for name, count in server.requests.items() if name.endswith(".tar")} == {1}
 
 
+def test_processes_of_one_number_on_several_nodes_begin_at_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, others = remote._fetch, [0]
+
+    def fetch_and_be_overtaken(source: str, name: str, path: Path, judge: Callable[[int, str], str]) -> None:
+        fetch(source, name, path, judge)
+        if not others[0]:
+            others[0] += 1
+            locate(server.address, tmp_path / "cache")  # a container on another node, with the same process number
+
+    monkeypatch.setattr(remote, "_fetch", fetch_and_be_overtaken)
+    assert ShardIndex.load(locate(server.address, tmp_path / "cache")).count == 20
+    assert others == [1] and not list((tmp_path / "cache/remote").glob(".index*"))
+
+
 def test_fetching_killed_on_the_way_leaves_nothing_in_place(server: Server, tmp_path: Path) -> None:
     server.faults["shard-000000.tar"] = ("stall", 1)
     script = (
