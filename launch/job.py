@@ -30,6 +30,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 AGAIN = 75  # EX_TEMPFAIL: training was interrupted, saved, and wants to be run again
 STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
+LOCAL_LIFE = "REFINER_LOCAL_LIFE"  # how often the local controller has started the tasks, as Slurm counts restarts
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
 
 
@@ -85,7 +86,7 @@ class TrainJob:
         """Leave so that the job starts again, or with 75 if it had better not."""
         if not decides:
             sys.exit(0)  # anything else would have srun end rank 0 before it has asked for the requeue
-        refusal = _ending(task) or self._spent(task.job_id)
+        refusal = _ending(task) or self._spent(task.job_id, task.global_rank)
         if refusal:
             _say(f"job {task.job_id} is not requeued: {refusal}")
             sys.exit(AGAIN)
@@ -97,23 +98,28 @@ class TrainJob:
             _say(f"Slurm did not requeue: {asked.stderr.strip()}")
         sys.exit(AGAIN if asked.returncode else 0)
 
-    def _spent(self, job_id: str) -> str | None:
-        """Count this requeue; why there should not be another, or None."""
+    def _spent(self, job_id: str, rank: int) -> str | None:
+        """Count this requeue, once for all tasks that ask for it; why there should not be another, or None."""
         ledger = Path(self.run_folder, "jobs", f"{job_id}_requeues.json")
-        before: dict[str, Any] = {"requeues": 0, "latest": None, "stuck": 0}
+        before: dict[str, Any] = {"requeues": 0, "latest": None, "stuck": 0, "life": None}
         if ledger.exists():
-            before = json.loads(ledger.read_text())
+            before |= json.loads(ledger.read_text())
+        if before["life"] == _life():
+            return None
         latest = _latest(Path(self.run_folder))
         now: dict[str, Any] = {
             "requeues": before["requeues"] + 1,
             "latest": latest,
             "stuck": before["stuck"] + 1 if latest == before["latest"] else 0,
+            "life": _life(),
         }
         if now["requeues"] > self.requeues:
             return f"it has requeued itself {self.requeues} times, which is all its profile allows (requeues)"
         if now["stuck"] >= STUCK:
             return f"{STUCK} times in a row it got no further than checkpoint {latest or 'none'}"
-        ledger.write_text(json.dumps(now))
+        writing = ledger.with_suffix(f".{rank}.tmp")  # other tasks may read, and write, at the same moment
+        writing.write_text(json.dumps(now))
+        writing.replace(ledger)
         return None
 
 
@@ -149,7 +155,7 @@ class Failure:
 
 
 def _life() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return int(os.environ.get(LOCAL_LIFE) or os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:

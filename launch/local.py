@@ -18,7 +18,7 @@ from pathlib import Path
 import submitit
 from submitit.local import local
 
-from .job import AGAIN
+from .job import AGAIN, LOCAL_LIFE
 
 TIMED_OUT = 124  # as timeout(1) has it
 FOR_EVER = 60 * 24 * 366 * 10  # minutes; the controller counts in seconds and must be told something
@@ -92,6 +92,7 @@ class Controller(local.Controller):
     def lead(self) -> int:
         """Run the job to its end and return its exit code."""
         while True:
+            os.environ[LOCAL_LIFE] = str(int(os.environ.get(LOCAL_LIFE, "-1")) + 1)
             try:
                 self.start_tasks()
                 codes = self.wait()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import local
+from launch.job import LOCAL_LIFE, STUCK, TrainJob
 
 from .conftest import Clone
 
@@ -77,6 +78,19 @@ def test_a_profile_bounds_how_often_a_run_begins_again(clone: Clone) -> None:
     assert done.returncode == 75
     assert "it has requeued itself 2 times" in done.stdout
     assert set(clone.seen()) == {"0.0", "0.1", "0.2"}
+
+
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", LOCAL_LIFE])
+def test_tasks_that_all_ask_for_a_requeue_ask_for_one(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    job = TrainJob([], str(tmp_path), gpus=False, requeues=100)
+    for life in range(STUCK):  # each of them ended before training had begun, when every task speaks for all
+        monkeypatch.setenv(variable, str(life))
+        answers = [job._spent("7", rank) for rank in range(32)]
+        assert answers == [None if life < STUCK - 1 else "3 times in a row it got no further than checkpoint none"] * 32
+    assert [file.name for file in tmp_path.glob("jobs/*")] == ["7_requeues.json"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
