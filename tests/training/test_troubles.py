@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +137,22 @@ def test_a_damaged_later_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> 
     save(checkpoints, 30)
     assert kept(tmp_path) == [f"step_{step:08d}" for step in (20, 30, 40)]
     assert not faults(tmp_path / "checkpoints/step_00000030")
+
+
+def test_a_checkpoint_that_somebody_reads_may_stay_until_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")  # .nfs files stand in for what is open and deleted
+
+    checkpoints = Checkpoints(tmp_path, 1, ALONE)
+    save(checkpoints, 10)
+    with monkeypatch.context() as nfs:
+        nfs.setattr(os, "rmdir", busy)
+        assert save(checkpoints, 20) == checkpoints.newest()
+    assert kept(tmp_path) == ["step_00000010", "step_00000020"]
+    save(checkpoints, 30)
+    assert kept(tmp_path) == ["step_00000030"]
 
 
 def test_a_run_of_nothing_but_damaged_checkpoints_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
