@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 AGAIN = 75  # EX_TEMPFAIL: training was interrupted, saved, and wants to be run again
 STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
+ATTEMPTS, AWAY_SECONDS, ANSWER_SECONDS = 3, 5.0, 12.0  # two questions in less than the two minutes a time limit leaves
+AWAY = re.compile("timed out|unable to contact slurm controller", re.IGNORECASE)
 LOCAL_LIFE = "REFINER_LOCAL_LIFE"  # how often the local controller has started the tasks, as Slurm counts restarts
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
 
@@ -93,7 +96,7 @@ class TrainJob:
         _say(f"requeueing job {task.job_id}")
         if task.cluster == "local":
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)
-        asked = subprocess.run(("scontrol", "requeue", task.job_id), capture_output=True, text=True, timeout=60)
+        asked = _scontrol("requeue", task.job_id)
         if asked.returncode:
             _say(f"Slurm did not requeue: {asked.stderr.strip()}")
         sys.exit(AGAIN if asked.returncode else 0)
@@ -192,10 +195,25 @@ def _ending(task: submitit.JobEnvironment) -> str | None:
     # tasks have left, the job is COMPLETING either way; past its time limit it is too, and should go on.
     if task.cluster == "local":
         return None
-    shown = subprocess.run(("scontrol", "show", "job", "-o", task.job_id), capture_output=True, text=True, timeout=60)
+    shown = _scontrol("show", "job", "-o", task.job_id)
     fields = set(shown.stdout.split())
     ending = fields & {"JobState=CANCELLED", "JobState=COMPLETING"} and "Reason=TimeLimit" not in fields
     return "it was cancelled" if ending else None
+
+
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    """Slurm's answer, asked again while its controller is away, as it is when it restarts; without one, a failure."""
+    command = ("scontrol", *words)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(AWAY_SECONDS)
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            answer = subprocess.CompletedProcess(command, 1, "", str(error))
+        if not answer.returncode or not AWAY.search(answer.stderr):
+            break
+    return answer
 
 
 def _say(what: str) -> None:

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch import local
+from launch import job, local
 from launch.job import LOCAL_LIFE, STUCK, TrainJob
 
 from .conftest import Clone
@@ -85,10 +86,10 @@ def test_tasks_that_all_ask_for_a_requeue_ask_for_one(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "jobs").mkdir()
-    job = TrainJob([], str(tmp_path), gpus=False, requeues=100)
+    tasks = TrainJob([], str(tmp_path), gpus=False, requeues=100)
     for life in range(STUCK):  # each of them ended before training had begun, when every task speaks for all
         monkeypatch.setenv(variable, str(life))
-        answers = [job._spent("7", rank) for rank in range(32)]
+        answers = [tasks._spent("7", rank) for rank in range(32)]
         assert answers == [None if life < STUCK - 1 else "3 times in a row it got no further than checkpoint none"] * 32
     assert [file.name for file in tmp_path.glob("jobs/*")] == ["7_requeues.json"]
 
@@ -127,3 +128,36 @@ def test_a_machines_devices_are_those_its_user_may_use(monkeypatch: pytest.Monke
     assert local.devices_here() == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert local.devices_here() == []
+
+
+@pytest.mark.parametrize(
+    "answers, code, said",
+    [
+        (["", "unable to contact slurm controller (connect failure)", ""], 0, "requeueing job 7"),
+        (["", "Job is pending execution"], 75, "Slurm did not requeue: Job is pending execution"),
+        ([], 75, "Slurm did not requeue: [Errno 2] No such file or directory: 'scontrol'"),
+    ],
+)
+def test_a_saved_job_is_requeued_by_a_controller_that_was_away(
+    answers: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.setattr(job, "AWAY_SECONDS", 0.01)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if answers else str(tmp_path))
+    for number, answer in enumerate(answers):
+        (tmp_path / f"answer{number}").write_text(answer)
+    (tmp_path / "asked").touch()
+    if answers:
+        asked = tmp_path / "scontrol"
+        number = "n=$(wc -l < asked); echo >> asked"
+        asked.write_text(f"#!/bin/sh\ncd {tmp_path}\n{number}\ncat answer$n >&2\ntest ! -s answer$n\n")
+        asked.chmod(0o755)
+    task = SimpleNamespace(job_id="7", global_rank=0, cluster="slurm")
+    with pytest.raises(SystemExit) as left:
+        TrainJob([], str(tmp_path), gpus=True, requeues=9)._again(task, decides=True)
+    assert left.value.code == code and said in capsys.readouterr().out
