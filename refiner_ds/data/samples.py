@@ -143,6 +143,9 @@ def decode_image(raw: RawSample) -> np.ndarray:
             pass  # CMYK, and files with recoverable faults: Pillow decides
     try:
         with Image.open(io.BytesIO(raw.image)) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey: Pillow would cut off what is above 255, most of it white
+                grey_yx = np.rint(np.array(image) / 257).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey_yx[..., None], 3, axis=2)
             return np.array(image.convert("RGB"))  # a copy: torch warns about memory it must not write to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{raw.place}: the image cannot be decoded ({error})") from None

@@ -14,6 +14,7 @@ import torch
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.index import MapFormat, ShardIndex, find_maps
 from refiner_ds.data.loader import eval_batches, train_batches
+from refiner_ds.data.samples import RawSample, decode_image
 from refiner_ds.data.score_maps import ScoreMap, encode
 from refiner_ds.data.writer import SetWriter
 from refiner_ds.errors import DataError
@@ -149,6 +150,13 @@ def test_sound_bytes_that_are_no_image(tmp_path: Path) -> None:
         list(eval_batches(index, EvalSettings(8, 1.0), batch=4, rank=0, world_size=1))
     (batch,) = eval_batches(index, EvalSettings(8, 1.0), batch=4, rank=0, world_size=1, on_bad_sample="skip")
     assert batch.bad == 1 and batch.valid_B.tolist() == [True, True, False, True]
+
+
+def test_sixteen_bits_of_grey_keep_their_shades() -> None:
+    grey_yx = np.linspace(0, 65535, 256).reshape(16, 16).round().astype(np.uint16)
+    raw = RawSample(memoryview(png(grey_yx)), memoryview(b""), 0, "scan.png", "shard-000000.tar", 0)
+    pixels_yx3 = decode_image(raw)
+    assert (pixels_yx3 == np.arange(256, dtype=np.uint8).reshape(16, 16, 1)).all() and pixels_yx3.dtype == np.uint8
 
 
 GRID = MapFormat(2, 3, 3)
