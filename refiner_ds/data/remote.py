@@ -141,6 +141,8 @@ def _copy(source: str, name: str, temporary: Path) -> tuple[int, str]:
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
+        if missing := getattr(stream, "length", 0):  # read in pieces, http.client lets a cut connection pass as the end
+            raise OSError(f"{size} of {size + missing} bytes came")
         file.flush()
         os.fsync(file.fileno())
     return size, digest.hexdigest()

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -127,8 +127,13 @@ def test_training_batches_are_those_of_the_local_set(server: Server, tmp_path: P
     assert all(torch.equal(one, other) for one, other in zip(local, far, strict=True))
 
 
-@pytest.mark.parametrize("fault", ["stall", "cut", "cut without a length", "damage", "503"])
-@pytest.mark.parametrize("name", ["shard-000001.tar", "members.npy"])
+@pytest.mark.parametrize(
+    "name, fault",
+    [
+        *product(("shard-000001.tar", "members.npy"), ("stall", "cut", "cut without a length", "damage", "503")),
+        *product(("index.json",), ("stall", "cut", "503")),  # nothing else says what it ought to be
+    ],
+)
 def test_passing_trouble_is_survived(server: Server, tmp_path: Path, fault: str, name: str) -> None:
     server.faults[name] = (fault, 2)
     assert epoch(ShardIndex.load(locate(server.address, tmp_path / "cache"))) == list(range(20))
