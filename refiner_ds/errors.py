@@ -34,10 +34,15 @@ class CheckpointError(RefinerError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
+def speaks() -> bool:
+    """Whether this process is to say what it is refused: a node's first, for data may be missing on one node alone."""
+    return "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
+
+
 def refusals_are_told(main: Callable[..., int]) -> Callable[..., int]:
     """Let a command's ``main`` end with one sentence on stderr and exit code 2 where it is refused.
 
-    Among the processes of a group every one meets the same refusal; the first says it.
+    Among the processes of a node every one meets the same refusal; the first says it (`speaks`).
     """
 
     @wraps(main)
@@ -45,7 +50,7 @@ def refusals_are_told(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*arguments, **named)
         except RefinerError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if speaks():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return REFUSED
 

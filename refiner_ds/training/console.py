@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from refiner_ds.errors import RefinerError
+from refiner_ds.errors import RefinerError, speaks
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("refiner_ds")
@@ -51,13 +51,13 @@ def write_logs(folder: Path, rank: int) -> None:
 def heard_from(rank: int) -> Iterator[None]:
     """Say what a rank is refused in the middle of common work: a damaged sample, say, which it alone has met.
 
-    `refusals_are_told` has the leading rank speak, since before that work all meet the same.
+    `refusals_are_told` has the first rank of a node speak, since before that work all of them meet the same.
     """
     try:
         yield
     except RefinerError as error:
         log.error("%s", error)
-        if rank:
+        if not speaks():
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         raise
 

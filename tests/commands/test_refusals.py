@@ -1,4 +1,4 @@
-"""Every command ends alike where it is refused: one sentence on stderr, exit code 2, said once among many processes."""
+"""Every command ends alike where it is refused: one sentence on stderr, exit code 2, said once a node."""
 
 from __future__ import annotations
 
@@ -37,13 +37,27 @@ def test_refusal_is_one_sentence_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("rank, said", [(None, "error: no\n"), ("0", "error: no\n"), ("3", "")])
-def test_one_process_of_a_group_says_it(
-    rank: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "rank, local_rank, said",
+    [
+        (None, None, "error: no\n"),
+        ("0", "0", "error: no\n"),
+        ("3", None, ""),
+        ("3", "3", ""),
+        ("8", "0", "error: no\n"),  # of the second node, where alone the data may be missing
+    ],
+)
+def test_one_process_of_a_node_says_it(
+    rank: str | None,
+    local_rank: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    if rank:
-        monkeypatch.setenv("RANK", rank)
+    for name, number in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        monkeypatch.delenv(name, raising=False)
+        if number:
+            monkeypatch.setenv(name, number)
 
     @refusals_are_told
     def main() -> int:

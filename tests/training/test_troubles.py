@@ -194,6 +194,8 @@ def test_a_rank_that_alone_meets_damage_says_so(
     def go() -> int:
         raise DataError("shard 7: damaged")
 
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(session, "join", lambda: World(rank, 4, 0, torch.device("cpu")))
     monkeypatch.setattr(session, "write_logs", lambda *_: None)
     monkeypatch.setattr(session, "_greet", lambda *_: None)
