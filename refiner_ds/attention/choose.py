@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refiner_ds.attention import composed, lean, lean_map, reference
+from refiner_ds.attention import composed, lean, reference
 from refiner_ds.attention.parameters import Refiner, Scores
 
 __all__ = ["WAYS", "attend", "plain", "refine", "set_keep", "using", "way_chosen"]
@@ -144,9 +144,10 @@ def attend(
         ValueError: no way has that name.
     """
     taker = next((taker for taker in _takers(way, value_BHNd.device) if taker.knows_maps(scores)), None)
-    make, multiply = (taker.make_map, lean_map.attend) if taker else (composed.make_map, reference.attend)
-    map_BHNN = make(scores, handed_BHNN).to(value_BHNd.dtype)
-    return multiply(map_BHNN, value_BHNd), map_BHNN
+    if taker:
+        return taker.attend(scores, value_BHNd, handed_BHNN)
+    map_BHNN = composed.make_map(scores, handed_BHNN).to(value_BHNd.dtype)
+    return reference.attend(map_BHNN, value_BHNd), map_BHNN
 
 
 def refine(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from refiner_ds.attention import lean_map
 from refiner_ds.attention.bottleneck_backward import TiledPasses
 from refiner_ds.attention.bottleneck_function import Passes, refine_in_training
 from refiner_ds.attention.folding import fold_refiner
@@ -34,7 +35,18 @@ from refiner_ds.attention.parameters import (
     Scores,
 )
 
-__all__ = ["KEEPS", "Makers", "knows", "knows_maps", "make_map", "refine", "refine_by", "stacks_or_map", "traced"]
+__all__ = [
+    "KEEPS",
+    "Makers",
+    "attend",
+    "knows",
+    "knows_maps",
+    "make_map",
+    "refine",
+    "refine_by",
+    "stacks_or_map",
+    "traced",
+]
 
 KEEPS = ("auto", "map", "stacks")
 
@@ -50,6 +62,12 @@ def traced() -> bool:
 def knows_maps(scores: Scores) -> bool:
     """Whether making this map can be lean."""
     return not traced()
+
+
+def attend(scores: Scores, value_BHNd: Tensor, handed_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As ``attention.attend``: the output [B, H, N, d], and the map [B, H, N, N] in the values' dtype."""
+    map_BHNN = make_map(scores, handed_BHNN).to(value_BHNd.dtype)
+    return lean_map.attend(map_BHNN, value_BHNd), map_BHNN
 
 
 def knows(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner) -> bool:

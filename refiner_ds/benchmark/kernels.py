@@ -59,9 +59,10 @@ def _go(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
         elif name == "linear":
             out = attention.refine(Scores(q, k, layer.scale), value, layer.refiner(name), way="fused")
         else:
-            out = attention.attend(Scores(q, k, layer.scale), value, map_BHNN, way="fused")[1]
+            out, made_BHNN = attention.attend(Scores(q, k, layer.scale), value, map_BHNN, way="fused")
         if training:
-            out.backward(torch.ones_like(out))
+            outputs = [out, made_BHNN] if name == "map" else [out]
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
 def measure(setting: Setting, tokens: int, architecture: int | None) -> list[Row]:

@@ -30,11 +30,11 @@ def entries_of_parts(tokens: int, length: int, device: torch.device) -> Tensor:
     return (cuts // stride * tokens + (cuts % stride).clamp(max=tokens)).diff()
 
 
-def empty_stack(like_BCNN: Tensor, maps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def empty_stack(like_BCN: Tensor, maps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A stack to be written, zeros behind rows too: [B, ``maps``, N, N]; maps and dtype of ``like`` if None."""
-    batch, like_maps, tokens, _ = like_BCNN.shape
+    batch, like_maps, tokens = like_BCN.shape[:3]
     maps, stride = maps or like_maps, row_stride(tokens)
-    memory = like_BCNN.new_empty(ALIGNED + batch * maps * tokens * stride, dtype=dtype)
+    memory = like_BCN.new_empty(ALIGNED + batch * maps * tokens * stride, dtype=dtype)
     # Not a view, which autograd would hand on with its history.
     stack_BCNN = memory.new_empty(0)
     shape, strides = (batch, maps, tokens, tokens), (maps * tokens * stride, tokens * stride, stride, 1)

@@ -24,7 +24,7 @@ from refiner_ds.attention.fused.layout import empty_stack, laid_out, lies_so, ro
 from refiner_ds.attention.fused.tools import at_least_16, product, readable
 from refiner_ds.attention.parameters import Scores
 
-__all__ = ["make_map", "score_gradients", "softmax_map"]
+__all__ = ["make_map", "score_gradients", "seed_of", "softmax_map"]
 
 # Queries and keys of a tile: compiled for Hopper in bf16, heads of 32 take 64, 107 and 80 registers and four programs
 # or more share a processor; with 128 queries it is a fifth fewer instructions but three, and fp32 spills half a KB.
@@ -88,16 +88,20 @@ def _softmax_map(
 
 @triton.jit
 def _behind_softmax(
-    q_Rd, k_Kd, lse_R, grad_NN, plane, row_R, key_K, scale, dropout, seed,
-    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
+    q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
+    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of the softmax, and of the gradient behind it, [R, K] both; ``grad_NN`` is its plane.
 
     The gradient is zero outside, the softmax behind its last key: no number of a row that is none is ever used.
     """
-    stored_RK = (row_R[:, None] < TOKENS) & (key_K[None, :] < GRAD_STRIDE)
-    place_RK = row_R[:, None] * GRAD_STRIDE + key_K[None, :]
-    grad_RK = tl.load(grad_NN + place_RK, mask=stored_RK, other=0.0).to(tl.float32)
+    grad_RK = tl.zeros([row_R.shape[0], key_K.shape[0]], tl.float32)
+    if GRAD_STRIDE:
+        stored_RK = (row_R[:, None] < TOKENS) & (key_K[None, :] < GRAD_STRIDE)
+        place_RK = row_R[:, None] * GRAD_STRIDE + key_K[None, :]
+        grad_RK += tl.load(grad_NN + place_RK, mask=stored_RK, other=0.0).to(tl.float32)
+    if ATTENDED:
+        grad_RK += product(out_Rd, tl.trans(value_Kd))
     if DROPOUT:
         grad_RK *= _kept(seed, plane, row_R, key_K, dropout, TOKENS)
     softmax_RK = tl.exp2(product(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
@@ -106,10 +110,10 @@ def _behind_softmax(
 
 @triton.jit
 def _query_gradients(
-    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dq_BHNd, handed_BHNN, mean_BHN, q_strides, k_strides, scale, dropout, seed,
-    heads, width,
-    TOKENS: tl.constexpr, STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, HANDED: tl.constexpr,
-    DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dq_BHNd, handed_BHNN, mean_BHN,
+    q_strides, k_strides, out_strides, value_strides, scale, dropout, seed, heads, width,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr,
+    HANDED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
@@ -117,13 +121,15 @@ def _query_gradients(
     handed_BHNN += plane.to(tl.int64) * (TOKENS * STRIDE)
     row_R, key_K, at_d = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
     q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
+    out_Rd = _vectors(out_BHNd, image, head, row_R, out_strides, width, TOKENS, WIDTH)
     lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
     mean_R = tl.zeros([ROWS], tl.float32)
     for start in range(0, TOKENS, KEYS):
         k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
+        value_Kd = _vectors(value_BHNd, image, head, start + key_K, value_strides, width, TOKENS, WIDTH)
         softmax_RK, grad_RK = _behind_softmax(
-            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, start + key_K, scale, dropout, seed,
-            TOKENS, GRAD_STRIDE, DROPOUT,
+            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, plane, row_R, start + key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
         )  # fmt: skip
         mean_R += tl.sum(softmax_RK * grad_RK, 1)
         if HANDED:
@@ -134,9 +140,10 @@ def _query_gradients(
     dq_Rd = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, TOKENS, KEYS):
         k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
+        value_Kd = _vectors(value_BHNd, image, head, start + key_K, value_strides, width, TOKENS, WIDTH)
         softmax_RK, grad_RK = _behind_softmax(
-            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, start + key_K, scale, dropout, seed,
-            TOKENS, GRAD_STRIDE, DROPOUT,
+            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, plane, row_R, start + key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
         )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dq_Rd += product(logits_RK.to(k_Kd.dtype), k_Kd)
@@ -147,9 +154,9 @@ def _query_gradients(
 
 @triton.jit
 def _key_gradients(
-    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dk_BHNd, mean_BHN, q_strides, k_strides, scale, dropout, seed,
-    heads, width,
-    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, DROPOUT: tl.constexpr,
+    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dk_BHNd, mean_BHN,
+    q_strides, k_strides, out_strides, value_strides, scale, dropout, seed, heads, width,
+    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
@@ -157,15 +164,17 @@ def _key_gradients(
     grad_BHNN += plane.to(tl.int64) * (TOKENS * GRAD_STRIDE)
     key_K, offset_R, at_d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, ROWS), tl.arange(0, WIDTH)
     k_Kd = _vectors(k_BHNd, image, head, key_K, k_strides, width, TOKENS, WIDTH)
+    value_Kd = _vectors(value_BHNd, image, head, key_K, value_strides, width, TOKENS, WIDTH)
     dk_Kd = tl.zeros([KEYS, WIDTH], tl.float32)
     for start in range(0, TOKENS, ROWS):
         row_R = start + offset_R
         q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
+        out_Rd = _vectors(out_BHNd, image, head, row_R, out_strides, width, TOKENS, WIDTH)
         lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
         mean_R = tl.load(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
         softmax_RK, grad_RK = _behind_softmax(
-            q_Rd, k_Kd, lse_R, grad_BHNN, plane, row_R, key_K, scale, dropout, seed,
-            TOKENS, GRAD_STRIDE, DROPOUT,
+            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
         )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dk_Kd += product(tl.trans(logits_RK.to(q_Rd.dtype)), q_Rd)
@@ -201,36 +210,44 @@ def softmax_map(
 
 
 def score_gradients(
-    q_BHNd: Tensor, k_BHNd: Tensor, lse_BHN: Tensor, scale: float, grad_BHNN: Tensor,
+    q_BHNd: Tensor, k_BHNd: Tensor, lse_BHN: Tensor, scale: float, grad_BHNN: Tensor | None,
     handed: torch.dtype | None = None, dropout: float = 0.0, seed: int = 0,
+    attended: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The way back through :func:`softmax_map`, ∂q and ∂k [B, H, N, d], and ∂handed in the dtype ``handed`` if given.
 
     Args:
         q_BHNd, k_BHNd, scale, dropout, seed: as there.
         lse_BHN: the log-sum-exps that came out there.
-        grad_BHNN: the gradient of the map.
+        grad_BHNN: the gradient of the map, or ``None`` if there is none but what follows.
+        attended: the gradient of the map times values, and those values, both as queries in shape and dtype; what
+            they add to the map's gradient is never written.
     """
     batch, heads, tokens, width = q_BHNd.shape
     q_BHNd, k_BHNd, stride = readable(q_BHNd), readable(k_BHNd), row_stride(tokens)
-    # What autograd adds up is dense: reading that two bytes at a time costs less than a copy.
-    grad_BHNN, grad_stride = (grad_BHNN, stride) if lies_so(grad_BHNN) else (grad_BHNN.contiguous(), tokens)
+    out_BHNd, value_BHNd = (q_BHNd, k_BHNd) if attended is None else map(readable, attended)
+    grad_stride = 0
+    if grad_BHNN is not None:
+        # What autograd adds up is dense: reading that two bytes at a time costs less than a copy.
+        grad_BHNN, grad_stride = (grad_BHNN, stride) if lies_so(grad_BHNN) else (grad_BHNN.contiguous(), tokens)
     dq_BHNd, dk_BHNd = (x.new_empty(batch, heads, tokens, width) for x in (q_BHNd, k_BHNd))
-    d_handed_BHNN = None if handed is None else empty_stack(grad_BHNN, dtype=handed)
+    d_handed_BHNN = None if handed is None else empty_stack(q_BHNd, dtype=handed)
     mean_BHN = torch.empty_like(lse_BHN)
-    numbers = (q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, width)
+    read = (q_BHNd, k_BHNd, lse_BHN, lse_BHN if grad_BHNN is None else grad_BHNN, out_BHNd, value_BHNd)
+    numbers = (
+        *(x.stride()[:3] for x in (q_BHNd, k_BHNd, out_BHNd, value_BHNd)), scale, dropout, seed, heads, width,
+    )  # fmt: skip
     constants = {
-        "TOKENS": tokens, "GRAD_STRIDE": grad_stride, "DROPOUT": dropout > 0,
+        "TOKENS": tokens, "GRAD_STRIDE": grad_stride, "ATTENDED": attended is not None, "DROPOUT": dropout > 0,
         "ROWS": ROWS, "KEYS": KEYS, "WIDTH": at_least_16(width), "num_warps": 4,
     }  # fmt: skip
     launch(
-        _query_gradients, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dq_BHNd,
-        grad_BHNN if d_handed_BHNN is None else d_handed_BHNN, mean_BHN, *numbers, STRIDE=stride,
+        _query_gradients, (batch * heads, triton.cdiv(tokens, ROWS)), *read, dq_BHNd,
+        lse_BHN if d_handed_BHNN is None else d_handed_BHNN, mean_BHN, *numbers, STRIDE=stride,
         HANDED=handed is not None, **constants,
     )  # fmt: skip
     launch(
-        _key_gradients, (batch * heads, triton.cdiv(tokens, KEYS)), q_BHNd, k_BHNd, lse_BHN, grad_BHNN, dk_BHNd,
-        mean_BHN, *numbers, **constants,
+        _key_gradients, (batch * heads, triton.cdiv(tokens, KEYS)), *read, dk_BHNd, mean_BHN, *numbers, **constants,
     )  # fmt: skip
     return dq_BHNd, dk_BHNd, d_handed_BHNN
 
@@ -265,5 +282,11 @@ def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
     """
     if scores.dropout >= 1:
         return make_map(scores._replace(dropout=0.0), handed_BHNN) * 0
-    seed = int(torch.randint(2**30, ())) if scores.dropout else 0
-    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed)
+    return _MakeMap.apply(
+        scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed_of(scores)
+    )
+
+
+def seed_of(scores: Scores) -> int:
+    """What a map's dropout is drawn from; itself drawn, where there is dropout, from torch's global CPU generator."""
+    return int(torch.randint(2**30, ())) if scores.dropout else 0

@@ -45,7 +45,7 @@ def fault(kernels: ModuleType, device: torch.device, tokens: int = 50) -> str | 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _results(way: ModuleType, device: torch.device, dtype: torch.dtype, tokens: int) -> list[Tensor]:
-    """Outputs and gradients of a map made and refined and of a linear refiner, and a bottleneck's output evaluating."""
+    """Outputs and gradients of a map multiplied with and refined, and of a linear refiner; a bottleneck evaluating."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -62,12 +62,12 @@ def _results(way: ModuleType, device: torch.device, dtype: torch.dtype, tokens: 
         first, second, third, last = (_norm(count, device, training) for count in (wide, wide, HEADS, HEADS))
         return BottleneckRefiner(expand_EH, first, local, second, project_HE, third, last)
 
-    map_BHNN = way.make_map(scores, way.make_map(scores)).to(dtype)
+    attended_BHNd, map_BHNN = way.attend(scores, v_BHNd, way.make_map(scores))
     found = []
     for attn, refiner in (
         (map_BHNN, bottleneck(training=True)), (scores, LinearRefiner(expand_EH, local, project_HE))
     ):  # fmt: skip
-        out = way.refine(attn, v_BHNd, refiner, 1.0, "stacks").float()
+        out = way.refine(attn, v_BHNd, refiner, 1.0, "stacks").float() + attended_BHNd
         found += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)]
     with torch.no_grad():
         found.append(way.refine(map_BHNN, v_BHNd, bottleneck(training=False), 1.0, "stacks").float())

@@ -4,6 +4,7 @@
     LinearRefiner                                  linear.py         keeps q, k, v and a row statistic, or A and v
     FoldedRefiner, BottleneckRefiner evaluating    inference.py      keeps nothing
     a freshly made map                             maps.py           keeps q, k and a row statistic
+    a map made and multiplied with                 attend.py         keeps v and the map besides
 
 Fused knows what lean knows, but for float64 and kernels other than 1×1 and 3×3.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention import lean
+from refiner_ds.attention.fused.attend import attend
 from refiner_ds.attention.fused.bottleneck import KernelPasses
 from refiner_ds.attention.fused.inference import refine_folded
 from refiner_ds.attention.fused.launching import runs_on
@@ -23,7 +25,7 @@ from refiner_ds.attention.fused.linear import refine_linear
 from refiner_ds.attention.fused.maps import make_map
 from refiner_ds.attention.parameters import Refiner, Scores
 
-__all__ = ["knows", "knows_maps", "make_map", "refine", "runs_on"]
+__all__ = ["attend", "knows", "knows_maps", "make_map", "refine", "runs_on"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_SIZES = (1, 3)

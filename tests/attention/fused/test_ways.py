@@ -83,14 +83,14 @@ def off(factor: float, dtype: torch.dtype) -> types.SimpleNamespace:
     def refine(attn, value, *others):
         return lean.refine(attn, value, *others) * (factor if value.dtype == dtype else 1)
 
-    return types.SimpleNamespace(refine=refine, make_map=lean.make_map)
+    return types.SimpleNamespace(refine=refine, make_map=lean.make_map, attend=lean.attend)
 
 
 def test_a_fault_is_said_and_leaves_the_choice_to_lean(monkeypatch):
     def breaks(*_):
         raise RuntimeError("out of registers\nand more")
 
-    broken = types.SimpleNamespace(refine=breaks, make_map=lean.make_map)
+    broken = types.SimpleNamespace(refine=breaks, make_map=lean.make_map, attend=lean.attend)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert trial.fault(lean, cpu, tokens=9) is None
     assert trial.fault(broken, cpu, tokens=9) == "fail (RuntimeError: out of registers)"
