@@ -22,7 +22,7 @@ from refiner_ds.data.targets import normalise
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.averages import Averages
 from refiner_ds.training.build import build_model, peak_flops, training_flops
-from refiner_ds.training.checkpoint_files import State, write_atomically
+from refiner_ds.training.checkpoint_files import State, latest, write_atomically
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import Engine, evaluates_in_bf16
@@ -196,12 +196,13 @@ class Training:
     def _give_up(self, why: str) -> int:
         if self._steps:
             self._log()
-        numbers = self._numbers
+        numbers, good = self._numbers, latest(self.folder)
         self.console.done()
         self.console.say(
             f"stopped at step {self.step}: {why} (class loss {numbers['loss_cls']}, patch loss {numbers['loss_patch']},"
-            f" learning rate {numbers['lr']:.2e}, gradient norm {numbers['grad_norm']}); the last good state is in"
-            f" {self.folder / 'checkpoints'}: lower refiner.recipe.lr or set gradient_clipping"
+            f" learning rate {numbers['lr']:.2e}, gradient norm {numbers['grad_norm']});"
+            f" {f'the last good state is {good}' if good else 'nothing has been saved yet'}:"
+            " lower refiner.recipe.lr or set gradient_clipping"
         )
         return DIVERGED
 

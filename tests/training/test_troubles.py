@@ -87,6 +87,18 @@ def test_weights_that_are_not_finite_end_the_run_though_the_loss_still_was() -> 
     assert lost.go() == DIVERGED and lost.done == " logged 2"
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_ends_so_names_the_last_good_state(saved: bool, tmp_path: Path) -> None:
+    lost, said = Course([float("nan")], f"refiner.run.output={tmp_path}"), []
+    lost.folder.mkdir()
+    if saved:
+        (lost.folder / "latest").write_text("step_00000007\n")
+    lost.console.say = said.append  # type: ignore[method-assign]
+    assert lost.go() == DIVERGED and len(said) == 1
+    good = f"the last good state is {lost.folder}/checkpoints/step_00000007: lower"
+    assert (good if saved else "; nothing has been saved yet: lower") in said[0]
+
+
 class Weights:
     """As much of an engine and of its averages as saving asks for."""
 
