@@ -27,8 +27,7 @@ from refiner_ds.attention.fused.tools import at_least_16, mix_stored, relu6
 
 __all__ = ["first"]
 
-# Keys of a span: of 40 columns 32 come out, of 24 in fp32 16, which else takes too many registers.
-KEYS = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
+KEYS = 4  # of a span: of 24 columns 16 come out; of 40 with 8 it would be 32, but 80 to 216 bytes of registers spill
 ROWS = 8  # that are gathered at a time: 10 are read, and a program's place in the cache is 16 kB
 PROGRAMS = 4096  # about as many as fill a card a few times over: with more, their places would be too many
 
@@ -145,7 +144,11 @@ def _first(
             through_MH = tl.zeros([GROUP, PADDED], dtype=tl.float32)
             empty_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
             # ∂u1 of the rows before and at the one just read, as far as it is known, and u1 there.
-            before_ML, now_ML, u1_before_ML, u1_now_ML = empty_ML, empty_ML, empty_ML, empty_ML
+            before_ML, now_ML = empty_ML, empty_ML
+            # Triton carries a variable through a loop only if it ends up as another value: one zero for both of these,
+            # of which one becomes the other, and the compiled kernel would see zero for ever.
+            u1_before_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
+            u1_now_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
             for line in range(ROWS + 2):
                 row = top + line - 1
                 row_L, row_Q = row + 0 * key_L, row + 0 * key_Q  # the interpreter makes no mask of one number
@@ -221,14 +224,13 @@ def first(
     batch, heads, tokens, _ = map_BHNN.shape
     stride = row_stride(tokens)
     expanded, side, padded = local_BENN.shape[1], kernel_E1kk.shape[-1], at_least_16(heads)
-    keys = KEYS[map_BHNN.dtype]
-    spans, groups = batch * stride // keys, triton.cdiv(expanded, GROUP)
+    spans, groups = batch * stride // KEYS, triton.cdiv(expanded, GROUP)
     tiles, blocks = triton.cdiv(spans, SPANS), triton.cdiv(tokens, ROWS)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // tiles))
     segments = triton.cdiv(blocks, steps)
     share_BHNN = empty_stack(map_BHNN)
     programs, wide = tiles * segments, groups * GROUP
-    gathered_PRHL = map_BHNN.new_empty(programs, ROWS, padded, SPANS * keys, dtype=torch.float32)
+    gathered_PRHL = map_BHNN.new_empty(programs, ROWS, padded, SPANS * KEYS, dtype=torch.float32)
     sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=torch.float32)
     through_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=torch.float32)
     launch(
@@ -236,7 +238,7 @@ def first(
         stacked((shift1_E, gain2_E, slope_E, level_E)), nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
         gathered_PRHL, sums_P10E, through_PEH, spans, steps,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP,
-        KEYS=keys, ROWS=ROWS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
+        KEYS=KEYS, ROWS=ROWS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
     )  # fmt: skip
     sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
     through_EH = through_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]

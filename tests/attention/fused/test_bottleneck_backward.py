@@ -119,7 +119,7 @@ def project_tolerance(dtype: torch.dtype) -> float:
 )
 def test_back_through_local_kernels_and_expansion(shape, dtype, keys, device, monkeypatch):
     small_pieces(monkeypatch)
-    monkeypatch.setattr(bottleneck_backward_first, "KEYS", {dtype: keys})
+    monkeypatch.setattr(bottleneck_backward_first, "KEYS", keys)
     batch, heads, wide, tokens, side = shape
     map_BHNN = torch.randn(batch, heads, tokens, tokens).mul(2).softmax(-1).to(device, dtype)
     local_BENN, m2_BENN = stored(2, batch, wide, tokens, tokens, dtype=dtype, device=device)
