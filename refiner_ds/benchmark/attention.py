@@ -77,7 +77,7 @@ class Row:
 class Setting:
     """What is measured: images a step, heads and their width, expansion, where, and how precisely (bf16: autocast)."""
 
-    batch: int = 4
+    batch: int = 8
     heads: int = 12
     width: int = 32
     ratio: int = 3
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m refiner_ds.benchmark attention", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[50, 197, 577], help="tokens, class token included")
-    parser.add_argument("--batch", type=int, default=4, help="images a step")
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=32, help="of a head")
     parser.add_argument("--ratio", type=int, default=3, help="expanded maps a head")
