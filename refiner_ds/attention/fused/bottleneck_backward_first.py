@@ -28,7 +28,7 @@ from refiner_ds.attention.fused.tools import at_least_16, mix_stored, relu6
 __all__ = ["first"]
 
 KEYS = 4  # of a span: of 24 columns 16 come out; of 40 with 8 it would be 32, but 80 to 216 bytes of registers spill
-ROWS = 8  # that are gathered at a time: 10 are read, and a program's place in the cache is 16 kB
+ROWS = 16  # that are gathered at a time: 18 are read, and a program's place in the cache is 16 kB
 PROGRAMS = 4096  # about as many as fill a card a few times over: with more, their places would be too many
 
 _SPANS = tl.constexpr(SPANS)
