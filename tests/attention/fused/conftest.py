@@ -30,6 +30,6 @@ def device(request) -> torch.device:
 @pytest.fixture
 def memory_full_of_nan() -> Iterator[None]:
     """New tensors are NaN until somebody writes them."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which on a GPU some of PyTorch's own products are not
     yield
     torch.use_deterministic_algorithms(False)

@@ -27,14 +27,6 @@ def behind_rows(stack_BCNN: Tensor) -> Tensor:
     return whole[..., tokens:]
 
 
-@pytest.fixture
-def memory_full_of_nan():
-    """New tensors are NaN until somebody writes them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("tokens", [1, 7, 8, 13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stack_is_copied_once_and_begins_every_row_at_16_bytes(tokens, dtype, memory_full_of_nan):
