@@ -7,6 +7,7 @@ the generator that is handed in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -63,12 +64,21 @@ def draw_mix(settings: MixSettings, side: int, generator: torch.Generator) -> Mi
     return Mix(1.0, (y0, x0, y1, x1))
 
 
+@cache
+@torch.inference_mode(False)  # whoever comes first, training uses them too
+def _affine(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # Once: numbers that go to a GPU wait for everything under way there.
+    scale = torch.tensor([1 / (255 * part) for part in std], device=device)
+    return scale, torch.tensor([-centre / part for centre, part in zip(mean, std, strict=True)], device=device)
+
+
 def normalise(
     images_BHWC: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], dtype: torch.dtype
 ) -> Tensor:
     """uint8 pixels [B, H, W, 3] to (pixel/255 − mean)/std, [B, 3, H, W] in ``dtype``, channels last in memory."""
-    scale = torch.tensor([1 / (255 * part) for part in std], device=images_BHWC.device)
-    shift = torch.tensor([-centre / part for centre, part in zip(mean, std, strict=True)], device=images_BHWC.device)
+    scale, shift = _affine(mean, std, images_BHWC.device)
     return torch.addcmul(shift, images_BHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)
 
 
