@@ -72,6 +72,12 @@ def faults(folder: Path) -> list[str]:
     return wrong
 
 
+def passed_over(used: Path) -> list[str]:
+    """What is wrong with each checkpoint that is later than the one in use, a line each."""
+    later = sorted(folder for folder in used.parent.glob("step_*") if folder.name > used.name)
+    return [wrong[0] for wrong in map(faults, later) if wrong]
+
+
 def find_checkpoint(place: Path) -> Path:
     """The checkpoint a user means: a checkpoint folder, or a run folder's latest.
 

@@ -22,7 +22,7 @@ from refiner_ds.data.targets import normalise
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.averages import Averages
 from refiner_ds.training.build import build_model, peak_flops, training_flops
-from refiner_ds.training.checkpoint_files import State, latest, write_atomically
+from refiner_ds.training.checkpoint_files import State, latest, passed_over, write_atomically
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import Engine, evaluates_in_bf16
@@ -93,6 +93,8 @@ class Training:
         if newest is None:
             return 0
         state = self.checkpoints.load(newest, self.engine, self.averages)
+        for fault in passed_over(newest) if self.world.leads else []:
+            self.console.say(f"passed over: {fault}")
         self.console.say(f"resuming from {newest} (step {state.step}, epoch {state.epoch:.2f})")
         return state.step
 

@@ -95,6 +95,8 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_continues(who
     again = torchrun(TRAIN, *arguments(tmp_path))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "step_00000012 (step 12," in again.stdout
+    told = re.findall(r"passed over: \S+step_000000(\d\d)\S+: (.+)", again.stdout)
+    assert [step for step, _ in told] == ["18", "24", "30"] and told[0][1] == "missing"
     same_course(run, whole)
     assert not list((run / "checkpoints").glob(".writing_*"))
 
