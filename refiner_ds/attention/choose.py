@@ -10,13 +10,13 @@ quarter to a fiftieth of the plain composition's bytes. Its time on CPU, as a ra
 of 32, r = 3, training, ``python -m refiner_ds.benchmark attention``):
 
     tokens               50       197      577
-    bottleneck fp32      1.1      0.5-0.7  0.3
-    bottleneck bf16      1.5      1.5      0.6
-    linear fp32          0.9-1.1  0.4-0.7  0.3
-    linear bf16          0.8-1.1  0.6-0.7  0.3-0.4
+    bottleneck fp32      1.0-1.1  0.3-0.4  0.3
+    bottleneck bf16      1.4-1.7  1.0-1.1  0.5
+    linear fp32          0.9      0.3-0.4  0.2
+    linear bf16          0.9-1.1  0.6-0.7  0.2
 
-The choice does not follow the cells above 1: bf16 autocast on CPU with few tokens is rare, memory is what these models
-lack, and "reference" is there for who has it.
+Batches of 8, of 4 at 577 tokens; docs/benchmarks.md has more. The choice does not follow the cells above 1: bf16
+autocast on CPU with few tokens is rare, memory is what these models lack, and "reference" is there for who has it.
 """
 
 from __future__ import annotations

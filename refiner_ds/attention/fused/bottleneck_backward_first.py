@@ -23,7 +23,7 @@ from refiner_ds.attention.fused.bottleneck_forward import GROUP, nine_taps
 from refiner_ds.attention.fused.launching import launch
 from refiner_ds.attention.fused.layout import empty_stack, laid_out, row_stride
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
-from refiner_ds.attention.fused.tools import at_least_16, mix_stored, relu6
+from refiner_ds.attention.fused.tools import at_least_16, mix_stored, nine, relu6
 
 __all__ = ["first"]
 
@@ -84,10 +84,7 @@ def _weights(
     level_M1 = tl.load(affine_4E + 3 * EXPANDED + map_M, mask=real_M, other=0.0)[:, None]
     real_MH = real_M[:, None] & (head_H < HEADS)[None, :]
     folded_MH = tl.load(folded_EH + map_M[:, None] * HEADS + head_H[None, :], mask=real_MH, other=0.0)
-    taps = tl.tuple(())
-    for tap in tl.static_range(9):
-        taps += (tl.load(taps_E9 + map_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
-    return folded_MH, shift_M1, gain_MM, slope_MM, level_M1, taps
+    return folded_MH, shift_M1, gain_MM, slope_MM, level_M1, nine(taps_E9, map_M, real_M)
 
 
 @triton.jit
@@ -107,6 +104,18 @@ def _hand_over(
 def _add(place, more, again):
     """Add to what this program stored before, if it did; nobody else writes there."""
     tl.store(place, tl.load(place, mask=again, other=0.0) + more)
+
+
+@triton.jit
+def _add_sums(sums_10E, through_EH, sums, sum_MS, through_MH, map_M, step, WIDE: tl.constexpr):
+    """What some rows bring to ∂kernel and to the sums of m1, added to what the program's earlier rows brought."""
+    again_M = step + 0 * map_M > 0  # the interpreter makes no mask of one number
+    for tap in tl.static_range(9):
+        _add(sums_10E + tap * WIDE + map_M, tl.sum(sums[tap], 1), again_M)
+    _add(sums_10E + 9 * WIDE + map_M, tl.sum(sum_MS, 1), again_M)
+    PADDED: tl.constexpr = through_MH.shape[1]
+    entry_MH = map_M[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
+    _add(through_EH + entry_MH, through_MH, step + 0 * entry_MH > 0)
 
 
 @triton.jit
@@ -183,13 +192,9 @@ def _first(
                     share_HL = tl.load(place_HL, mask=group + 0 * head_H[:, None] > 0, other=0.0)
                     tl.store(place_HL, tl.dot(tl.trans(folded_MH), m1_ML, share_HL, input_precision=PRECISION))
                 u1_before_ML, u1_now_ML = u1_now_ML, u1_behind_ML
-            again_M = step + 0 * map_M > 0
-            sum_M = sums_P10E + program * (10 * GROUPS * GROUP) + map_M
-            for tap in tl.static_range(9):
-                _add(sum_M + tap * GROUPS * GROUP, tl.sum(sums[tap], 1), again_M)
-            _add(sum_M + 9 * GROUPS * GROUP, tl.sum(sum_MS, 1), again_M)
-            entry_MH = map_M[:, None] * PADDED + head_H[None, :]
-            _add(through_PEH + program * (GROUPS * GROUP * PADDED) + entry_MH, through_MH, step + 0 * entry_MH > 0)
+            sums_10E = sums_P10E + program * (10 * GROUPS * GROUP)
+            through_EH = through_PEH + program * (GROUPS * GROUP * PADDED)
+            _add_sums(sums_10E, through_EH, sums, sum_MS, through_MH, map_M, step, GROUPS * GROUP)
             tl.debug_barrier()  # what this group stored is read by the next one
         _hand_over(gathered_HL, share_BHNN + narrow_HL, top + 0 * key_L, stored_L, real_H, TOKENS, STRIDE, ROWS)
 

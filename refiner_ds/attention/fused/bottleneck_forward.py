@@ -23,7 +23,7 @@ from refiner_ds.attention.fused.launching import launch
 from refiner_ds.attention.fused.layout import empty_stack, entries_of_parts, laid_out, row_stride
 from refiner_ds.attention.fused.moments import combine_each
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
-from refiner_ds.attention.fused.tools import at_least_16, in_two, mix_stored, product, readable
+from refiner_ds.attention.fused.tools import at_least_16, in_two, mix_stored, nine, product, readable
 
 __all__ = [
     "expand_local",
@@ -63,9 +63,7 @@ def _expand_local(
     entry_MH = wide_M[:, None] * HEADS + head_H[None, :]
     folded_MH = tl.load(folded_EH + entry_MH, mask=real_M[:, None] & (head_H[None, :] < HEADS), other=0.0)
     shift_M1 = tl.load(shift_E + wide_M, mask=real_M, other=0.0)[:, None]
-    taps = tl.tuple(())
-    for tap in tl.static_range(9):
-        taps += (tl.load(taps_E9 + wide_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
+    taps = nine(taps_E9, wide_M, real_M)
     image_L, key_L, stored_L, here_L = span_places(tile, spans, TOKENS, STRIDE, KEYS)
     image_Q, key_Q, here_Q = edge_places(tile, spans, TOKENS, STRIDE, KEYS)
     AREA: tl.constexpr = TOKENS * STRIDE

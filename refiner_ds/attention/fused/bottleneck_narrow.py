@@ -30,7 +30,7 @@ from refiner_ds.attention.fused.bottleneck_forward import (
 from refiner_ds.attention.fused.launching import launch
 from refiner_ds.attention.fused.layout import empty_stack, laid_out, row_stride
 from refiner_ds.attention.fused.spans import SPANS, edge_places, neighbours, span_places
-from refiner_ds.attention.fused.tools import at_least_16, mix_stored
+from refiner_ds.attention.fused.tools import at_least_16, mix_stored, nine
 
 __all__ = ["expand_local_project", "narrow_maps"]
 
@@ -106,9 +106,7 @@ def _with_group(
     )  # fmt: skip
     shift_M1 = tl.load(shift_E + wide_M, mask=real_M, other=0.0)[:, None]
     level_M1 = tl.load(level_E + wide_M, mask=real_M, other=0.0)[:, None]
-    taps = tl.tuple(())
-    for tap in tl.static_range(9):
-        taps += (tl.load(taps_E9 + wide_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
+    taps = nine(taps_E9, wide_M, real_M)
     before_ML = tl.zeros([GROUP, 4 * KEYS], dtype=tl.float32)
     now_ML = before_ML
     more = tl.tuple(())

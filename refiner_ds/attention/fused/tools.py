@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refiner_ds.attention.fused.launching import INTERPRETED
 
-__all__ = ["at_least_16", "in_two", "mix", "mix_stored", "product", "readable", "relu6"]
+__all__ = ["at_least_16", "in_two", "mix", "mix_stored", "nine", "product", "readable", "relu6"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -56,6 +56,15 @@ def mix_stored(weight, maps, sums):
         sums += product(coarse, maps)
         sums += product((weight - coarse.to(tl.float32)).to(maps.dtype), maps)
     return sums
+
+
+@triton.jit
+def nine(taps_E9, map_M, real_M):
+    """The nine taps of some maps' local kernels, each [M, 1]; zero where there is no map."""
+    taps = tl.tuple(())
+    for tap in tl.static_range(9):
+        taps += (tl.load(taps_E9 + map_M * 9 + tap, mask=real_M, other=0.0)[:, None],)
+    return taps
 
 
 @triton.jit
