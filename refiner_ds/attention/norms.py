@@ -1,7 +1,7 @@
 """Batch norm with fp32 statistics whatever the weights are, counted once however often a step is recomputed.
 
-    half-precision map or picture ──> BatchNorm ──> same precision
-                                        └─ running_mean, running_var: fp32, one update a training step
+half-precision map or picture ──> BatchNorm ──> same precision
+                                    └─ running_mean, running_var: fp32, one update a training step
 """
 
 from __future__ import annotations

@@ -212,9 +212,7 @@ def spread(figures: list[float], form: str = ".0f") -> str:
     return f"{median(figures):{form}} ({min(figures):{form}} to {max(figures):{form}})"
 
 
-def report(
-    photographs: Photographs, costs: dict[str, list[float]], rates: dict[int, list[tuple[float, float]]]
-) -> str:
+def report(photographs: Photographs, costs: dict[str, list[float]], rates: dict[int, list[tuple[float, float]]]) -> str:
     """The table that is printed."""
     rounds = len(costs["shards"])
     text = [

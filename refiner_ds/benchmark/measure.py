@@ -1,8 +1,8 @@
 """Time and memory of a step, on CPU and on GPU, so that several steps can be compared within one run.
 
-    best_seconds  interleaved rounds; CPU time of this process, or elapsed time between two CUDA events
-    kept_bytes    what autograd keeps for backward, storage by storage
-    peak_bytes    highest use above where the step began: CUDA's allocator, or the process's resident set
+best_seconds  interleaved rounds; CPU time of this process, or elapsed time between two CUDA events
+kept_bytes    what autograd keeps for backward, storage by storage
+peak_bytes    highest use above where the step began: CUDA's allocator, or the process's resident set
 """
 
 from __future__ import annotations

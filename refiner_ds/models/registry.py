@@ -1,7 +1,7 @@
 """The names timm knows these models by, and their default configurations.
 
-    refiner_vit_s, refiner_vit_m, refiner_vit_l    the released architectures
-    refined_vit                                    the same skeleton with every option open; the paper's by default
+refiner_vit_s, refiner_vit_m, refiner_vit_l    the released architectures
+refined_vit                                    the same skeleton with every option open; the paper's by default
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Load weights under the released names into a model, fitted to its picture size and number of classes.
 
-    file or dict ── unwrap ── resize positions ── drop heads of other classes ── check every name and shape ──> model
+file or dict ── unwrap ── resize positions ── drop heads of other classes ── check every name and shape ──> model
 """
 
 from __future__ import annotations

@@ -131,9 +131,7 @@ def test_parcel_gives_back_the_batch_to_the_bit(size: int) -> None:
 def test_batches_come_over_in_slots_and_are_the_takers_own(make_set: Callable[..., ShardIndex], workers: int) -> None:
     """A taker may keep every batch: slots are used again, and what was in them must not change under its hands."""
     index = make_set(100)
-    batches = train_batches(
-        index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=workers
-    )
+    batches = train_batches(index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=workers)
     alone = train_batches(index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0)
     kept = list(islice(batches, 40))
     for one, other in zip(kept, alone, strict=False):
@@ -184,9 +182,7 @@ def test_too_little_shared_memory_is_one_sentence(make_set: Callable[..., ShardI
 
 def test_stopping_everybody_leaves_the_workers_to_the_training_process(make_set: Callable[..., ShardIndex]) -> None:
     index = make_set(24)
-    batches = iter(
-        train_batches(index, PLAIN, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=5, workers=2)
-    )
+    batches = iter(train_batches(index, PLAIN, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=5, workers=2))
     taken = [next(batches)]
     workers = multiprocessing.active_children()
     # torchrun, deepspeed's launcher and some Slurms send TERM to every process; the step is finished all the same

@@ -1,7 +1,7 @@
 """What only a process with DeepSpeed up can tell, as one JSON line: run by test_deepspeed.py in a process of its own.
 
-    {"recompute": {"released pair": [what differs], …}, "fp32 loop": losses, "fp32": {stage: losses, …}, "bf16": …,
-     "init": {"zero.Init": {parameter: spread, …}, "plain": …}}
+{"recompute": {"released pair": [what differs], …}, "fp32 loop": losses, "fp32": {stage: losses, …}, "bf16": …,
+ "init": {"zero.Init": {parameter: spread, …}, "plain": …}}
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Where Triton kernels can run, the one place that launches them, and compiling them for a GPU that is not there.
 
-    launch(kernel, grid, *args, **options)    runs it: on a GPU, or in Triton's interpreter on CPU tensors
-    with compile_only(90) as compiled:        inside, launches compile for that architecture and run nothing
-        ...                                   compiled: registers, spilled bytes and shared memory of each
-    with recording() as launched:             inside, the bytes, and on a GPU the time, of every launch are noted
+launch(kernel, grid, *args, **options)    runs it: on a GPU, or in Triton's interpreter on CPU tensors
+with compile_only(90) as compiled:        inside, launches compile for that architecture and run nothing
+    ...                                   compiled: registers, spilled bytes and shared memory of each
+with recording() as launched:             inside, the bytes, and on a GPU the time, of every launch are noted
 """
 
 from __future__ import annotations

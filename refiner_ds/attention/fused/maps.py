@@ -282,9 +282,7 @@ def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
     """
     if scores.dropout >= 1:
         return make_map(scores._replace(dropout=0.0), handed_BHNN) * 0
-    return _MakeMap.apply(
-        scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed_of(scores)
-    )
+    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed_of(scores))
 
 
 def seed_of(scores: Scores) -> int:
