@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
 
+from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sample
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
@@ -167,13 +168,14 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    settings = AugmentSettings(
-        given.img_size,
+    keys = AugmentKeys(
         crop_scale=(given.min_crop, 1.0),
         hflip=given.hflip,
         auto_augment=given.auto_augment,
+        color_jitter=0.0,
         random_erasing=given.random_erasing,
     )
+    settings = AugmentSettings(given.img_size, keys)
     if given.count < 1 or given.columns < 1:
         raise DataError("--count and --columns must be above 0")
     index = ShardIndex.load(locate(given.set))

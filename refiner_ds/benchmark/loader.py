@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from refiner_ds.data.augment import AugmentSettings
+from refiner_ds.data.augment import CROP_AND_FLIP, AugmentSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import train_batches
 from refiner_ds.data.samples import RawSample
@@ -41,7 +41,8 @@ from refiner_ds.errors import DataError
 
 PHOTOGRAPHS = "ai_benchmark"
 BATCH = 20
-BILINEAR_224 = AugmentSettings(224, interpolation="bilinear")  # as the usual loader's
+# As the usual loader's.
+BILINEAR_224 = AugmentSettings(224, CROP_AND_FLIP.model_copy(update={"interpolation": "bilinear"}))
 
 Epoch = Callable[[], Iterator[object]]  # begins an epoch, or more, of one line of the table; yields after every batch
 

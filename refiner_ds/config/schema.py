@@ -93,8 +93,8 @@ class DataKeys(Section):
     )
 
 
-class RecipeKeys(Section):
-    """``refiner.recipe``: optimisation, augmentation and labels. Defaults are the released recipe."""
+class OptimizerKeys(Section):
+    """The part of ``refiner.recipe`` about optimisation."""
 
     epochs: float = Field(300, gt=0, description="epochs of the schedule, warm-up included; the cool-down comes after")
     lr: float = Field(5e-4, gt=0, description="peak learning rate for a global batch of lr_batch images")
@@ -119,6 +119,11 @@ class RecipeKeys(Section):
     ema_warmup: bool = Field(
         True, description="decay of step n is at most (1+n)/(10+n), so that fresh weights and statistics are forgotten"
     )
+
+
+class AugmentKeys(Section):
+    """The part of ``refiner.recipe`` about one training view; `refiner_ds.data.augment` reads it as it is."""
+
     crop_scale: Range = Field((0.08, 1.0), description="area range of random-resized-crop")
     crop_ratio: Range = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
@@ -131,10 +136,20 @@ class RecipeKeys(Section):
     random_erasing_mode: Literal["const", "rand", "pixel"] = Field(
         "pixel", description="what erased areas are filled with"
     )
+
+
+class MixKeys(Section):
+    """The part of ``refiner.recipe`` about mixing the images of a batch."""
+
     mixup: float = Field(0.8, ge=0, description="Beta parameter of mixup; 0: off")
     cutmix: float = Field(1.0, ge=0, description="Beta parameter of CutMix; 0: off")
     mix_probability: Fraction = Field(1.0, description="probability that a batch is mixed at all")
     mix_switch: Fraction = Field(0.5, description="probability of CutMix where both are on")
+
+
+class RecipeKeys(MixKeys, AugmentKeys, OptimizerKeys):
+    """``refiner.recipe``: optimisation, augmentation and labels. Defaults are the released recipe."""
+
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="y·(1−ε+ε/C)+ε/C on dense targets, timm's on labels"
     )

@@ -25,6 +25,7 @@ from timm.data.auto_augment import auto_augment_transform, rand_augment_transfor
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
+from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.errors import ConfigError
 
 Matrix = np.ndarray  # [2, 3] float64
@@ -32,19 +33,15 @@ IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
+CROP_AND_FLIP = AugmentKeys(auto_augment="", color_jitter=0.0, random_erasing=0.0)
+
+
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How training views are drawn; the recipe's keys of the same names."""
+    """How training views are drawn: their side in pixels, the recipe's keys, and what erased pixels are filled with."""
 
     img_size: int
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    auto_augment: str = ""
-    color_jitter: float = 0.0
-    interpolation: str = "random"
-    random_erasing: float = 0.0
-    random_erasing_mode: str = "pixel"
+    keys: AugmentKeys = CROP_AND_FLIP
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -115,20 +112,20 @@ class TrainView:
     def __init__(self, settings: AugmentSettings) -> None:
         self.settings = settings
         self._moved: list[Matrix] = []
-        self._auto_augment = self._make_auto_augment() if settings.auto_augment else None
-        jitter = settings.color_jitter
-        self._jitter = ColorJitter(jitter, jitter, jitter) if jitter and not settings.auto_augment else None
+        self._auto_augment = self._make_auto_augment() if settings.keys.auto_augment else None
+        jitter = settings.keys.color_jitter
+        self._jitter = ColorJitter(jitter, jitter, jitter) if jitter and not settings.keys.auto_augment else None
 
     def __call__(self, image_yx3: np.ndarray) -> View:
         """One view of an image, [height, width, 3] uint8."""
         settings = self.settings
         height, width = image_yx3.shape[:2]
-        x, y, crop_width, crop_height = draw_crop(width, height, settings.crop_scale, settings.crop_ratio)
-        name = settings.interpolation if settings.interpolation != "random" else random.choice(INTERPOLATIONS)
+        x, y, crop_width, crop_height = draw_crop(width, height, settings.keys.crop_scale, settings.keys.crop_ratio)
+        name = settings.keys.interpolation if settings.keys.interpolation != "random" else random.choice(INTERPOLATIONS)
         crop = image_yx3[y : y + crop_height, x : x + crop_width]
         pixels = resize(crop, settings.img_size, settings.img_size, name)
         to_image = np.array([[crop_width / width, 0.0, x / width], [0.0, crop_height / height, y / height]])
-        if random.random() < settings.hflip:
+        if random.random() < settings.keys.hflip:
             pixels = torch.from_numpy(pixels).flip(1).numpy()  # numpy's reversed copy takes ten times as long
             to_image = compose(to_image, np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
         steps = [to_image]
@@ -138,7 +135,7 @@ class TrainView:
             picture = self._auto_augment(picture) if self._auto_augment else self._jitter(picture)  # type: ignore[misc]
             pixels = np.asarray(picture)
             steps = [*reversed(self._moved), to_image]
-        if settings.random_erasing and random.random() < settings.random_erasing:
+        if settings.keys.random_erasing and random.random() < settings.keys.random_erasing:
             pixels = erase(pixels, settings)
         return View(np.ascontiguousarray(pixels), steps)
 
@@ -152,20 +149,20 @@ class TrainView:
     def _make_auto_augment(self) -> Callable[[Image.Image], Image.Image]:
         """timm's transform, with every operation that moves pixels made to report how."""
         settings = self.settings
-        if settings.auto_augment.startswith("augmix"):
+        if settings.keys.auto_augment.startswith("augmix"):
             raise ConfigError("refiner.recipe.auto_augment: augmix blends views and labels cannot follow; use rand-…")
         hparams: dict[str, Any] = {
             "translate_const": int(settings.img_size * 0.45),
             "img_mean": tuple(min(255, round(255 * mean)) for mean in settings.mean),
         }
-        if settings.interpolation != "random":
-            hparams["interpolation"] = Image.Resampling[settings.interpolation.upper()]
-        make = rand_augment_transform if settings.auto_augment.startswith("rand") else auto_augment_transform
+        if settings.keys.interpolation != "random":
+            hparams["interpolation"] = Image.Resampling[settings.keys.interpolation.upper()]
+        make = rand_augment_transform if settings.keys.auto_augment.startswith("rand") else auto_augment_transform
         try:
-            transform = make(settings.auto_augment, hparams)
+            transform = make(settings.keys.auto_augment, hparams)
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(
-                f"refiner.recipe.auto_augment: {settings.auto_augment!r} is not one of timm's ({error!r}); "
+                f"refiner.recipe.auto_augment: {settings.keys.auto_augment!r} is not one of timm's ({error!r}); "
                 "try rand-m9-mstd0.5-inc1"
             ) from None
         policies = transform.policy if hasattr(transform, "policy") else [transform.ops]
@@ -255,7 +252,7 @@ def erase(pixels_SS3: np.ndarray, settings: AugmentSettings) -> np.ndarray:
     else:
         return pixels_SS3
     top, left = random.randint(0, side - height), random.randint(0, side - width)
-    shape = {"pixel": (height, width, 3), "rand": (1, 1, 3), "const": (0,)}[settings.random_erasing_mode]
+    shape = {"pixel": (height, width, 3), "rand": (1, 1, 3), "const": (0,)}[settings.keys.random_erasing_mode]
     noise = np.random.standard_normal(shape) if shape != (0,) else np.zeros(3)
     filling = np.clip(255 * (np.array(settings.mean) + np.array(settings.std) * noise), 0, 255)
     erased = pixels_SS3.copy()

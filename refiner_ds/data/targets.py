@@ -13,18 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refiner_ds.config.schema import MixKeys
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
-
-
-@dataclass(frozen=True)
-class MixSettings:
-    """Which mixing a batch gets; the recipe's keys of the same names."""
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
-    mix_switch: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,20 +31,20 @@ class Mix:
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-def draw_mix(settings: MixSettings, side: int, generator: torch.Generator) -> Mix:
+def draw_mix(keys: MixKeys, side: int, generator: torch.Generator) -> Mix:
     """Draw one mixing for a whole batch, as timm's batch mode does: λ from Beta(α, α), CutMix's box clipped.
 
     Args:
-        settings: what may be drawn.
+        keys: what may be drawn, and how often.
         side: of the images, in pixels.
         generator: a CPU one, so that drawing needs no word from the device.
     """
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     rng = np.random.default_rng(seed)
-    if not (settings.mixup or settings.cutmix) or rng.random() >= settings.mix_probability:
+    if not (keys.mixup or keys.cutmix) or rng.random() >= keys.mix_probability:
         return Mix()
-    cut = settings.cutmix > 0 and (settings.mixup == 0 or rng.random() < settings.mix_switch)
-    alpha = settings.cutmix if cut else settings.mixup
+    cut = keys.cutmix > 0 and (keys.mixup == 0 or rng.random() < keys.mix_switch)
+    alpha = keys.cutmix if cut else keys.mixup
     keep = float(rng.beta(alpha, alpha))
     if not cut:
         return Mix(keep)

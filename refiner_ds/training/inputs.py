@@ -14,7 +14,6 @@ from torch import Tensor
 from refiner_ds.config.schema import RefinerKeys
 from refiner_ds.data.batch import Batch
 from refiner_ds.data.targets import (
-    MixSettings,
     draw_mix,
     label_targets,
     map_targets,
@@ -53,14 +52,12 @@ class InputMaker:
         self._classes = num_classes
         self._grid = grid
         self._dtype = dtype
-        recipe = keys.recipe
-        self._mix = MixSettings(recipe.mixup, recipe.cutmix, recipe.mix_probability, recipe.mix_switch)
 
     def __call__(self, batch: Batch, seed: int) -> Inputs:
         """Prepare ``batch``, which is on the device already; ``seed`` decides all mixing."""
         data, recipe, side = self._keys.data, self._keys.recipe, self._keys.model.img_size
         generator = torch.Generator().manual_seed(seed)
-        mix = draw_mix(self._mix, side, generator)
+        mix = draw_mix(recipe, side, generator)
         images_B3HW = mix_images(normalise(batch.images_BHWC, data.mean, data.std, self._dtype), mix)
         how = (self._classes, recipe.label_smoothing, mix, side, self._grid)
         targets = label_targets(batch.labels_B, *how) if batch.maps is None else map_targets(batch.maps, *how)

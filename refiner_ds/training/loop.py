@@ -286,20 +286,8 @@ class Training:
     # -- data --------------------------------------------------------------------------------------------------------
 
     def _train_batches(self, position: int) -> Iterator[Batch]:
-        recipe, data = self.keys.recipe, self.keys.data
-        views = AugmentSettings(
-            img_size=self.keys.model.img_size,
-            crop_scale=recipe.crop_scale,
-            crop_ratio=recipe.crop_ratio,
-            hflip=recipe.hflip,
-            auto_augment=recipe.auto_augment,
-            color_jitter=recipe.color_jitter,
-            interpolation=recipe.interpolation,
-            random_erasing=recipe.random_erasing,
-            random_erasing_mode=recipe.random_erasing_mode,
-            mean=data.mean,
-            std=data.std,
-        )
+        data = self.keys.data
+        views = AugmentSettings(self.keys.model.img_size, self.keys.recipe, data.mean, data.std)
         return iter(
             train_batches(
                 self.ready.train,

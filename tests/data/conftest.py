@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from refiner_ds.config.schema import AugmentKeys
+from refiner_ds.data.augment import AugmentSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.writer import SetWriter
@@ -19,6 +22,12 @@ from refiner_ds.data.writer import SetWriter
 def digits(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """The packaged digits, training part."""
     return ShardIndex.load(locate("package:digits/train", tmp_path_factory.mktemp("cache")))
+
+
+def views(img_size: int, **keys: Any) -> AugmentSettings:
+    """Training views with nothing but crop and flip, unless ``keys`` of the recipe say otherwise."""
+    plain = {"auto_augment": "", "color_jitter": 0.0, "random_erasing": 0.0}
+    return AugmentSettings(img_size, AugmentKeys(**{**plain, **keys}))
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.index import MapFormat, ShardIndex, find_maps
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.samples import RawSample, decode_image
 from refiner_ds.data.score_maps import ScoreMap, encode
 from refiner_ds.data.writer import SetWriter
 from refiner_ds.errors import DataError
-from tests.data.conftest import png
+from tests.data.conftest import png, views
 
 COUNT, PER_SHARD = 21, 7
 BROKEN = "shard-000001.tar"  # samples 7 to 13
@@ -134,7 +134,7 @@ def test_batch_of_nothing_but_damage_is_an_error_even_where_skipping_is_allowed(
     for shard in index.shards:
         (index.folder / shard.name).unlink()
     batches = train_batches(
-        index, AugmentSettings(8), global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, on_bad_sample="skip"
+        index, views(8), global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0, on_bad_sample="skip"
     )
     with pytest.raises(DataError, match="all 4 samples of a micro-batch are damaged"):
         next(iter(batches))
@@ -179,7 +179,7 @@ def map_set(folder: Path, change: Callable[[int], bytes], keys: str = "{}") -> S
 
 def two_batches(index: ShardIndex, on_bad: str) -> int:
     batches = train_batches(
-        index, AugmentSettings(8), global_batch=5, micro_batch=5, rank=0, world_size=1, seed=0,
+        index, views(8), global_batch=5, micro_batch=5, rank=0, world_size=1, seed=0,
         on_bad_sample=on_bad, maps=find_maps(index),
     )  # fmt: skip
     running = iter(batches)
@@ -200,7 +200,7 @@ def test_filled_place_has_the_map_of_the_image_in_it(tmp_path: Path) -> None:
     """Every image's map says the image's number; sample 6 is lost, and its place holds a neighbour, map included."""
     index = map_set(tmp_path, lambda number: b"" if number == 6 else score_map(value=number))
     batches = train_batches(
-        index, AugmentSettings(8), global_batch=5, micro_batch=5, rank=0, world_size=1, seed=0,
+        index, views(8), global_batch=5, micro_batch=5, rank=0, world_size=1, seed=0,
         on_bad_sample="skip", maps=find_maps(index),
     )  # fmt: skip
     filled = 0

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from refiner_ds.data.augment import GEOMETRIC, AugmentSettings, TrainView, seed_sample
+from refiner_ds.data.augment import GEOMETRIC, TrainView, seed_sample
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets, sampling_points, trace_back
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.loader import train_batches
 from refiner_ds.data.score_maps import ScoreMap, encode
 from refiner_ds.data.writer import SetWriter
-from tests.data.conftest import png
+from tests.data.conftest import png, views
 
 WIDTH, HEIGHT = 200, 140
 SIDE, PATCHES = 112, 7
@@ -79,7 +79,7 @@ def compare(pixels_SS3: np.ndarray, batch: MapBatch) -> int:
 @pytest.mark.parametrize("operation", ["none", *GEOMETRIC])
 def test_labels_follow_pixels_through_every_geometric_op(operation: str) -> None:
     policy = "" if operation == "none" else "rand-m9-mstd0.5-n2-p1"
-    view_of = TrainView(AugmentSettings(SIDE, crop_scale=(0.2, 1.0), auto_augment=policy))
+    view_of = TrainView(views(SIDE, crop_scale=(0.2, 1.0), auto_augment=policy))
     if operation != "none":
         transform = view_of._auto_augment
         known = {op.name: op for op in transform.ops}  # type: ignore[union-attr]
@@ -96,13 +96,13 @@ def test_labels_follow_pixels_through_every_geometric_op(operation: str) -> None
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original-mstd0.5", "v0", "3a"])
 def test_labels_follow_pixels_through_whole_policies(policy: str) -> None:
     """Every operation of a policy; where colours change, the traced way is compared with the same view uncoloured."""
-    colourless = TrainView(AugmentSettings(SIDE, auto_augment=policy))
+    colourless = TrainView(views(SIDE, auto_augment=policy))
     policies = getattr(colourless._auto_augment, "policy", None) or [colourless._auto_augment.ops]  # type: ignore[union-attr]
     for operations in policies:
         for operation in operations:
             if operation.name not in GEOMETRIC:
                 operation.aug_fn = lambda picture, *_, **__: picture
-    coloured = TrainView(AugmentSettings(SIDE, auto_augment=policy))
+    coloured = TrainView(views(SIDE, auto_augment=policy))
     compared = moved = 0
     for sample in range(80):
         seed_sample(2, 0, sample)
@@ -119,7 +119,7 @@ def test_labels_follow_pixels_through_whole_policies(policy: str) -> None:
 
 
 def test_flip_flips_labels() -> None:
-    view = TrainView(AugmentSettings(SIDE, crop_scale=(1.0, 1.0), crop_ratio=(WIDTH / HEIGHT,) * 2, hflip=1.0))
+    view = TrainView(views(SIDE, crop_scale=(1.0, 1.0), crop_ratio=(WIDTH / HEIGHT,) * 2, hflip=1.0))
     seed_sample(0, 0, 0)
     flipped = view(position_image())
     assert flipped.pixels_SS3[0, 0, 0] > 250
@@ -127,8 +127,8 @@ def test_flip_flips_labels() -> None:
 
 
 def test_erasing_leaves_labels_alone() -> None:
-    plain = TrainView(AugmentSettings(SIDE))
-    erasing = TrainView(AugmentSettings(SIDE, random_erasing=1.0))
+    plain = TrainView(views(SIDE))
+    erasing = TrainView(views(SIDE, random_erasing=1.0))
     for sample in range(20):
         seed_sample(3, 0, sample)
         one = plain(position_image())
@@ -141,7 +141,7 @@ def test_erasing_leaves_labels_alone() -> None:
 
 def test_places_without_image_have_no_scores() -> None:
     """What a rotation brings in from outside gets the same probability for every class."""
-    view_of = TrainView(AugmentSettings(SIDE, crop_scale=(0.5, 1.0), auto_augment="rand-m9-n2-p1"))
+    view_of = TrainView(views(SIDE, crop_scale=(0.5, 1.0), auto_augment="rand-m9-n2-p1"))
     view_of._auto_augment.ops = [op for op in view_of._auto_augment.ops if op.name in GEOMETRIC]  # type: ignore[union-attr]
     empty = 0
     for sample in range(100):
@@ -158,7 +158,7 @@ def test_places_without_image_have_no_scores() -> None:
 
 def test_points_are_where_the_pixels_came_from_to_the_pixel() -> None:
     """Finer than patches: points at pixel centres, traced back, against the code in the pixels themselves."""
-    view_of = TrainView(AugmentSettings(SIDE, crop_scale=(0.1, 1.0), auto_augment="rand-m9-mstd0.5-n2-p1"))
+    view_of = TrainView(views(SIDE, crop_scale=(0.1, 1.0), auto_augment="rand-m9-mstd0.5-n2-p1"))
     view_of._auto_augment.ops = [op for op in view_of._auto_augment.ops if op.name in GEOMETRIC]  # type: ignore[union-attr]
     points_PQ2 = sampling_points((SIDE, SIDE), 1, torch.device("cpu"))
     for sample in range(30):
@@ -189,7 +189,7 @@ def test_labels_follow_pixels_from_the_shards_to_the_device(tmp_path: Path, para
             for number in range(12):
                 writer.add_map(f"{number}", record, 0)
     index = ShardIndex.load(tmp_path / "set")
-    settings = AugmentSettings(SIDE, auto_augment="rand-m9-n2-p1")
+    settings = views(SIDE, auto_augment="rand-m9-n2-p1")
     batches = train_batches(
         index, settings, global_batch=12, micro_batch=4, rank=0, world_size=1, seed=0, maps=find_maps(index)
     )

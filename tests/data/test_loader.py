@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.batch import Batch, MapBatch
 from refiner_ds.data.handover import NO_SLOT, Packing, Parcel, Slots, packed_bytes
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.order import samples_at
 from refiner_ds.errors import DataError
+from tests.data.conftest import views
 from tests.data.small_disk import SmallDisk, on_small_disk
 
-PLAIN = AugmentSettings(img_size=8, crop_scale=(0.5, 1.0))
+PLAIN = views(8, crop_scale=(0.5, 1.0))
 
 
 def global_batches(
@@ -168,7 +169,7 @@ def test_too_little_shared_memory_is_one_sentence(make_set: Callable[..., ShardI
 
     def look(disk: SmallDisk) -> None:
         batches = train_batches(
-            index, AugmentSettings(100), global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=1
+            index, views(100), global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=1
         )
         disk.resize(300_000)  # a batch has 180,000 bytes of pixels, and there are three slots
         with pytest.raises(DataError, match="3 batches of 0.2 MiB do not fit into shared memory") as told:
@@ -207,15 +208,15 @@ def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:
 def test_views_follow_seed_epoch_and_sample_alone(digits: ShardIndex) -> None:
     """The same sample gets another view in another epoch, and the same one wherever it lies in a batch."""
 
-    def views(seed: int, epoch: int, micro: int = 48) -> dict[int, torch.Tensor]:
-        settings = AugmentSettings(img_size=28, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+    def seen(seed: int, epoch: int, micro: int = 48) -> dict[int, torch.Tensor]:
+        settings = views(28, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
         batches = train_batches(
             digits, settings, global_batch=48, micro_batch=micro, rank=0, world_size=1, seed=seed, position=1440 * epoch
         )
         found = islice(batches, 1440 // micro)
         return {int(n): image for batch in found for n, image in zip(batch.sample_B, batch.images_BHWC, strict=True)}
 
-    first, again, later, other = views(0, 0), views(0, 0, micro=16), views(0, 1), views(1, 0)
+    first, again, later, other = seen(0, 0), seen(0, 0, micro=16), seen(0, 1), seen(1, 0)
     assert len(first) == digits.count
     assert all(torch.equal(first[n], again[n]) for n in first)
     for different in (later, other):
@@ -224,7 +225,7 @@ def test_views_follow_seed_epoch_and_sample_alone(digits: ShardIndex) -> None:
 
 def test_the_training_process_keeps_its_randomness(digits: ShardIndex) -> None:
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
-    settings = AugmentSettings(img_size=28, auto_augment="rand-m9", color_jitter=0.4, random_erasing=1)
+    settings = views(28, auto_augment="rand-m9", color_jitter=0.4, random_erasing=1)
     next(iter(train_batches(digits, settings, global_batch=8, micro_batch=8, rank=0, world_size=1, seed=0)))
     assert random.getstate() == before[0]
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr]

@@ -20,12 +20,13 @@ import torch
 
 from data_tools.verify import main as verify
 from refiner_ds.data import remote, samples
-from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.samples import SampleReader
 from refiner_ds.errors import DataError
+from tests.data.conftest import views
 from tests.data.small_disk import SmallDisk, on_small_disk
 
 
@@ -116,7 +117,7 @@ def test_remote_set_is_the_local_set_and_is_fetched_once(server: Server, tmp_pat
 
 def test_training_batches_are_those_of_the_local_set(server: Server, tmp_path: Path) -> None:
     def batches(index: ShardIndex, workers: int) -> list[torch.Tensor]:
-        settings = AugmentSettings(8)
+        settings = views(8)
         running = train_batches(
             index, settings, global_batch=8, micro_batch=4, rank=1, world_size=2, seed=3, workers=workers
         )

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
+from refiner_ds.config.schema import MixKeys
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
 from refiner_ds.data.targets import (
     Mix,
-    MixSettings,
     draw_mix,
     kept_share,
     label_targets,
@@ -126,7 +126,7 @@ def test_mixing_equals_a_loop_over_pixels(mix: Mix, with_maps: bool) -> None:
 
 def test_drawn_mixes_have_timms_distribution() -> None:
     """Half mixup with λ from Beta(0.8, 0.8), half CutMix; the same generator state gives the same mix."""
-    settings = MixSettings(mixup=0.8, cutmix=1.0)
+    settings = MixKeys(mixup=0.8, cutmix=1.0)
     generator = torch.Generator().manual_seed(0)
     mixes = [draw_mix(settings, 224, generator) for _ in range(4000)]
     again = torch.Generator().manual_seed(0)
@@ -139,8 +139,10 @@ def test_drawn_mixes_have_timms_distribution() -> None:
     assert 0.6 < kept.mean() < 0.7  # a half before boxes are clipped at the image's edge
 
 
-@pytest.mark.parametrize("settings", [MixSettings(), MixSettings(0.8, 1.0, mix_probability=0.0)])
-def test_nothing_is_mixed_where_nothing_is_asked_for(settings: MixSettings) -> None:
+@pytest.mark.parametrize(
+    "settings", [MixKeys(mixup=0.0, cutmix=0.0), MixKeys(mixup=0.8, cutmix=1.0, mix_probability=0.0)]
+)
+def test_nothing_is_mixed_where_nothing_is_asked_for(settings: MixKeys) -> None:
     assert draw_mix(settings, 224, torch.Generator()) == Mix()
     images = torch.rand(2, 3, 8, 8)
     assert mix_images(images, Mix()) is images
