@@ -6,7 +6,7 @@
 Each runs the training command in two processes in fp32. Another CPU rounds differently, so golden/curves.json holds one
 recording for each kind of CPU: bit-equal where the kind matches, near everywhere else.
 
-    python -m tests.training.test_golden_curves    records this CPU's curves anew (only when results are meant to change)
+    python -m tests.training.test_golden_curves    records this CPU anew (only where results are meant to change)
 """
 
 from __future__ import annotations
