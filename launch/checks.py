@@ -14,41 +14,41 @@ from refiner_ds.config.reading import SERVERS
 from refiner_ds.errors import LaunchError
 
 from . import local, slurm
-from .plan import Plan
+from .allocation import Allocation
 from .snapshot import ROOT
 
 CODE_SECONDS = 300  # importing torch from a cold shared file system takes its time
 
 
-def check_machines(plan: Plan) -> None:
+def check_resources(allocation: Allocation) -> None:
     """Refuse a job that already runs, or that asks this machine for GPUs it has not."""
-    if not plan.local:
-        active = slurm.unfinished_job(plan.run.folder)
+    if not allocation.local:
+        active = slurm.unfinished_job(allocation.run.folder)
         if active:
             number = active.partition(" ")[0]
             raise LaunchError(
-                f"{plan.run.folder}: belongs to job {active}; wait for it, or end it with scancel {number}"
+                f"{allocation.run.folder}: belongs to job {active}; wait for it, or end it with scancel {number}"
             )
-    elif plan.gpus and plan.world_size > len(local.devices_here()):
-        have = len(local.devices_here())
+    elif allocation.gpus and allocation.world_size > len(local.visible_devices()):
+        have = len(local.visible_devices())
         raise LaunchError(
-            f"this machine has {have} GPUs for {plan.world_size} processes; --gpus-per-node 0 uses its CPU"
+            f"this machine has {have} GPUs for {allocation.world_size} processes; --gpus-per-node 0 uses its CPU"
         )
 
 
-def check_start(plan: Plan, overrides: list[str], root: Path = ROOT) -> None:
+def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT) -> None:
     """Refuse what the job itself would refuse when it starts: ``refiner_ds/train.py --ready``, by this clone's code.
 
     That is: code that does not import, a model that does not build, data that is missing, a run folder that cannot be
     written, holds another run, a complete one, or one of another number of processes. Packaged sets are made if they
     are not there. With data on a server it is ``--check``: only the nodes can say whether they reach it.
     """
-    data = plan.run.refiner.data
+    data = allocation.run.refiner.data
     remote = [place for place in (data.train, data.val) if place and place.startswith(SERVERS)]
     sets = [word for override in overrides for word in ("--set", override)]
     command = (
         *(sys.executable, str(root / "refiner_ds" / "train.py"), "--check" if remote else "--ready"),
-        *("--world-size", str(plan.world_size), "--config", str(plan.run.path.absolute()), *sets),
+        *("--world-size", str(allocation.world_size), "--config", str(allocation.run.path.absolute()), *sets),
     )
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     try:

@@ -2,8 +2,9 @@
 
 submitit unpickles a ``TrainJob`` on each task and calls it. The exit code of training is the exit code of the task:
 
-    0   finished                    75  interrupted and saved: the job requeues itself and goes on from there
+    0   finished                    75  interrupted and saved: the job requeues itself and continues from there
     2   refused                     *   crashed; srun and the local controller then end the other tasks
+    3   diverged: the loss or a weight is not finite
 
 submitit's own answer to a signal (rank 0 saves alone, requeues, and the others are killed) cannot save a state that is
 spread over all ranks, so its handlers are replaced at once: until training puts up its own, a signal means that there
@@ -33,7 +34,9 @@ STUCK = 3  # requeues in a row without a new checkpoint, after which another wou
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
 ATTEMPTS, AWAY_SECONDS, ANSWER_SECONDS = 3, 5.0, 12.0  # two questions in less than the two minutes a time limit leaves
 AWAY = re.compile("timed out|unable to contact slurm controller", re.IGNORECASE)
-LOCAL_LIFE = "REFINER_LOCAL_LIFE"  # how often the local controller has started the tasks, as Slurm counts restarts
+LOCAL_RESTART_COUNT = (
+    "REFINER_LOCAL_RESTART_COUNT"  # how often the local controller has restarted the tasks, as Slurm counts
+)
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
 
 
@@ -76,11 +79,13 @@ class TrainJob:
             sys.exit(code)
 
     def _before_training(self, number: int, frame: FrameType | None) -> None:
-        _say(f"{signal.Signals(number).name} before training began")
+        _log(f"{signal.Signals(number).name} before training began")
         task = submitit.JobEnvironment()
         failed = Failure.noted(Failure.file(self.run_folder, task.job_id))
-        if failed and failed.life == _life():  # no preemption: srun is ending this task because of that one
-            _say(f"rank {failed.rank} has failed")
+        if (
+            failed and failed.restart_count == _restart_count()
+        ):  # no preemption: srun is ending this task because of that one
+            _log(f"rank {failed.rank} has failed")
             sys.exit(failed.exit_code)
         # No rank has met the others yet, so none is waiting in a collective and any may speak for all.
         self._again(task, decides=True)
@@ -89,32 +94,32 @@ class TrainJob:
         """Leave so that the job starts again, or with 75 if it had better not."""
         if not decides:
             sys.exit(0)  # anything else would have srun end rank 0 before it has asked for the requeue
-        refusal = _ending(task) or self._spent(task.job_id, task.global_rank)
+        refusal = _ending(task) or self._requeue_refusal(task.job_id, task.global_rank)
         if refusal:
-            _say(f"job {task.job_id} is not requeued: {refusal}")
+            _log(f"job {task.job_id} is not requeued: {refusal}")
             sys.exit(AGAIN)
-        _say(f"requeueing job {task.job_id}")
+        _log(f"requeueing job {task.job_id}")
         if task.cluster == "local":
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)
         asked = _scontrol("requeue", task.job_id)
         if asked.returncode:
-            _say(f"Slurm did not requeue: {asked.stderr.strip()}")
+            _log(f"Slurm did not requeue: {asked.stderr.strip()}")
         sys.exit(AGAIN if asked.returncode else 0)
 
-    def _spent(self, job_id: str, rank: int) -> str | None:
+    def _requeue_refusal(self, job_id: str, rank: int) -> str | None:
         """Count this requeue, once for all tasks that ask for it; why there should not be another, or None."""
         ledger = Path(self.run_folder, "jobs", f"{job_id}_requeues.json")
-        before: dict[str, Any] = {"requeues": 0, "latest": None, "stuck": 0, "life": None}
+        before: dict[str, Any] = {"requeues": 0, "latest": None, "stuck": 0, "restart_count": None}
         if ledger.exists():
             before |= json.loads(ledger.read_text())
-        if before["life"] == _life():
+        if before["restart_count"] == _restart_count():
             return None
         latest = _latest(Path(self.run_folder))
         now: dict[str, Any] = {
             "requeues": before["requeues"] + 1,
             "latest": latest,
             "stuck": before["stuck"] + 1 if latest == before["latest"] else 0,
-            "life": _life(),
+            "restart_count": _restart_count(),
         }
         if now["requeues"] > self.requeues:
             return f"it has requeued itself {self.requeues} times, which is all its profile allows (requeues)"
@@ -133,7 +138,7 @@ class Failure:
     rank: int
     host: str
     exit_code: int
-    life: int = field(default_factory=lambda: _life())  # which of the job's lives; a requeued job begins another
+    restart_count: int = field(default_factory=lambda: _restart_count())  # of the start it failed in
 
     @staticmethod
     def file(run_folder: str | Path, job_id: str) -> Path:
@@ -141,9 +146,9 @@ class Failure:
         return Path(run_folder, "jobs", f"{job_id}_failure.json")
 
     def note(self, file: Path) -> None:
-        """Write this down unless another task of this life came first."""
+        """Write this down unless another task came first since the job last started."""
         before = Failure.noted(file)
-        if before and before.life != self.life:
+        if before and before.restart_count != self.restart_count:
             file.unlink(missing_ok=True)
         with contextlib.suppress(FileExistsError), file.open("x") as note:
             json.dump(asdict(self), note)
@@ -157,8 +162,8 @@ class Failure:
             return None
 
 
-def _life() -> int:
-    return int(os.environ.get(LOCAL_LIFE) or os.environ.get("SLURM_RESTART_COUNT", "0"))
+def _restart_count() -> int:
+    return int(os.environ.get(LOCAL_RESTART_COUNT) or os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:
@@ -216,12 +221,10 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
     return answer
 
 
-def _say(what: str) -> None:
+def _log(what: str) -> None:
     print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
 
 
 def _latest(run_folder: Path) -> str | None:
     latest = run_folder / "latest"
-    if latest.is_symlink():
-        return latest.readlink().name
     return latest.read_text().strip() if latest.is_file() else None

@@ -18,7 +18,7 @@ from pathlib import Path
 import submitit
 from submitit.local import local
 
-from .job import AGAIN, LOCAL_LIFE
+from .job import AGAIN, LOCAL_RESTART_COUNT
 
 TIMED_OUT = 124  # as timeout(1) has it
 FOR_EVER = 60 * 24 * 366 * 10  # minutes; the controller counts in seconds and must be told something
@@ -92,7 +92,7 @@ class Controller(local.Controller):
     def lead(self) -> int:
         """Run the job to its end and return its exit code."""
         while True:
-            os.environ[LOCAL_LIFE] = str(int(os.environ.get(LOCAL_LIFE, "-1")) + 1)
+            os.environ[LOCAL_RESTART_COUNT] = str(int(os.environ.get(LOCAL_RESTART_COUNT, "-1")) + 1)
             try:
                 self.start_tasks()
                 codes = self.wait()
@@ -109,7 +109,7 @@ class Controller(local.Controller):
                 return AGAIN
 
 
-def devices_here() -> list[str]:
+def visible_devices() -> list[str]:
     """CUDA devices of this machine that its user may use, by the name CUDA_VISIBLE_DEVICES gives them."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:

@@ -103,7 +103,7 @@ def _srun_arguments(profile: ClusterProfile) -> list[str]:
     return ["--kill-on-bad-exit=1", *cores]
 
 
-def rehearse(batch_script: str) -> None:
+def test_only(batch_script: str) -> None:
     """Have Slurm look at a batch script without taking it. Raises LaunchError with its objection."""
     answer = ask("sbatch", "--test-only", given=batch_script)
     if answer.returncode:

@@ -27,7 +27,7 @@ from launch import checks, local, slurm
 from launch.cluster import ClusterProfile, load_profile
 from launch.follow import follow
 from launch.job import Failure, TrainJob
-from launch.plan import Plan
+from launch.allocation import Allocation
 from launch.snapshot import RUN_FILE, take_snapshot
 from refiner_ds.config import load
 from refiner_ds.errors import LaunchError, refusals_are_told
@@ -70,24 +70,24 @@ def _profile_flags() -> dict[str, FieldInfo]:
 
 def _submit(args: argparse.Namespace) -> int:
     profile = load_profile(args.cluster, {key: getattr(args, key) for key in _profile_flags()})
-    plan = _plan(args, profile)
-    batch = plan.batch  # refuses one that does not divide
-    print(f"{plan.run.path}: {plan}; {batch}", file=sys.stderr)
-    checks.check_machines(plan)
-    code = plan.run.folder / "code"
-    batch_script = None if plan.local else slurm.script(_slurm_executor(plan, code))
+    allocation = _allocation(args, profile)
+    batch = allocation.batch  # refuses one that does not divide
+    print(f"{allocation.run.path}: {allocation}; {batch}", file=sys.stderr)
+    checks.check_resources(allocation)
+    code = allocation.run.folder / "code"
+    batch_script = None if allocation.local else slurm.script(_slurm_executor(allocation, code))
     if batch_script:
-        slurm.rehearse(batch_script)
+        slurm.test_only(batch_script)
     print("checking the code and the data …", file=sys.stderr)
-    checks.check_start(plan, args.set)
+    checks.check_ready(allocation, args.set)
     if args.dry_run:
-        print(batch_script or f"{plan}: refiner_ds.train {' '.join(_arguments(code))}")
+        print(batch_script or f"{allocation}: refiner_ds.train {' '.join(_arguments(code))}")
         return 0
-    take_snapshot(plan.run)
-    return _run_here(plan, code) if plan.local else _run_on_slurm(plan, code, args.wait)
+    take_snapshot(allocation.run)
+    return _run_here(allocation, code) if allocation.local else _run_on_slurm(allocation, code, args.wait)
 
 
-def _plan(args: argparse.Namespace, profile: ClusterProfile) -> Plan:
+def _allocation(args: argparse.Namespace, profile: ClusterProfile) -> Allocation:
     if args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job has at least one node")
     run = load(args.config, args.set)
@@ -96,30 +96,35 @@ def _plan(args: argparse.Namespace, profile: ClusterProfile) -> Plan:
         slurm.require_slurm()
         gpus = slurm.gpus_of_nodes(profile.partition) if gpus is None else gpus
     elif gpus is None:
-        gpus = len(local.devices_here()) // args.nodes
-    return Plan(run, profile, args.nodes, gpus, args.local)
+        gpus = len(local.visible_devices()) // args.nodes
+    return Allocation(run, profile, args.nodes, gpus, args.local)
 
 
-def _job(plan: Plan, code: Path) -> TrainJob:
-    return TrainJob(_arguments(code), str(plan.run.folder), plan.gpus > 0, plan.profile.requeues)
+def _job(allocation: Allocation, code: Path) -> TrainJob:
+    return TrainJob(_arguments(code), str(allocation.run.folder), allocation.gpus > 0, allocation.profile.requeues)
 
 
 def _arguments(code: Path) -> list[str]:
     return ["--config", str(code / RUN_FILE)]
 
 
-def _slurm_executor(plan: Plan, code: Path) -> submitit.SlurmExecutor:
+def _slurm_executor(allocation: Allocation, code: Path) -> submitit.SlurmExecutor:
     return slurm.executor(
-        plan.profile, nodes=plan.nodes, gpus=plan.gpus, tasks=plan.tasks, run_folder=plan.run.folder, code=code
+        allocation.profile,
+        nodes=allocation.nodes,
+        gpus=allocation.gpus,
+        tasks=allocation.tasks,
+        run_folder=allocation.run.folder,
+        code=code,
     )
 
 
-def _run_on_slurm(plan: Plan, code: Path, wait: bool) -> int:
+def _run_on_slurm(allocation: Allocation, code: Path, wait: bool) -> int:
     try:
-        job = _slurm_executor(plan, code).submit(_job(plan, code))
+        job = _slurm_executor(allocation, code).submit(_job(allocation, code))
     except submitit.core.utils.FailedJobError as error:
         raise LaunchError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}") from None
-    _say_where(plan, job.job_id, stop=f"scancel {job.job_id}")
+    _print_summary(allocation, job.job_id, stop=f"scancel {job.job_id}")
     if not wait:
         return 0
     try:
@@ -127,22 +132,22 @@ def _run_on_slurm(plan: Plan, code: Path, wait: bool) -> int:
     except KeyboardInterrupt:
         print(f"\njob {job.job_id} goes on; scancel {job.job_id} ends it", file=sys.stderr)
         return 128 + signal.SIGINT
-    return _say_ending(plan, job.job_id, state, exit_code)
+    return _print_ending(allocation, job.job_id, state, exit_code)
 
 
-def _run_here(plan: Plan, code: Path) -> int:
+def _run_here(allocation: Allocation, code: Path) -> int:
     executor = local.LocalExecutor(
-        plan.run.folder / "jobs",
-        tasks=plan.world_size,
-        devices=",".join(local.devices_here()[: plan.world_size]) if plan.gpus else "",
-        environment=plan.profile.environment,
+        allocation.run.folder / "jobs",
+        tasks=allocation.world_size,
+        devices=",".join(local.visible_devices()[: allocation.world_size]) if allocation.gpus else "",
+        environment=allocation.profile.environment,
         code=code,
-        minutes=plan.profile.minutes,
-        signal_seconds=plan.profile.signal_seconds,
+        minutes=allocation.profile.minutes,
+        signal_seconds=allocation.profile.signal_seconds,
     )
     signal.signal(signal.SIGTERM, _leave)
-    job = executor.submit(_job(plan, code))
-    _say_where(plan, job.job_id, stop=f"kill {job.job_id}")
+    job = executor.submit(_job(allocation, code))
+    _print_summary(allocation, job.job_id, stop=f"kill {job.job_id}")
     try:
         state, exit_code = follow(job.paths.stdout, lambda: _left(executor.controller.poll()), sys.stdout, every=0.2)
     except KeyboardInterrupt:
@@ -151,7 +156,7 @@ def _run_here(plan: Plan, code: Path) -> int:
         if executor.controller.poll() is None:
             executor.controller.terminate()
             executor.controller.wait()
-    return _say_ending(plan, job.job_id, state, exit_code)
+    return _print_ending(allocation, job.job_id, state, exit_code)
 
 
 def _left(exit_code: int | None) -> tuple[str, int] | None:
@@ -164,8 +169,8 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _say_where(plan: Plan, job_id: str, stop: str) -> None:
-    folder = plan.run.folder
+def _print_summary(allocation: Allocation, job_id: str, stop: str) -> None:
+    folder = allocation.run.folder
     rows = {
         "run folder": str(folder),
         "log": f"tail -F {folder}/jobs/{job_id}_0_log.out",
@@ -173,18 +178,18 @@ def _say_where(plan: Plan, job_id: str, stop: str) -> None:
         "accuracy": f"python refiner_ds/evaluate.py {folder}",
         "stop": stop,
     }
-    print(f"job {job_id}: {plan}")
+    print(f"job {job_id}: {allocation}")
     for word, command in rows.items():
         print(f"  {word:<12}{command}")
     sys.stdout.flush()
 
 
-def _say_ending(plan: Plan, job_id: str, state: str, exit_code: int) -> int:
-    failure = Failure.noted(Failure.file(plan.run.folder, job_id)) if exit_code else None
+def _print_ending(allocation: Allocation, job_id: str, state: str, exit_code: int) -> int:
+    failure = Failure.noted(Failure.file(allocation.run.folder, job_id)) if exit_code else None
     if failure:
         exit_code = failure.exit_code
     where = f", first on rank {failure.rank} ({failure.host})" if failure else ""
-    log = plan.run.folder / "jobs" / f"{job_id}_{failure.rank if failure else '*'}_log.out"
+    log = allocation.run.folder / "jobs" / f"{job_id}_{failure.rank if failure else '*'}_log.out"
     print(f"job {job_id}: {state}, exit code {exit_code}{where}; log {log}")
     return exit_code
 

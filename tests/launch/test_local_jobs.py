@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch import job, local
-from launch.job import LOCAL_LIFE, STUCK, TrainJob
+from launch.job import LOCAL_RESTART_COUNT, STUCK, TrainJob
 
 from .conftest import Clone
 
@@ -81,16 +81,19 @@ def test_a_profile_bounds_how_often_a_run_begins_again(clone: Clone) -> None:
     assert set(clone.seen()) == {"0.0", "0.1", "0.2"}
 
 
-@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", LOCAL_LIFE])
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", LOCAL_RESTART_COUNT])
 def test_tasks_that_all_ask_for_a_requeue_ask_for_one(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "jobs").mkdir()
     tasks = TrainJob([], str(tmp_path), gpus=False, requeues=100)
-    for life in range(STUCK):  # each of them ended before training had begun, when every task speaks for all
-        monkeypatch.setenv(variable, str(life))
-        answers = [tasks._spent("7", rank) for rank in range(32)]
-        assert answers == [None if life < STUCK - 1 else "3 times in a row it got no further than checkpoint none"] * 32
+    for restart_count in range(STUCK):  # each of them ended before training had begun, when every task speaks for all
+        monkeypatch.setenv(variable, str(restart_count))
+        answers = [tasks._requeue_refusal("7", rank) for rank in range(32)]
+        assert (
+            answers
+            == [None if restart_count < STUCK - 1 else "3 times in a row it got no further than checkpoint none"] * 32
+        )
     assert [file.name for file in tmp_path.glob("jobs/*")] == ["7_requeues.json"]
 
 
@@ -119,15 +122,15 @@ def test_ending_the_command_ends_its_processes_after_they_saved(clone: Clone, nu
 def test_a_machines_devices_are_those_its_user_may_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local.devices_here() == []  # no driver, no devices
+    assert local.visible_devices() == []  # no driver, no devices
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n")
     tool.chmod(0o755)
-    assert local.devices_here() == ["0", "1"]
+    assert local.visible_devices() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert local.devices_here() == ["2", "3"]
+    assert local.visible_devices() == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert local.devices_here() == []
+    assert local.visible_devices() == []
 
 
 @pytest.mark.parametrize(

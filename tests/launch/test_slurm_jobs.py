@@ -93,7 +93,7 @@ def test_a_crash_leaves_its_traceback_in_the_log(clone: Clone, slurm: SlurmClust
     assert "RuntimeError: the double was asked to crash" in done.stdout
 
 
-def test_a_signalled_job_saves_on_every_rank_and_goes_on_in_its_next_life(
+def test_a_signalled_job_saves_on_every_rank_and_resumes_when_it_restarts(
     clone: Clone, slurm: SlurmCluster, job_id: Callable[[Done], str]
 ) -> None:
     clone.behave(**{f"r{rank}": ["saved"] for rank in range(4)})

@@ -11,7 +11,7 @@ from .cluster import ClusterProfile
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """A run and the machines it is to have.
 
     Args:
