@@ -24,10 +24,10 @@ import submitit
 from pydantic.fields import FieldInfo
 
 from launch import checks, local, slurm
+from launch.allocation import Allocation
 from launch.cluster import ClusterProfile, load_profile
 from launch.follow import follow
 from launch.job import Failure, TrainJob
-from launch.allocation import Allocation
 from launch.snapshot import RUN_FILE, take_snapshot
 from refiner_ds.config import load
 from refiner_ds.errors import LaunchError, refusals_are_told
