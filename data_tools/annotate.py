@@ -4,8 +4,8 @@
     python data_tools/annotate.py shards/train --beside shards/relabelled  → images and maps in one set
     python data_tools/annotate.py shards/train --model dm_nfnet_f6 --size 576 --device cuda --bf16
 
-Works shard by shard: a killed run goes on where it was, and any number of processes writes the same bytes. With several
-GPUs, processes take turns on them.
+A killed run resumes where it was, and any number of processes writes the same bytes. Processes are spread over the GPUs
+in turn.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
 
 from data_tools.annotators import PACKAGED, Annotator, load_annotator
-from data_tools.workshop import finish, recall, remember, spread, workshop
+from data_tools.staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 from refiner_ds.data.augment import resize
 from refiner_ds.data.index import MapFormat, ShardIndex, parallel_folder
 from refiner_ds.data.packaged import locate
@@ -52,7 +53,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard to annotate: its number, where to, and whether the images go along."""
 
     number: int
@@ -76,7 +77,7 @@ class Worker:
         self.annotator.network.to(self.device)
 
     @torch.inference_mode()
-    def maps_of(self, images_BHWC: np.ndarray, labels: list[int]) -> list[ScoreMap]:
+    def annotate_images(self, images_BHWC: np.ndarray, labels: list[int]) -> list[ScoreMap]:
         """Score maps of images [B, S, S, 3] uint8."""
         images = torch.from_numpy(images_BHWC).to(self.device)
         images_B3HW = normalise(images, self.annotator.mean, self.annotator.std, torch.float32)
@@ -88,28 +89,28 @@ class Worker:
         classes_BKhw = classes.to(torch.int16).cpu().numpy()
         return list(map(ScoreMap, values_BKhw, classes_BKhw, labels))
 
-    def format(self) -> MapFormat:
-        """What every map will look like.
+    def map_format(self) -> MapFormat:
+        """The format of every map.
 
         Raises:
-            DataError: the network knows another number of classes than the set, or more than a record can name.
+            DataError: the network predicts another number of classes than the set has, or more than a record can hold.
         """
         side, classes = self.settings.size, len(self.index.classes)
         with torch.inference_mode():
-            known = self.annotator.network(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
-        if known != classes:
+            found = self.annotator.network(torch.zeros(1, 3, side, side, device=self.device)).shape[1]
+        if found != classes:
             raise DataError(
-                f"--model {self.settings.model}: knows {known} classes where the set has {classes}; "
-                "take one trained on the set's own"
+                f"--model {self.settings.model}: predicts {found} classes where the set has {classes}; "
+                "choose a model trained on the set's own classes"
             )
         if classes > MOST_CLASSES:
             raise DataError(f"{self.index.folder}: {classes} classes; a score map can name {MOST_CLASSES}")
-        return self.maps_of(np.zeros((1, side, side, 3), np.uint8), [0])[0].format
+        return self.annotate_images(np.zeros((1, side, side, 3), np.uint8), [0])[0].format
 
-    def annotate(self, task: Task) -> FinishedShard:
+    def annotate(self, task: ShardTask) -> FinishedShard:
         """Write the annotated twin of one shard, or take it from an earlier run."""
         name = self.index.shards[task.number].name
-        if earlier := recall(task.partial, name):
+        if earlier := load_progress(task.partial, name):
             return earlier[0]
         writer = ShardWriter(task.partial / name)
         reader = SampleReader(self.index)
@@ -117,19 +118,19 @@ class Worker:
         try:
             for first in range(start, end, self.settings.batch):
                 raws = [reader.read(sample) for sample in range(first, min(end, first + self.settings.batch))]
-                for raw, score_map in zip(raws, self._maps_of_raw(raws), strict=True):
+                for raw, score_map in zip(raws, self._annotate_samples(raws), strict=True):
                     _add(writer, raw, encode(score_map), task.beside)
             finished = writer.finish()
         except BaseException:
             writer.abandon()
             raise
-        remember(task.partial, finished, [])
+        save_progress(task.partial, finished, [])
         return finished
 
-    def _maps_of_raw(self, raws: list[RawSample]) -> list[ScoreMap]:
+    def _annotate_samples(self, raws: list[RawSample]) -> list[ScoreMap]:
         side = self.settings.size
         images = np.stack([resize(decode_image(raw), side, side, "bicubic") for raw in raws])
-        return self.maps_of(images, [raw.label for raw in raws])
+        return self.annotate_images(images, [raw.label for raw in raws])
 
 
 def _add(writer: ShardWriter, raw: RawSample, record: bytes, beside: bool) -> None:
@@ -143,24 +144,24 @@ def _add(writer: ShardWriter, raw: RawSample, record: bytes, beside: bool) -> No
 _worker: Worker | None = None
 
 
-def _begin(settings: Settings, index: ShardIndex, numbers: multiprocessing.Queue) -> None:
+def _init_worker(settings: Settings, index: ShardIndex, numbers: multiprocessing.Queue) -> None:
     global _worker
     _worker = Worker(settings, index, numbers.get())
 
 
-def _annotate(task: Task) -> FinishedShard:
+def _annotate(task: ShardTask) -> FinishedShard:
     assert _worker is not None
     return _worker.annotate(task)
 
 
-def _results(tasks: list[Task], first: Worker, processes: int) -> Iterator[FinishedShard]:
+def _results(tasks: list[ShardTask], first: Worker, processes: int) -> Iterator[FinishedShard]:
     if processes == 1:
-        return spread(first.annotate, tasks, 1)
-    start = "spawn"  # CUDA does not survive a fork
-    numbers: multiprocessing.Queue = multiprocessing.get_context(start).Queue()
+        return parallel_map(first.annotate, tasks, 1)
+    start_method = "spawn"  # CUDA does not survive a fork
+    numbers: multiprocessing.Queue = multiprocessing.get_context(start_method).Queue()
     for number in range(processes):
         numbers.put(number)
-    return spread(_annotate, tasks, processes, start, _begin, (first.settings, first.index, numbers))
+    return parallel_map(_annotate, tasks, processes, start_method, _init_worker, (first.settings, first.index, numbers))
 
 
 def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: int, beside: bool) -> MapFormat:
@@ -174,19 +175,19 @@ def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: in
     if index.only_maps:
         raise DataError(f"{index.folder}: holds maps without images; name the set of their images")
     first = Worker(settings, index, 0)
-    form = first.format()
+    map_format = first.map_format()
     shards = [shard.sha256 for shard in index.shards]
-    described = {key: str(value) for key, value in asdict(settings).items() if key != "checkpoint"}
+    options = {key: str(value) for key, value in asdict(settings).items() if key != "checkpoint"}
     partial = out.with_name(out.name + ".partial")
-    with workshop(partial, {"shards": shards, "beside": beside, "weights": first.annotator.digest(), **described}):
-        tasks = [Task(number, partial, beside) for number in range(len(shards))]
+    with staging_folder(partial, {"shards": shards, "beside": beside, "weights": first.annotator.digest(), **options}):
+        tasks = [ShardTask(number, partial, beside) for number in range(len(shards))]
         finished = []
         with tqdm(total=index.count, unit="img", desc=out.name, disable=None) as bar:
             for shard in _results(tasks, first, processes):
                 finished.append(shard)
                 bar.update(shard.shard.count)
-        finish(partial, out, finished, index.classes, form)
-    return form
+        publish_set(partial, out, finished, index.classes, map_format)
+    return map_format
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@
     python data_tools/shard.py imagenet/val shards/val --labels ground_truth.txt --classes synsets.txt
 
 Samples are shuffled once by a seed and cut into tars; image files are kept byte for byte. The same source and settings
-give the same bytes whatever the number of processes, and a killed run goes on where it was when started again.
+give the same bytes for any number of processes, and a killed run resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
 
-from data_tools.looking import look_at
+from data_tools.inspection import inspect_image
 from data_tools.sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
-from data_tools.workshop import finish, recall, remember, spread, workshop
+from data_tools.staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 from refiner_ds.data.index import BLOCK, MapFormat, ShardIndex, padded
 from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
@@ -55,8 +56,8 @@ def key_of(position: int, image: SourceImage) -> str:
 
 
 def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
-    """Write one shard, or take it from an earlier run; returns it and a line for every file worth a note."""
-    if earlier := recall(task.partial, shard_name(task.number)):
+    """Write one shard, or take it from an earlier run; returns it and one line for every file with a note."""
+    if earlier := load_progress(task.partial, shard_name(task.number)):
         return earlier
     writer = ShardWriter(task.partial / shard_name(task.number))
     notes = []
@@ -67,18 +68,18 @@ def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
                 data = path.read_bytes()
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from None
-            look = look_at(data, image.path, task.decode)
-            if look.fault:
-                notes.append(f"left out: {image.path}: {look.fault}")
+            found = inspect_image(data, image.path, task.decode)
+            if found.error:
+                notes.append(f"left out: {image.path}: {found.error}")
                 continue
-            if look.note:
-                notes.append(f"kept: {image.path}: {look.note}")
-            writer.add(key, data, look.ending, image.label, _score_map(task, image))
+            if found.note:
+                notes.append(f"kept: {image.path}: {found.note}")
+            writer.add(key, data, found.extension, image.label, _score_map(task, image))
         finished = writer.finish()
     except BaseException:
         writer.abandon()
         raise
-    remember(task.partial, finished, notes)
+    save_progress(task.partial, finished, notes)
     return finished, notes
 
 
@@ -93,28 +94,30 @@ def _score_map(task: ShardTask, image: SourceImage) -> bytes | None:
     return encode(score_map)
 
 
-def cut(source: Source, seed: int, shard_bytes: int, map_bytes: int = 0) -> list[list[tuple[str, SourceImage]]]:
-    """Shuffle all samples by the seed and part them into shards of nearly equal count and about ``shard_bytes``."""
+def split_into_shards(
+    source: Source, seed: int, shard_bytes: int, map_bytes: int = 0
+) -> list[list[tuple[str, SourceImage]]]:
+    """Shuffle all samples by the seed and split them into shards of nearly equal count and about ``shard_bytes``."""
     count = len(source.images)
     beside = BLOCK + padded(map_bytes or 1)  # the map, or the label
     stored = sum(BLOCK + padded(image.size) + beside for image in source.images)
     shards = max(1, -(-stored // shard_bytes))
     shuffled = [source.images[number] for number in np.random.RandomState(seed).permutation(count)]
-    edges = [count * number // shards for number in range(shards + 1)]
+    bounds = [count * number // shards for number in range(shards + 1)]
     return [
         [(key_of(position, shuffled[position]), shuffled[position]) for position in range(start, end)]
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
     ]
 
 
 def write_set(
     source: Source, out: Path, *, seed: int, shard_bytes: int, processes: int, decode: bool, maps: Path | None = None
 ) -> list[str]:
-    """Write the whole set; returns the notes. See the module's docstring for what is promised.
+    """Write the whole set; returns the notes.
 
     Raises:
-        DataError: the target exists or cannot be written, a file cannot be read, images and maps are not each other's,
-            no image is left.
+        DataError: the target exists or cannot be written, a file cannot be read, images and maps do not match, or no
+            image can be read.
     """
     if out.exists():
         raise DataError(f"{out}: already exists; choose another folder or remove it")
@@ -123,9 +126,9 @@ def write_set(
         check_maps(source, maps)
         first = read_published(maps / map_path(source.images[0].path), 0, len(source.classes))
         map_format, map_bytes = first.format, len(encode(first))
-    shards = cut(source, seed, shard_bytes, map_bytes)
+    shards = split_into_shards(source, seed, shard_bytes, map_bytes)
     listing = hashlib.sha256(repr([(image.path, image.label, image.size) for image in source.images]).encode())
-    plan = {
+    inputs = {
         "samples": listing.hexdigest(),
         "seed": seed,
         "shards": len(shards),
@@ -133,14 +136,14 @@ def write_set(
         "maps": asdict(map_format) if map_format else None,
     }
     partial = out.with_name(out.name + ".partial")
-    with workshop(partial, plan):
+    with staging_folder(partial, inputs):
         tasks = [
             ShardTask(number, partial, source.folder, samples, maps, map_format, len(source.classes), decode)
             for number, samples in enumerate(shards)
         ]
         finished, notes = [], [f"ignored: {path}: not an image by its name" for path in source.ignored]
         with tqdm(total=len(source.images), unit="img", desc=out.name, disable=None) as bar:
-            for task, (shard, shard_notes) in zip(tasks, spread(write_shard, tasks, processes), strict=True):
+            for task, (shard, shard_notes) in zip(tasks, parallel_map(write_shard, tasks, processes), strict=True):
                 finished.append(shard)
                 notes += shard_notes
                 bar.update(len(task.samples))
@@ -148,7 +151,7 @@ def write_set(
             raise DataError(f"{source.folder}: not one image can be read; see {partial}")
         if notes:
             write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
-        finish(partial, out, finished, source.classes, map_format)
+        publish_set(partial, out, finished, source.classes, map_format)
     return notes
 
 
@@ -163,7 +166,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--maps", type=Path, help="folder of published score maps, <class>/<image>.pt")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a tar in MB, about (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
     parser.add_argument("--decode", action="store_true", help="decode every image to find broken pixels; far slower")
     return parser
 
@@ -190,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     print(ShardIndex.load(given.out).describe())
     if notes:
         print(
-            f"{len(notes)} files worth a look, {sum(n.startswith('left') for n in notes)} of them left out: "
+            f"{len(notes)} files with notes, {sum(n.startswith('left') for n in notes)} of them left out: "
             f"{given.out / NOTES_NAME}"
         )
     return 0

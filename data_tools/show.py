@@ -1,4 +1,4 @@
-"""Draws a contact sheet of augmented samples, so that a person can see that labels follow pixels.
+"""Draws a contact sheet of augmented samples, to see that labels follow pixels.
 
     python data_tools/show.py shards/train sheet.png --auto-augment rand-m9-mstd0.5-inc1
 
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
 
 from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sample
@@ -41,7 +42,7 @@ OUTLINE = (255, 230, 0)
 
 
 @dataclass(frozen=True)
-class Shown:
+class Example:
     """One sample of the sheet."""
 
     caption: str
@@ -76,13 +77,13 @@ def tinted(picture: Image.Image, numbers_yx: np.ndarray) -> Image.Image:
     return Image.composite(over, picture, mask.resize(picture.size, Image.Resampling.NEAREST))
 
 
-def patch_classes(shown: Shown, classes: int, grid: int) -> np.ndarray:
+def patch_classes(example: Example, classes: int, grid: int) -> np.ndarray:
     """First class of the target of every patch of a view, [grid, grid]; −1 where nothing of the image is."""
-    assert shown.score_map is not None
+    assert example.score_map is not None
     maps = MapBatch(
-        torch.from_numpy(shown.score_map.values_Khw.copy())[None],
-        torch.from_numpy(shown.score_map.classes_Khw.copy())[None],
-        torch.from_numpy(np.stack(shown.view.steps)).float()[None],
+        torch.from_numpy(example.score_map.values_Khw.copy())[None],
+        torch.from_numpy(example.score_map.classes_Khw.copy())[None],
+        torch.from_numpy(np.stack(example.view.steps)).float()[None],
     )
     _, target_BPC = dense_targets(maps, classes, (grid, grid))
     best, number = target_BPC[0].max(-1)
@@ -90,27 +91,27 @@ def patch_classes(shown: Shown, classes: int, grid: int) -> np.ndarray:
     return number.reshape(grid, grid).numpy()
 
 
-def draw_pair(shown: Shown, names: list[str], grid: int) -> Image.Image:
+def draw_pair(example: Example, names: list[str], grid: int) -> Image.Image:
     """Stored image with outline, view, caption and the commonest classes: one cell of the sheet."""
     cell = Image.new("RGB", (2 * TILE + 12, TILE + LINE * (2 + NAMED)), "white")
-    height, width = shown.image_yx3.shape[:2]
+    height, width = example.image_yx3.shape[:2]
     scale = TILE / max(height, width)
-    stored = Image.fromarray(shown.image_yx3).resize((round(width * scale), round(height * scale)))
-    view = Image.fromarray(shown.view.pixels_SS3).resize((TILE, TILE))
+    stored = Image.fromarray(example.image_yx3).resize((round(width * scale), round(height * scale)))
+    view = Image.fromarray(example.view.pixels_SS3).resize((TILE, TILE))
     legend: list[tuple[int, str]] = []
-    if shown.score_map is not None:
-        numbers = patch_classes(shown, len(names), grid)
-        stored = tinted(stored, shown.score_map.classes_Khw[0].astype(int))
+    if example.score_map is not None:
+        numbers = patch_classes(example, len(names), grid)
+        stored = tinted(stored, example.score_map.classes_Khw[0].astype(int))
         view = tinted(view, numbers)
         common = np.bincount(numbers[numbers >= 0].ravel(), minlength=1).argsort()[::-1][:NAMED]
         legend = [(int(n), names[n]) for n in common if (numbers == n).any()]
-    edge = [(x * stored.width, y * stored.height) for x, y in outline(shown.view)]
+    edge = [(x * stored.width, y * stored.height) for x, y in outline(example.view)]
     ImageDraw.Draw(stored).line([*edge, edge[0]], fill=OUTLINE, width=2)
     cell.paste(stored, (4, LINE))
     cell.paste(view, (TILE + 8, LINE))
     draw = ImageDraw.Draw(cell)
     font = ImageFont.load_default(11)
-    draw.text((4, 0), shown.caption, "black", font=font)
+    draw.text((4, 0), example.caption, "black", font=font)
     for line, (number, name) in enumerate(legend):
         top = TILE + LINE * (line + 1) + 2
         draw.rectangle((TILE + 8, top + 2, TILE + 18, top + 11), fill=colour_of(number))
@@ -127,13 +128,13 @@ def draw_sheet(pairs: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def choose(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, epoch: int) -> list[Shown]:
+def load_examples(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, epoch: int) -> list[Example]:
     """The first samples of an epoch's order, augmented as training would."""
     maps = find_maps(index) if index.has_maps or parallel_folder(index.folder).exists() else None
     reader = SampleReader(index)
     map_reader = SampleReader(maps) if maps else None
     view_of = TrainView(settings)
-    chosen = []
+    examples = []
     positions = np.arange(min(count, index.count))
     for sample in samples_at(positions, count=index.count, seed=seed, epoch=epoch).tolist():
         raw = reader.read(sample)
@@ -143,8 +144,8 @@ def choose(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, 
         if map_reader:
             map_raw = map_reader.read(sample)
             score_map = decode(map_raw.score_map, map_raw.place)
-        chosen.append(Shown(f"{sample}: {index.classes[raw.label]}", image, view_of(image), score_map))
-    return chosen
+        examples.append(Example(f"{sample}: {index.classes[raw.label]}", image, view_of(image), score_map))
+    return examples
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -179,14 +180,14 @@ def main(argv: list[str] | None = None) -> int:
     if given.count < 1 or given.columns < 1:
         raise DataError("--count and --columns must be above 0")
     index = ShardIndex.load(locate(given.set))
-    shown = choose(index, settings, given.count, given.seed, given.epoch)
-    sheet = draw_sheet([draw_pair(one, index.classes, given.grid) for one in shown], given.columns)
+    examples = load_examples(index, settings, given.count, given.seed, given.epoch)
+    sheet = draw_sheet([draw_pair(example, index.classes, given.grid) for example in examples], given.columns)
     try:
         sheet.save(given.out)
     except (OSError, ValueError) as error:
         reason = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
         raise DataError(cannot_write(given.out, reason)) from None
-    print(f"{given.out}: {len(shown)} of {index.count:,} samples of {index.folder}")
+    print(f"{given.out}: {len(examples)} of {index.count:,} samples of {index.folder}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Checks a shard set against its index: sizes, checksums, keys, and that every image and map decodes. One line a fault.
+"""Checks a shard set against its index: sizes, checksums, keys, and whether every image and map decodes.
 
     python data_tools/verify.py shards/train
-    python data_tools/verify.py https://host/sets/train      # fetches all of it into the cache, and checks it
+    python data_tools/verify.py https://host/sets/train      # fetches the whole set into the cache and checks it
 
-Exit code 0: no fault; 1: faults were printed; 2: there is no set to check.
+Exit code 0: no errors; 1: errors were found; 2: there is no set to check.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, without an installed package
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
 
-from data_tools.workshop import interruptible, spread
+from data_tools.staging import interruptible, parallel_map
 from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.remote import fetch_shard
@@ -33,9 +34,9 @@ from refiner_ds.errors import DataError, refusals_are_told
 
 @dataclass
 class ShardReport:
-    """What checking one shard found: a sentence a fault, and a 64-bit hash of every key."""
+    """What checking one shard found: one sentence for each error, and a 64-bit hash of every key."""
 
-    faults: list[str]
+    errors: list[str]
     keys: np.ndarray
 
 
@@ -43,47 +44,47 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
     """Compare one tar with the index, byte by byte and sample by sample."""
     shard, path = index.shards[number], index.folder / index.shards[number].name
     try:
-        faults, keys = _check_file(fetch_shard(index, number), shard.sha256)
+        errors, keys = _check_file(fetch_shard(index, number), shard.sha256)
     except DataError as error:
         return ShardReport([f"{path}: {error}"], np.zeros(0, np.uint64))
     except OSError as error:
         return ShardReport([f"{path}: cannot be read ({error.strerror})"], np.zeros(0, np.uint64))
     if len(keys) != shard.count:
-        faults.append(f"{path}: {len(keys)} samples where the index says {shard.count}")
+        errors.append(f"{path}: {len(keys)} samples where the index says {shard.count}")
     elif hashlib.sha256("\n".join(keys).encode()).hexdigest() != shard.keys_sha256:
-        faults.append(f"{path}: its keys are not those the index was written with")
+        errors.append(f"{path}: its keys are not those the index was written with")
     reader = SampleReader(index)
     for sample in range(int(index.starts[number]), int(index.starts[number + 1])):
         try:
             raw = reader.read(sample)
             if not 0 <= raw.label < len(index.classes):
-                faults.append(f"{raw.place}: label {raw.label}, but there are {len(index.classes)} classes")
+                errors.append(f"{raw.place}: label {raw.label}, but there are {len(index.classes)} classes")
             if decode and not index.only_maps:
                 decode_image(raw)
             if index.has_maps:
-                faults += _map_faults(raw, index)
+                errors += _map_errors(raw, index)
         except DataError as error:
-            faults.append(str(error))
-    return ShardReport(faults, np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
+            errors.append(str(error))
+    return ShardReport(errors, np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
 
 
-def _map_faults(raw: RawSample, index: ShardIndex) -> list[str]:
+def _map_errors(raw: RawSample, index: ShardIndex) -> list[str]:
     """What is wrong with a sample's score map."""
     score_map = decode_map(raw.score_map, raw.place)
-    faults = []
+    errors = []
     if score_map.format != index.maps:
-        faults.append(f"{raw.place}: its map is {score_map.format} where the set's are {index.maps}")
+        errors.append(f"{raw.place}: its map is {score_map.format} where the set's are {index.maps}")
     if score_map.label != raw.label:
-        faults.append(f"{raw.place}: its map says label {score_map.label} where the index says {raw.label}")
+        errors.append(f"{raw.place}: its map says label {score_map.label} where the index says {raw.label}")
     if not 0 <= score_map.classes_Khw.min() <= score_map.classes_Khw.max() < len(index.classes):
-        faults.append(f"{raw.place}: its map names classes that are not among the set's {len(index.classes)}")
-    return faults
+        errors.append(f"{raw.place}: its map names classes that are not among the set's {len(index.classes)}")
+    return errors
 
 
 def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
     """Faults of a tar as a file, and its keys in order."""
     data = path.read_bytes()
-    faults = [] if hashlib.sha256(data).hexdigest() == sha256 else [f"{path}: checksum differs from the index"]
+    errors = [] if hashlib.sha256(data).hexdigest() == sha256 else [f"{path}: checksum differs from the index"]
     keys: list[str] = []
     place = 0
     while place + BLOCK <= len(data) and data[place] != 0:
@@ -91,21 +92,21 @@ def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
         try:
             size = int(header[124:135], 8)
         except ValueError:
-            faults.append(f"{path}: no tar header at byte {place}, where one should be")
+            errors.append(f"{path}: no tar header at byte {place}, where one should be")
             break
         key = header[:100].partition(b"\0")[0].decode("ascii", "replace").partition(".")[0]
         if not keys or keys[-1] != key:
             keys.append(key)
         place += BLOCK + padded(size)
     if data[place : place + 2 * BLOCK] != bytes(2 * BLOCK):
-        faults.append(f"{path}: does not end as a tar does; it was cut")
-    return faults, keys
+        errors.append(f"{path}: does not end as a tar does; it was cut")
+    return errors, keys
 
 
-_checked: tuple[ShardIndex, bool] | None = None  # what a process checks, and whether it decodes
+_checked: tuple[ShardIndex, bool] | None = None  # the set a worker checks, and whether it decodes images
 
 
-def _begin(index: ShardIndex, decode: bool) -> None:
+def _init_worker(index: ShardIndex, decode: bool) -> None:
     global _checked
     _checked = index, decode
 
@@ -117,18 +118,20 @@ def _check(number: int) -> ShardReport:
 
 
 def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
-    """Every fault of a set, as one sentence each."""
+    """Yield every error of a set, one sentence each."""
     members = index.members
     order = np.flatnonzero(np.diff(members["offset"].astype(np.int64)) <= 0) + 1
     if set(order.tolist()) - set(index.starts.tolist()):
         yield f"{index.folder / MEMBERS_NAME}: offsets do not grow within a shard"
     seen: list[np.ndarray] = []
     with tqdm(total=index.count, unit="img", desc=index.folder.name, disable=None) as bar:
-        reports = spread(_check, range(len(index.shards)), processes, begin=_begin, given=(index, decode))
+        reports = parallel_map(
+            _check, range(len(index.shards)), processes, initializer=_init_worker, initargs=(index, decode)
+        )
         for number, report in enumerate(reports):
-            for fault in report.faults:
+            for error in report.errors:
                 bar.clear()
-                yield fault
+                yield error
             seen.append(report.keys)
             bar.update(index.shards[number].count)
     try:
@@ -138,17 +141,17 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
         yield str(error)
     keys, times = np.unique(np.concatenate(seen) if seen else np.zeros(0), return_counts=True)
     if len(keys) and times.max() > 1:
-        yield f"{index.folder}: {int((times > 1).sum())} keys occur more than once; make the set again"
+        yield f"{index.folder}: {int((times > 1).sum())} keys occur more than once; create the set again"
 
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="verify.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("set", help="folder of a shard set; or an address, whose every shard is then fetched")
-    parser.add_argument("--cache", type=Path, help="folder for sets that are fetched (default: that of training)")
-    parser.add_argument("--no-decode", action="store_true", help="check bytes only; leaves pixels undecoded")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
+    parser.add_argument("set", help="folder of a shard set; or a URL, every shard of which is then fetched")
+    parser.add_argument("--cache", type=Path, help="folder for fetched sets (default: as in training)")
+    parser.add_argument("--no-decode", action="store_true", help="check bytes only; do not decode images")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
     return parser
 
 
@@ -157,13 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
     index = ShardIndex.load(locate(given.set, given.cache), check_files=False)
-    faults = 0
+    errors = 0
     with interruptible():
-        for fault in check_set(index, max(1, given.processes), not given.no_decode):
-            faults += 1
-            print(fault)
-    print(f"{index.describe()}: {faults or 'no'} fault{'s' * (faults != 1)}")
-    return 1 if faults else 0
+        for error in check_set(index, max(1, given.processes), not given.no_decode):
+            errors += 1
+            print(error)
+    print(f"{index.describe()}: {errors or 'no'} error{'s' * (errors != 1)}")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

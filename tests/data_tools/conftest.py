@@ -96,24 +96,24 @@ def killed_before(operation: int, work: Callable[[], int]) -> bool:
     return os.WIFSIGNALED(status)
 
 
-SLOWED = """
+PAUSING = """
 import importlib, sys, time
 from refiner_ds.data.writer import ShardWriter
 append = ShardWriter._append
-def slowly(self, *sample):
+def pausing(self, *sample):
     append(self, *sample)
     self._file.flush()
-    time.sleep(0.05)
-ShardWriter._append = slowly
+    time.sleep(60 if list(self.path.parent.glob("*.tar.json")) else 0.02)
+ShardWriter._append = pausing
 if __name__ == "__main__":
     sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
 """
 
 
 def start_and_wait_until_it_writes(module: str, arguments: list[object], out: Path) -> subprocess.Popen[bytes]:
-    """Start a command, every sample slowed down, and wait until a shard is finished and another half-written."""
-    script = out.with_name("slowed.py")
-    script.write_text(SLOWED)
+    """Start a command that pauses once a shard is finished, and wait until another is half-written."""
+    script = out.with_name("pausing.py")
+    script.write_text(PAUSING)
     command = [sys.executable, script, module, *map(str, arguments)]
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(

@@ -83,7 +83,7 @@ def test_maps_lie_in_a_parallel_set_joined_by_key(images: ShardIndex, checkpoint
     for number in range(10):
         raw, map_raw = SampleReader(images).read(number), SampleReader(maps).read(number)
         assert raw.name.split(".")[0] == map_raw.name.split(".")[0]
-        (alone,) = worker._maps_of_raw([raw])
+        (alone,) = worker._annotate_samples([raw])
         stored = decode(map_raw.score_map, "here")
         assert stored.label == raw.label and stored.values_Khw.shape == (2, 3, 3)
         assert np.allclose(stored.values_Khw, alone.values_Khw, atol=2e-3)
@@ -129,14 +129,14 @@ def test_run_killed_again_and_again_goes_on_and_annotates_nothing_twice(
     """Each time a change of the disk later: while shards are written, remembered, indexed and put away."""
     assert run(images, checkpoint) == 0
     whole = digest(parallel_folder(images.folder))
-    log, real = tmp_path / "annotated", annotate.Worker._maps_of_raw
+    log, real = tmp_path / "annotated", annotate.Worker._annotate_samples
 
     def noted(self: annotate.Worker, raws: list[RawSample]) -> list[ScoreMap]:
         with open(log, "a") as file:
             file.write("".join(f"{raw.shard}\n" for raw in raws))
         return real(self, raws)
 
-    monkeypatch.setattr(annotate.Worker, "_maps_of_raw", noted)
+    monkeypatch.setattr(annotate.Worker, "_annotate_samples", noted)
     out = tmp_path / "out.maps"
     images.folder.rename(tmp_path / "out")
     again = ShardIndex.load(tmp_path / "out")
@@ -184,7 +184,7 @@ def test_other_weights_are_not_mixed_in(
     torch.manual_seed(1)
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), checkpoint)
     assert run(images, checkpoint, "--beside", tmp_path / "out") == 2
-    assert "begun from other files or settings" in capsys.readouterr().err
+    assert "started from other files or settings" in capsys.readouterr().err
 
 
 def test_bf16_agrees_with_fp32_to_what_bf16_resolves(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_refusals(images: ShardIndex, checkpoint: Path, tmp_path: Path, capsys: 
 def test_annotator_of_other_classes_is_refused(images: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotate, "load_annotator", lambda name, checkpoint, classes: foreign_of(name))
     settings = annotate.Settings("test_resnet", None, 96, 2, 2, "cpu", False)
-    with pytest.raises(DataError, match="knows 5 classes where the set has 3"):
+    with pytest.raises(DataError, match="predicts 5 classes where the set has 3"):
         annotate.annotate_set(images, images.folder.with_name("out"), settings, 1, False)
 
 

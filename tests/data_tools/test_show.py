@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.show import OUTLINE, TILE, Shown, colour_of, main, outline, patch_classes, tinted
+from data_tools.show import OUTLINE, TILE, Example, colour_of, main, outline, patch_classes, tinted
 from refiner_ds.data.augment import TrainView, View, seed_sample
 from refiner_ds.data.index import MapFormat
 from refiner_ds.data.score_maps import ScoreMap, encode
@@ -51,8 +51,8 @@ def test_outline_encloses_what_the_view_shows() -> None:
 def test_tints_of_the_view_follow_a_flip() -> None:
     view_of = TrainView(views(32, crop_scale=(1, 1), crop_ratio=(1, 1), hflip=1.0))
     seed_sample(0, 0, 0)
-    shown = Shown("", np.zeros((32, 32, 3), np.uint8), view_of(np.zeros((32, 32, 3), np.uint8)), halves())
-    assert patch_classes(shown, 3, 2).tolist() == [[2, 1], [2, 1]]
+    example = Example("", np.zeros((32, 32, 3), np.uint8), view_of(np.zeros((32, 32, 3), np.uint8)), halves())
+    assert patch_classes(example, 3, 2).tolist() == [[2, 1], [2, 1]]
 
 
 def test_untinted_cells_stay_as_they_are() -> None:

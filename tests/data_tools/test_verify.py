@@ -29,7 +29,7 @@ def make(
     return ShardIndex.load(folder)
 
 
-def faults(folder: Path, capsys: pytest.CaptureFixture[str], processes: int = 1) -> list[str]:
+def errors_of(folder: Path, capsys: pytest.CaptureFixture[str], processes: int = 1) -> list[str]:
     code = main([str(folder), "--processes", str(processes)])
     *found, summary = capsys.readouterr().out.splitlines()
     assert code == (1 if found else 0)
@@ -44,9 +44,9 @@ def flip(path: Path, place: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sound_set_has_no_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int) -> None:
+def test_sound_set_has_no_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int) -> None:
     make(tmp_path / "set")
-    assert faults(tmp_path / "set", capsys, processes) == []
+    assert errors_of(tmp_path / "set", capsys, processes) == []
 
 
 SHARD = "shard-000001.tar"
@@ -65,17 +65,17 @@ def test_damaged_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind:
     index = make(tmp_path / "set")
     change, says = DAMAGE[kind]
     change(tmp_path / "set" / SHARD, int(index.members[5]["offset"]))
-    found = faults(tmp_path / "set", capsys)
-    assert any(SHARD in fault for fault in found) and all("shard-000000" not in fault for fault in found)
-    assert any(re.search(says, fault) for fault in found)
+    found = errors_of(tmp_path / "set", capsys)
+    assert any(SHARD in error for error in found) and all("shard-000000" not in error for error in found)
+    assert any(re.search(says, error) for error in found)
 
 
 def test_image_that_does_not_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with SetWriter(tmp_path / "set", ["only"], 4) as writer:
         writer.add("good", picture(0), "jpg", 0)
         writer.add("bad", b"not a picture", "jpg", 0)
-    (fault,) = faults(tmp_path / "set", capsys)
-    assert "bad.jpg" in fault and "cannot be decoded" in fault
+    (error,) = errors_of(tmp_path / "set", capsys)
+    assert "bad.jpg" in error and "cannot be decoded" in error
     assert main([str(tmp_path / "set"), "--no-decode"]) == 0
 
 
@@ -89,16 +89,16 @@ def test_wrong_labels_and_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("disagree", {"label": 1}, "its map says label 0"),
     ):
         make(tmp_path / name, **made)  # type: ignore[arg-type]
-        found = faults(tmp_path / name, capsys)
-        assert sum(says in fault for fault in found) == 10
+        found = errors_of(tmp_path / name, capsys)
+        assert sum(says in error for error in found) == 10
 
 
 def test_key_that_occurs_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with SetWriter(tmp_path / "set", ["only"], 2) as writer:
         for key in ("a", "b", "c", "a"):
             writer.add(key, picture(0), "jpg", 0)
-    (fault,) = faults(tmp_path / "set", capsys)
-    assert "1 keys occur more than once" in fault
+    (error,) = errors_of(tmp_path / "set", capsys)
+    assert "1 keys occur more than once" in error
 
 
 def test_members_of_another_set_and_no_set_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_index_of_shards_in_another_order(tmp_path: Path, capsys: pytest.Capture
     described = json.loads(path.read_text())
     described["shards"][0], described["shards"][1] = described["shards"][1], described["shards"][0]
     path.write_text(json.dumps(described))
-    assert len(faults(tmp_path / "set", capsys)) >= 8
+    assert len(errors_of(tmp_path / "set", capsys)) >= 8
 
 
 def test_parallel_maps_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +126,6 @@ def test_parallel_maps_of_other_images(tmp_path: Path, capsys: pytest.CaptureFix
     with SetWriter(tmp_path / "set.maps", ["only", "other"], 4, MAP.format) as writer:
         for number in range(10):
             writer.add_map(f"x{number}", encode(MAP), 0)
-    (fault,) = faults(tmp_path / "set", capsys)
-    assert "its maps are not those of" in fault
-    assert faults(tmp_path / "set.maps", capsys) == []
+    (error,) = errors_of(tmp_path / "set", capsys)
+    assert "its maps are not those of" in error
+    assert errors_of(tmp_path / "set.maps", capsys) == []
