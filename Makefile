@@ -1,24 +1,39 @@
-# make quickstart   install, then train on real data for a minute or two
-# make test         install, then run the tests
-# make lint         ruff and mypy
-# make docs         pages that are printed from the code
-# make gpu          on a GPU: tests of its kernels, then what docs/benchmarks.md wants to know; kept in gpu.log
+# make quickstart    install, then train on real data for a minute or two
+# make test          install, then run all tests, two at a time
+# make test-fast     the tests of the inner loop: nothing that starts a launcher, a Slurm or a long computation
+# make lint          what .pre-commit-config.yaml lists: ruff, codespell, mypy
+# make docs          pages that are printed from the code
+# make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of their own
+# make lock          writes that environment's versions to constraints.txt
+# make gpu           on a GPU: tests of its kernels, then what docs/benchmarks.md wants to know; kept in gpu.log
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED ?= -c constraints.txt
+JOBS ?= 2
 
-.PHONY: quickstart test lint docs gpu clean
+.PHONY: quickstart test test-fast test-newest lock lint docs gpu clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/deepspeed refiner_ds/train.py
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+
+test-fast: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not slurm" $(TESTS)
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest LOCKED=--upgrade
+
+lock:
+	{ echo '# Versions known to pass the tests, which `make` installs. `make test-newest lock` writes this file anew.'; \
+	  .venv-newest/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip=='; } > constraints.txt
 
 lint: $(VENV)/installed-test
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
 
 docs: $(VENV)/installed
 	$(BIN)/python -m refiner_ds.config > docs/run_file.md
@@ -35,14 +50,14 @@ gpu: $(VENV)/installed-test
 	} 2>&1 | tee gpu.log
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-newest build *.egg-info
 
-# Installed again only when what is installed has changed.
-$(VENV)/installed: pyproject.toml
+# Installed again only when what is to be installed has changed.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) $(LOCKED) -e ".[train]"
 	touch $@
 
-$(VENV)/installed-test: pyproject.toml $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+$(VENV)/installed-test: $(VENV)/installed
+	$(INSTALL) $(LOCKED) -e ".[test]"
 	touch $@

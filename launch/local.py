@@ -58,7 +58,7 @@ class LocalExecutor(submitit.LocalExecutor):
 
     def _submit_command(self, command: str) -> submitit.LocalJob:
         self.controller = subprocess.Popen(
-            (sys.executable, "-m", "launch.local", str(self.folder)),
+            (sys.executable, "-m", __name__, str(self.folder)),
             env={**self._environment, "SUBMITIT_LOCAL_COMMAND": command},
             cwd=self._code,
         )

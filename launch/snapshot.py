@@ -15,11 +15,21 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import refiner_ds
 from refiner_ds.config import RunFile
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("refiner_ds", "launch", "ds_configs")
+ROOT = Path(refiner_ds.__file__).resolve().parents[1]  # a clone, or the folder a wheel was installed into
 RUN_FILE = "run.json"
+
+
+def sources(root: Path) -> dict[str, Path]:
+    """The folders of the code under ``root``, by their place in a snapshot."""
+    package = root / "refiner_ds"
+    if (package / "launch").is_dir():  # a wheel holds all of it in one package
+        return {"refiner_ds": package}
+    # The job looks for itself under the name it was pickled by, which an installed clone's command has longer.
+    launch = str(__package__).replace(".", "/")
+    return {"refiner_ds": package, launch: root / "launch", "ds_configs": root / "ds_configs"}
 
 
 def take_snapshot(run: RunFile, root: Path = ROOT) -> Path:
@@ -28,8 +38,8 @@ def take_snapshot(run: RunFile, root: Path = ROOT) -> Path:
     new, old = (run.folder / f".code-{which}-{os.getpid()}" for which in ("new", "old"))
     new.mkdir(parents=True)
     try:
-        for part in PARTS:
-            shutil.copytree(root / part, new / part, ignore=shutil.ignore_patterns("__pycache__", "*.py[co]", ".*"))
+        for place, source in sources(root).items():
+            shutil.copytree(source, new / place, ignore=shutil.ignore_patterns("__pycache__", "*.py[co]", ".*"))
         (new / RUN_FILE).write_text(json.dumps(run.resolved(), indent=2) + "\n")
         (new / "commit").write_text(_commit(root) + "\n")
         if folder.exists():

@@ -17,20 +17,21 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the clone this file is of, not its folder launch/
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
 import submitit
 from pydantic.fields import FieldInfo
 
-from launch import checks, local, slurm
-from launch.allocation import Allocation
-from launch.cluster import ClusterProfile, load_profile
-from launch.follow import follow
-from launch.job import Failure, TrainJob
-from launch.snapshot import RUN_FILE, take_snapshot
 from refiner_ds.config import load
 from refiner_ds.errors import LaunchError, refusals_are_told
+
+from . import checks, local, slurm
+from .allocation import Allocation
+from .cluster import ClusterProfile, load_profile
+from .follow import follow
+from .job import Failure, TrainJob
+from .snapshot import RUN_FILE, take_snapshot
 
 FLAG_TYPES = {"str | None": str, "float | None": float, "int | None": int, "int": int}
 

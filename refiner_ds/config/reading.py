@@ -24,7 +24,10 @@ from refiner_ds.config.schema import RefinerKeys
 from refiner_ds.config.wording import written
 from refiner_ds.errors import ConfigError
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.json"
+PACKAGE = Path(__file__).resolve().parents[1]
+# An installed package holds the run files that a clone has beside it.
+SHIPPED = next(at for at in (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs") if at.is_dir())
+QUICKSTART = SHIPPED / "quickstart.json"
 SERVERS = ("http:", "https:", "pipe:", "gs:", "s3:", "ais:", "hf:")  # what an address of data begins with
 
 
@@ -71,12 +74,13 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     """Read a run file, what it extends, and ``--set key=value`` overrides.
 
     Args:
-        path: the JSON file; None: ``ds_configs/quickstart.json``.
+        path: the JSON file; None: ``ds_configs/quickstart.json``. ``ds_configs/…`` is one of the package's own run
+            files where no such file exists; so it is after ``extends``.
         overrides: ``dotted.key=value``; a value is JSON where it parses as JSON, else a string.
     Raises:
         ConfigError: anything wrong, in one sentence that names file and key.
     """
-    file = Path(path) if path is not None else QUICKSTART
+    file = _or_shipped(Path(path), Path(path)) if path is not None else QUICKSTART
     layers = _file_layers(file, ()) + [_override_layer(text) for text in overrides or []]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -110,7 +114,13 @@ def _file_layers(file: Path, below: tuple[Path, ...]) -> list[Layer]:
         return [Layer(str(file), keys)]
     if not isinstance(parent, str):
         raise ConfigError(f"{file}: extends is {_shown(parent)}; it must be the path of a run file")
-    return [*_file_layers(file.parent / parent, (*below, real)), Layer(str(file), keys)]
+    return [*_file_layers(_or_shipped(file.parent / parent, Path(parent)), (*below, real)), Layer(str(file), keys)]
+
+
+def _or_shipped(file: Path, given: Path) -> Path:
+    """``file``, or where it does not exist and was given as ``ds_configs/…`` the package's own of that name."""
+    shipped = SHIPPED / given.relative_to("ds_configs") if given.parts[:1] == ("ds_configs",) else file
+    return shipped if not file.exists() and shipped.exists() else file
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:

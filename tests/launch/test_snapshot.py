@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from launch.snapshot import PARTS, take_snapshot
+from launch import snapshot
+from launch.snapshot import sources, take_snapshot
 from refiner_ds.config import RunFile, load
 
 from .conftest import Clone
@@ -23,7 +27,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_snapshot_is_the_source_and_nothing_else(clone: Clone, run: RunFile) -> None:
-    source = {f"{part}/{name}": text for part in PARTS for name, text in files(clone.root / part).items()}
+    folders = sources(clone.root).items()
+    source = {f"{place}/{name}": text for place, folder in folders for name, text in files(folder).items()}
     (clone.root / "launch/__pycache__").mkdir()
     (clone.root / "launch/__pycache__/job.pyc").write_bytes(b"compiled")
     copied = files(take_snapshot(run, clone.root))
@@ -56,3 +61,18 @@ def test_a_failed_snapshot_leaves_the_one_before(clone: Clone, run: RunFile) -> 
         take_snapshot(run, clone.root)
     assert files(folder) == before
     assert json.loads(before["run.json"])["refiner"]["run"]["name"] == "quickstart"
+
+
+@pytest.mark.parametrize("installed", ["a clone's command", "a wheel"])
+def test_an_installed_command_finds_its_job_in_the_snapshot(
+    installed: str, clone: Clone, run: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed, the launcher's name is ``refiner_ds.launch``, and jobs are unpickled by that name."""
+    monkeypatch.setattr(snapshot, "__package__", "refiner_ds.launch")
+    if installed == "a wheel":
+        for folder in ("launch", "ds_configs"):
+            (clone.root / folder).rename(clone.root / "refiner_ds" / folder)
+    job = "from refiner_ds.launch import job; print(job.__file__)"
+    code = take_snapshot(run, clone.root)
+    done = subprocess.run((sys.executable, "-c", job), cwd=code, env={**os.environ, "PYTHONPATH": str(code)}, stdout=-1)
+    assert done.stdout.decode().strip() == str(code / "refiner_ds/launch/job.py")
