@@ -22,11 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
-from data_tools.annotators import PACKAGED, Annotator, load_annotator
-from data_tools.staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 from refiner_ds.data.augment import resize
 from refiner_ds.data.index import MapFormat, ShardIndex, parallel_folder
 from refiner_ds.data.packaged import locate
@@ -35,6 +33,9 @@ from refiner_ds.data.score_maps import MOST_CLASSES, MOST_TOP, ScoreMap, encode
 from refiner_ds.data.targets import normalise
 from refiner_ds.data.writer import FinishedShard, ShardWriter
 from refiner_ds.errors import DataError, refusals_are_told
+
+from .annotators import PACKAGED, Annotator, load_annotator
+from .staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 
 LARGEST_FP16 = 65504.0
 

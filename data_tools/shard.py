@@ -20,16 +20,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
-from data_tools.inspection import inspect_image
-from data_tools.sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
-from data_tools.staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 from refiner_ds.data.index import BLOCK, MapFormat, ShardIndex, padded
 from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
 from refiner_ds.errors import DataError, refusals_are_told
+
+from .inspection import inspect_image
+from .sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
+from .staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 
 KEY_STEM = 70  # bytes of a file name that go into its key; number, ending and a margin fill a tar header's 100
 NOTES_NAME = "notes.txt"

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
 from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sample

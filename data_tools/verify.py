@@ -20,16 +20,17 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a script: this clone, not its folder data_tools/
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
-from data_tools.staging import interruptible, parallel_map
 from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
 from refiner_ds.data.packaged import locate
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.errors import DataError, refusals_are_told
+
+from .staging import interruptible, parallel_map
 
 
 @dataclass
