@@ -32,7 +32,7 @@ from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import MOST_CLASSES, MOST_TOP, ScoreMap, encode
 from refiner_ds.data.targets import normalise
 from refiner_ds.data.writer import FinishedShard, ShardWriter
-from refiner_ds.errors import DataError, refusals_are_told
+from refiner_ds.errors import DataError, report_errors
 
 from .annotators import PACKAGED, Annotator, load_annotator
 from .staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
@@ -208,7 +208,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)

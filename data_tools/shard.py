@@ -26,7 +26,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
 from refiner_ds.data.index import BLOCK, MapFormat, ShardIndex, padded
 from refiner_ds.data.score_maps import encode, read_published
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
-from refiner_ds.errors import DataError, refusals_are_told
+from refiner_ds.errors import DataError, report_errors
 
 from .inspection import inspect_image
 from .sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
@@ -172,7 +172,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)

@@ -32,7 +32,7 @@ from refiner_ds.data.packaged import locate
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import cannot_write
-from refiner_ds.errors import DataError, refusals_are_told
+from refiner_ds.errors import DataError, report_errors
 
 TILE = 224  # pixels a picture
 LINE = 14  # pixels a line of text
@@ -165,7 +165,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)

@@ -28,7 +28,7 @@ from refiner_ds.data.packaged import locate
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
-from refiner_ds.errors import DataError, refusals_are_told
+from refiner_ds.errors import DataError, report_errors
 
 from .staging import interruptible, parallel_map
 
@@ -156,7 +156,7 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)

@@ -29,7 +29,10 @@ from typing import Any
 import submitit
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-AGAIN = 75  # EX_TEMPFAIL: training was interrupted, saved, and wants to be run again
+from refiner_ds.exit_codes import RUN_AGAIN
+from refiner_ds.files import write_atomically
+from refiner_ds.run_folder import RunFolder
+
 STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
 ATTEMPTS, AWAY_SECONDS, ANSWER_SECONDS = 3, 5.0, 12.0  # two questions in less than the two minutes a time limit leaves
@@ -72,7 +75,7 @@ class TrainJob:
             raise
         for late in SIGNALS:
             signal.signal(late, signal.SIG_IGN)  # training has put the early handlers back, and they no longer apply
-        if code == AGAIN:
+        if code == RUN_AGAIN:
             self._again(task, decides=task.global_rank == 0)
         if code:
             Failure(task.global_rank, task.hostname, code).note(failure)
@@ -97,24 +100,25 @@ class TrainJob:
         refusal = _ending(task) or self._requeue_refusal(task.job_id, task.global_rank)
         if refusal:
             _log(f"job {task.job_id} is not requeued: {refusal}")
-            sys.exit(AGAIN)
+            sys.exit(RUN_AGAIN)
         _log(f"requeueing job {task.job_id}")
         if task.cluster == "local":
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)
         asked = _scontrol("requeue", task.job_id)
         if asked.returncode:
             _log(f"Slurm did not requeue: {asked.stderr.strip()}")
-        sys.exit(AGAIN if asked.returncode else 0)
+        sys.exit(RUN_AGAIN if asked.returncode else 0)
 
     def _requeue_refusal(self, job_id: str, rank: int) -> str | None:
         """Count this requeue, once for all tasks that ask for it; why there should not be another, or None."""
-        ledger = Path(self.run_folder, "jobs", f"{job_id}_requeues.json")
+        ledger = RunFolder(self.run_folder).jobs / f"{job_id}_requeues.json"
         before: dict[str, Any] = {"requeues": 0, "latest": None, "stuck": 0, "restart_count": None}
         if ledger.exists():
             before |= json.loads(ledger.read_text())
         if before["restart_count"] == _restart_count():
             return None
-        latest = _latest(Path(self.run_folder))
+        checkpoint = RunFolder(self.run_folder).latest_checkpoint()
+        latest = checkpoint.name if checkpoint else None
         now: dict[str, Any] = {
             "requeues": before["requeues"] + 1,
             "latest": latest,
@@ -125,9 +129,7 @@ class TrainJob:
             return f"it has requeued itself {self.requeues} times, which is all its profile allows (requeues)"
         if now["stuck"] >= STUCK:
             return f"{STUCK} times in a row it got no further than checkpoint {latest or 'none'}"
-        writing = ledger.with_suffix(f".{rank}.tmp")  # other tasks may read, and write, at the same moment
-        writing.write_text(json.dumps(now))
-        writing.replace(ledger)
+        write_atomically(ledger, json.dumps(now), writer=str(rank))  # other tasks may write at the same moment
         return None
 
 
@@ -143,7 +145,7 @@ class Failure:
     @staticmethod
     def file(run_folder: str | Path, job_id: str) -> Path:
         """Where a job notes its failure."""
-        return Path(run_folder, "jobs", f"{job_id}_failure.json")
+        return RunFolder(run_folder).jobs / f"{job_id}_failure.json"
 
     def note(self, file: Path) -> None:
         """Write this down unless another task came first since the job last started."""
@@ -223,8 +225,3 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
 
 def _log(what: str) -> None:
     print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
-
-
-def _latest(run_folder: Path) -> str | None:
-    latest = run_folder / "latest"
-    return latest.read_text().strip() if latest.is_file() else None

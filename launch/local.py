@@ -18,7 +18,9 @@ from pathlib import Path
 import submitit
 from submitit.local import local
 
-from .job import AGAIN, LOCAL_RESTART_COUNT
+from refiner_ds.exit_codes import RUN_AGAIN
+
+from .job import LOCAL_RESTART_COUNT
 
 TIMED_OUT = 124  # as timeout(1) has it
 FOR_EVER = 60 * 24 * 366 * 10  # minutes; the controller counts in seconds and must be told something
@@ -106,7 +108,7 @@ class Controller(local.Controller):
             if local.LOCAL_REQUEUE_RETURN_CODE not in codes:
                 return 0
             if self.stopping:  # saved because someone asked it to end, not to begin again
-                return AGAIN
+                return RUN_AGAIN
 
 
 def visible_devices() -> list[str]:

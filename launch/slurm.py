@@ -13,6 +13,7 @@ from typing import Any
 import submitit
 
 from refiner_ds.errors import LaunchError
+from refiner_ds.run_folder import RunFolder
 
 from .cluster import ClusterProfile
 
@@ -62,7 +63,7 @@ def executor(
     profile: ClusterProfile, *, nodes: int, gpus: int, tasks: int, run_folder: Path, code: Path
 ) -> submitit.SlurmExecutor:
     """submitit's executor for a job of ``nodes`` × ``tasks`` processes run from the snapshot ``code``."""
-    slurm = submitit.SlurmExecutor(folder=run_folder / "jobs")
+    slurm = submitit.SlurmExecutor(folder=RunFolder(run_folder).jobs)
     wanted: dict[str, Any] = {
         "job_name": run_folder.name,
         "nodes": nodes,
@@ -112,7 +113,7 @@ def test_only(batch_script: str) -> None:
 
 def unfinished_job(run_folder: Path) -> str | None:
     """A job of this run that still waits or runs: "12 (RUNNING)"."""
-    submitted = {file.name.partition("_")[0] for file in (run_folder / "jobs").glob("*_submission.sh")}
+    submitted = {file.name.partition("_")[0] for file in (RunFolder(run_folder).jobs).glob("*_submission.sh")}
     if not submitted:
         return None
     answer = ask("squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}")

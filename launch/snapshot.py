@@ -17,6 +17,7 @@ from pathlib import Path
 
 import refiner_ds
 from refiner_ds.config import RunFile
+from refiner_ds.run_folder import RunFolder
 
 ROOT = Path(refiner_ds.__file__).resolve().parents[1]  # a clone, or the folder a wheel was installed into
 RUN_FILE = "run.json"
@@ -34,7 +35,7 @@ def sources(root: Path) -> dict[str, Path]:
 
 def take_snapshot(run: RunFile, root: Path = ROOT) -> Path:
     """Copy the code under ``root`` into the run folder, in place of an earlier copy, and return its folder."""
-    folder = run.folder / "code"
+    folder = RunFolder(run.folder).code
     new, old = (run.folder / f".code-{which}-{os.getpid()}" for which in ("new", "old"))
     new.mkdir(parents=True)
     try:

@@ -24,7 +24,8 @@ import submitit
 from pydantic.fields import FieldInfo
 
 from refiner_ds.config import load
-from refiner_ds.errors import LaunchError, refusals_are_told
+from refiner_ds.errors import LaunchError, report_errors
+from refiner_ds.run_folder import RunFolder
 
 from . import checks, local, slurm
 from .allocation import Allocation
@@ -36,7 +37,7 @@ from .snapshot import RUN_FILE, take_snapshot
 FLAG_TYPES = {"str | None": str, "float | None": float, "int | None": int, "int": int}
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit code: 0, 2 where it refuses, or with ``--wait`` and ``--local`` the job's."""
     args = _parser().parse_args(argv)
@@ -75,7 +76,7 @@ def _submit(args: argparse.Namespace) -> int:
     batch = allocation.batch  # refuses one that does not divide
     print(f"{allocation.run.path}: {allocation}; {batch}", file=sys.stderr)
     checks.check_resources(allocation)
-    code = allocation.run.folder / "code"
+    code = RunFolder(allocation.run.folder).code
     batch_script = None if allocation.local else slurm.script(_slurm_executor(allocation, code))
     if batch_script:
         slurm.test_only(batch_script)
@@ -138,7 +139,7 @@ def _run_on_slurm(allocation: Allocation, code: Path, wait: bool) -> int:
 
 def _run_here(allocation: Allocation, code: Path) -> int:
     executor = local.LocalExecutor(
-        allocation.run.folder / "jobs",
+        RunFolder(allocation.run.folder).jobs,
         tasks=allocation.world_size,
         devices=",".join(local.visible_devices()[: allocation.world_size]) if allocation.gpus else "",
         environment=allocation.profile.environment,
@@ -190,7 +191,7 @@ def _print_ending(allocation: Allocation, job_id: str, state: str, exit_code: in
     if failure:
         exit_code = failure.exit_code
     where = f", first on rank {failure.rank} ({failure.host})" if failure else ""
-    log = allocation.run.folder / "jobs" / f"{job_id}_{failure.rank if failure else '*'}_log.out"
+    log = RunFolder(allocation.run.folder).jobs / f"{job_id}_{failure.rank if failure else '*'}_log.out"
     print(f"job {job_id}: {state}, exit code {exit_code}{where}; log {log}")
     return exit_code
 

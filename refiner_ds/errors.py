@@ -1,17 +1,19 @@
-"""What a user can be refused for.
+"""What a user can be refused for, and how a command ends then.
 
-Every one of these carries one sentence that names the file, key or sample and says what would be right. Commands print
-it after ``error:`` and leave with exit code 2 (`refusals_are_told`); nothing else in the package may end that way.
+Every refusal carries one sentence that names the file, key or sample and says what would be right. Commands print it
+after ``error:`` and leave with exit code 2 (`report_errors`); nothing else in the package may end that way.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
-REFUSED = 2  # exit code
+from refiner_ds.exit_codes import REFUSED
 
 
 class RefinerError(Exception):
@@ -34,24 +36,39 @@ class CheckpointError(RefinerError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
-def speaks() -> bool:
-    """Whether this process is to say what it is refused: a node's first, for data may be missing on one node alone."""
+def reports_errors() -> bool:
+    """Whether this process prints refusals: the first of each node, since data may be missing on one node alone."""
     return "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
 
 
-def refusals_are_told(main: Callable[..., int]) -> Callable[..., int]:
-    """Let a command's ``main`` end with one sentence on stderr and exit code 2 where it is refused.
+def report_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorator: a refused command prints one sentence on stderr and returns exit code 2.
 
-    Among the processes of a node every one meets the same refusal; the first says it (`speaks`).
+    All processes of a node are refused for the same reason; the first prints it (`reports_errors`).
     """
 
     @wraps(main)
-    def told(*arguments: object, **named: object) -> int:
+    def reported(*arguments: object, **named: object) -> int:
         try:
             return main(*arguments, **named)
         except RefinerError as error:
-            if speaks():
+            if reports_errors():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return REFUSED
 
-    return told
+    return reported
+
+
+@contextmanager
+def report_rank_errors(rank: int) -> Iterator[None]:
+    """Print a refusal that one rank meets alone in the middle of common work: a damaged sample, say.
+
+    `report_errors` prints only for the first rank of a node, since before that work all ranks meet the same.
+    """
+    try:
+        yield
+    except RefinerError as error:
+        logging.getLogger("refiner_ds").error("%s", error)
+        if not reports_errors():
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise

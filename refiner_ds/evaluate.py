@@ -4,7 +4,7 @@
     python refiner_ds/evaluate.py runs/quickstart/checkpoints/step_00000360 --weights model
     torchrun --nproc_per_node 8 refiner_ds/evaluate.py RUN --data /data/imagenet/val --crop-ratio 1.13
 
-Prints top-1 and top-5 of the averaged weights. Exit codes: 0 done, 2 refused.
+Prints top-1 and top-5 of the EMA weights. Exit codes: 0 done, 2 refused.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import json
 from typing import TYPE_CHECKING
 
 from refiner_ds.config import load
-from refiner_ds.errors import CheckpointError, DataError, refusals_are_told
-from refiner_ds.training.console import heard_from, hush
+from refiner_ds.errors import CheckpointError, DataError, report_errors, report_rank_errors
+from refiner_ds.training.logs import silence_libraries
 
 if TYPE_CHECKING:
     from refiner_ds.training.evaluation import Accuracy
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
-    hush()
+    silence_libraries()
     options = _parser().parse_args(argv)
     return evaluate_checkpoint(options)
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("place", metavar="RUN_OR_CHECKPOINT", type=Path, help="run folder, or a checkpoint in it")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged weights or the last ones")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the last ones")
     parser.add_argument("--data", metavar="FOLDER", help="validation shards (default: the run's refiner.data.val)")
     parser.add_argument("--crop-ratio", type=float, metavar="R", help="centre crop over resized side; above 1 pads")
     parser.add_argument("--batch", type=int, metavar="N", help="images a process computes at once")
@@ -54,17 +54,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
     """Load what the options name, evaluate it on all processes of the group, and print the result."""
+    from refiner_ds.checkpoint.files import CONFIG, find_checkpoint, read_weights
     from refiner_ds.data.augment import EvalSettings
     from refiner_ds.data.loader import eval_batches
+    from refiner_ds.run_folder import read_state
     from refiner_ds.training.build import build_model, choose_attention
-    from refiner_ds.training.checkpoint_files import find_checkpoint, read_state, read_weights
     from refiner_ds.training.engine import evaluates_in_bf16
     from refiner_ds.training.evaluation import evaluate
     from refiner_ds.training.preparation import load_index
-    from refiner_ds.training.world import join, leave
+    from refiner_ds.training.world import init, shutdown
 
     checkpoint = find_checkpoint(options.place)
-    run = load(checkpoint / "config.json")
+    run = load(checkpoint / CONFIG)
     place = options.data or run.refiner.data.val
     if place is None:
         raise DataError(f"{options.place}: its run file has no refiner.data.val; give --data FOLDER")
@@ -74,7 +75,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         model.load_state_dict(read_weights(checkpoint, options.weights))
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint}: does not fit the model of its own config.json: {error}") from None
-    world = join()
+    world = init()
     choose_attention(run, world.device)
     data = run.refiner.data
     view = EvalSettings(run.refiner.model.img_size, options.crop_ratio or data.eval_crop_ratio)
@@ -88,11 +89,11 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         on_bad_sample=data.on_bad_sample,
     )
     bf16 = evaluates_in_bf16(run, world)
-    with heard_from(world.rank):
+    with report_rank_errors(world.rank):
         accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, bf16)
-    if world.leads:
+    if world.is_main:
         _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio)
-    leave()
+    shutdown()
     return 0
 
 
@@ -102,7 +103,7 @@ def _print(accuracy: Accuracy, options: argparse.Namespace, step: int, crop_rati
         found |= {"right5": accuracy.right5, "images": accuracy.images, "bad_samples": accuracy.bad}
         print(json.dumps({**found, "step": step, "weights": options.weights, "crop_ratio": crop_ratio}))
         return
-    which = "averaged weights" if options.weights == "ema" else "last weights"
+    which = "EMA weights" if options.weights == "ema" else "last weights"
     print(
         f"top-1 {accuracy.top1:.3f} %  top-5 {accuracy.top5:.3f} %  ({accuracy.right1} and {accuracy.right5} of"
         f" {accuracy.images} images; {which} of step {step}, crop ratio {crop_ratio:g})"

@@ -23,14 +23,14 @@ import json
 import os
 
 from refiner_ds.config import RunFile, load
-from refiner_ds.errors import ConfigError, DataError, refusals_are_told
-from refiner_ds.training.console import hush
+from refiner_ds.errors import ConfigError, DataError, report_errors
+from refiner_ds.training.logs import silence_libraries
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
-    hush()
+    silence_libraries()
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(arguments)
     run = load(options.config, options.set)
@@ -121,7 +121,7 @@ def train(run: RunFile, arguments: list[str]) -> int:
 
     from refiner_ds.training import session
 
-    return session.take_part(ready)
+    return session.run_training(ready)
 
 
 if __name__ == "__main__":

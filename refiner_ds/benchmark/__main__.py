@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from refiner_ds.errors import ConfigError, refusals_are_told
+from refiner_ds.errors import ConfigError, report_errors
 
 # Name -> module with main(argv); imported only when asked for, since each brings its own weight.
 BENCHMARKS = {
@@ -17,7 +17,7 @@ BENCHMARKS = {
 }
 
 
-@refusals_are_told
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark named first; the rest of the line is its own.
 

@@ -114,7 +114,7 @@ class OptimizerKeys(Section):
     betas: Pair = Field((0.9, 0.999), description="AdamW's")
     eps: float = Field(1e-8, gt=0, description="AdamW's")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99996, description="decay a step of the averaged weights; 0: no averaging"
+        0.99996, description="decay a step of the EMA weights; 0: no averaging"
     )
     ema_warmup: bool = Field(
         True, description="decay of step n is at most (1+n)/(10+n), so that fresh weights and statistics are forgotten"

@@ -34,6 +34,7 @@ from refiner_ds.data.index import (
     padded,
 )
 from refiner_ds.errors import DataError
+from refiner_ds.files import fsync_folder, write_atomically
 
 NAME_BYTES = 100  # of USTAR's name field
 CHECK_MASK = 0xFFFFFFFF  # the low half is kept
@@ -71,30 +72,15 @@ def _member(name: str, payload: bytes) -> list[bytes]:
     return [tar_header(name, len(payload)), payload, bytes(padded(len(payload)) - len(payload))]
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut, as fsync of a file does for its bytes."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is either absent, as it was, or complete.
 
     Raises:
         DataError: the folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(cannot_write(path, error)) from None
 
 

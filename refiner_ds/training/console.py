@@ -1,7 +1,4 @@
-"""What a person sees while a run goes on: one progress line on a terminal, plain lines elsewhere, the rest in a file.
-
-logs/rank_0.log     everything: our lines, warnings and log records of other libraries, one file a rank
-"""
+"""What a person sees while a run goes on: one progress line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,78 +6,29 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-from refiner_ds.errors import RefinerError, speaks
-
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 log = logging.getLogger("refiner_ds")
 
 
-def hush() -> None:
-    """Before heavy imports: keep libraries from talking over the progress line. ``write_logs`` gives them a file."""
-    logging.captureWarnings(True)
-    root = logging.getLogger()
-    if not root.handlers:
-        root.addHandler(logging.NullHandler())
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    # DeepSpeed says this on import, before its records can be given a file, on every rank of a CPU machine.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-
-
-def write_logs(folder: Path, rank: int) -> None:
-    """Send every library's records and warnings, and ours, to ``logs/rank_N.log``."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank_{rank}.log")
-    handler.setFormatter(logging.Formatter(FORMAT))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
-    for name in list(logging.root.manager.loggerDict):
-        # DeepSpeed and torch write to the terminal by handlers of their own; here they follow the root.
-        if name.partition(".")[0] in ("DeepSpeed", "deepspeed", "torch", "tensorboard", "matplotlib", "PIL"):
-            logger = logging.getLogger(name)
-            logger.handlers[:] = []
-            logger.propagate = True
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-
-
-@contextmanager
-def heard_from(rank: int) -> Iterator[None]:
-    """Say what a rank is refused in the middle of common work: a damaged sample, say, which it alone has met.
-
-    `refusals_are_told` has the first rank of a node speak, since before that work all of them meet the same.
-    """
-    try:
-        yield
-    except RefinerError as error:
-        log.error("%s", error)
-        if not speaks():
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
-
-
 class Console:
-    """The leading process's voice; a silent one elsewhere.
+    """Prints for the main process; prints nothing on the others.
 
     Args:
-        speaks: whether this process may write to the terminal.
+        prints: whether this process is the one that prints.
         total_steps: optimizer steps of the whole run, for the time left.
     """
 
-    def __init__(self, speaks: bool, total_steps: int = 0) -> None:
-        self._speaks = speaks
+    def __init__(self, prints: bool, total_steps: int = 0) -> None:
+        self._prints = prints
         self._total = total_steps
-        self._terminal = speaks and sys.stdout.isatty()
+        self._terminal = prints and sys.stdout.isatty()
         self._began = time.monotonic()
         self._drawn = 0.0
         self._line = ""
 
     def say(self, text: str) -> None:
         """A line that stays, on the terminal and in the log."""
-        if not self._speaks:
+        if not self._prints:
             return
         self._wipe()
         print(text, flush=True)
@@ -95,7 +43,7 @@ class Console:
             fields: what to show, in order.
             logged: whether the numbers are new; off a terminal only these become lines.
         """
-        if not self._speaks:
+        if not self._prints:
             return
         left = (time.monotonic() - self._began) / max(trained, 1) * (self._total - step)
         line = "  ".join(f"{name} {value}" for name, value in {**fields, "left": _clock(left)}.items())

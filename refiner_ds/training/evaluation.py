@@ -70,8 +70,8 @@ def evaluate(
             [hits_BK[:, 0].sum(), hits_BK.sum(), valid_B.sum(), valid_B.new_tensor(batch.bad, dtype=torch.int64)]
         )
         loss += F.cross_entropy(logits_BC, labels_B, reduction="none")[valid_B].double().sum()
-    world.total(counts)
-    world.total(loss)
+    world.all_reduce_sum(counts)
+    world.all_reduce_sum(loss)
     model.train(was_training)
     right1, right5, images, bad = counts.tolist()
     return Accuracy(right1, right5, loss.item() / max(images, 1), images, bad)

@@ -15,7 +15,7 @@ from refiner_ds.training.world import World
 
 
 class StepExchange:
-    """Averages running statistics and losses over ranks, and tells every rank whether any of them was asked to stop.
+    """ModelEma running statistics and losses over ranks, and tells every rank whether any of them was asked to stop.
 
     Args:
         buffers: live buffers by name; floating-point ones are averaged, in place.
@@ -41,7 +41,7 @@ class StepExchange:
         wish = torch.full((1,), float(wants_to_stop), device=self._world.device)
         packed = torch.cat([self._losses, wish, *(buffer.reshape(-1).float() for buffer in self._buffers)])
         self._losses.zero_()
-        self._world.mean(packed)
+        self._world.all_reduce_mean(packed)
         head, *parts = packed.split([4, *self._sizes])
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from refiner_ds.checkpoint.files import skipped
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.batch import Batch
 from refiner_ds.data.loader import Batches, eval_batches, train_batches
 from refiner_ds.data.targets import normalise
+from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
+from refiner_ds.files import write_atomically
 from refiner_ds.models import RefinedViT
-from refiner_ds.training.averages import Averages
+from refiner_ds.run_folder import RunFolder, State
 from refiner_ds.training.build import build_model, peak_flops, training_flops
-from refiner_ds.training.checkpoint_files import State, latest, passed_over, write_atomically
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
+from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine, evaluates_in_bf16
 from refiner_ds.training.evaluation import Accuracy, evaluate
 from refiner_ds.training.exchange import StepExchange
@@ -33,11 +36,8 @@ from refiner_ds.training.losses import token_label_loss
 from refiner_ds.training.metrics import Metrics
 from refiner_ds.training.pictures import attention_picture
 from refiner_ds.training.preparation import Preparation
-from refiner_ds.training.signals import RUN_ME_AGAIN, StopFlag
+from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.world import World
-
-FINISHED = 0
-DIVERGED = 3  # the loss is not finite: running again would do the same
 
 
 class Outcome(NamedTuple):
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
     stopping: bool
 
 
-class Training:
+class Trainer:
     """One process's part in a run.
 
     Args:
@@ -58,23 +58,23 @@ class Training:
 
     def __init__(self, ready: Preparation, world: World, stop: StopFlag) -> None:
         self.ready, self.world, self.stop = ready, world, stop
-        self.run, self.schedule, self.batch = ready.run, ready.schedule, ready.batch
-        self.keys, self.folder = self.run.refiner, self.run.folder
-        self.console = Console(world.leads, self.schedule.total_steps)
+        self.run_file, self.schedule, self.batch = ready.run, ready.schedule, ready.batch
+        self.keys, self.folder = self.run_file.refiner, RunFolder(self.run_file.folder)
+        self.console = Console(world.is_main, self.schedule.total_steps)
         torch.manual_seed(derived_seed(self.keys.run.seed))
-        model = build_model(self.run, ready.num_classes)
+        model = build_model(self.run_file, ready.num_classes)
         self._set_recompute(model)
-        self.engine = Engine(self.run, model, self.batch, world)
-        self.averages = Averages(self.engine, self.keys.recipe.ema_decay, self.keys.recipe.ema_warmup)
+        self.engine = Engine(self.run_file, model, self.batch, world)
+        self.ema = ModelEma(self.engine, self.keys.recipe.ema_decay, self.keys.recipe.ema_warmup)
         self.exchange = StepExchange(self.engine.statistics(), world)
-        self.evaluated = build_model(self.run, ready.num_classes).to(
+        self.evaluated = build_model(self.run_file, ready.num_classes).to(
             world.device
         )  # takes whole weights, any ZeRO stage
         dtype = torch.bfloat16 if self.engine.bf16 else torch.float32
         self.inputs = InputMaker(self.keys, ready.num_classes, model.patch_grid, dtype)
         self.checkpoints = Checkpoints(self.folder, self.keys.run.keep_checkpoints, world)
         self.step = self._resume()
-        self.metrics = Metrics(self.folder if world.leads else None, self.step)
+        self.metrics = Metrics(self.folder if world.is_main else None, self.step)
         self.last: dict[str, Accuracy] = {}
 
     def _set_recompute(self, model: RefinedViT) -> None:
@@ -82,7 +82,7 @@ class Training:
         if unit == "none":
             return
         checkpoint = None
-        if self.run.keys.activation_checkpointing is not None:
+        if self.run_file.keys.activation_checkpointing is not None:
             from deepspeed import checkpointing
 
             checkpoint = checkpointing.checkpoint
@@ -92,15 +92,15 @@ class Training:
         newest = self.checkpoints.newest()
         if newest is None:
             return 0
-        state = self.checkpoints.load(newest, self.engine, self.averages)
-        for fault in passed_over(newest) if self.world.leads else []:
-            self.console.say(f"passed over: {fault}")
+        state = self.checkpoints.load(newest, self.engine, self.ema)
+        for fault in skipped(self.folder, newest) if self.world.is_main else []:
+            self.console.say(f"skipped: {fault}")
         self.console.say(f"resuming from {newest} (step {state.step}, epoch {state.epoch:.2f})")
         return state.step
 
     # -- the course of a run -----------------------------------------------------------------------------------------
 
-    def go(self) -> int:
+    def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit code."""
         run, began = self.keys.run, self.step
         every = self.schedule.steps_an_epoch
@@ -127,12 +127,12 @@ class Training:
             if outcome.stopping and not last:
                 self.console.done()
                 self.console.say(f"asked to stop: saved step {self.step}; the same command continues")
-                return RUN_ME_AGAIN
+                return RUN_AGAIN
         self._finish()
         return FINISHED
 
     def close(self) -> None:
-        """Flush what is open; to be called however ``go`` ended."""
+        """Flush what is open; to be called however `run` ended."""
         self.console.done()
         self.metrics.close()
         self.engine.close()
@@ -158,7 +158,7 @@ class Training:
             self.engine.backward_and_step(total)
         exchanged = self.exchange.finish(bool(self.stop))
         if self.engine.stepped:
-            self.averages.update(self.step)
+            self.ema.update(self.step)
         self._losses += exchanged[:3]
         loss, _, _, stopping = exchanged.tolist()  # waits for the device: only now the step has taken its time
         self._steps += 1
@@ -176,7 +176,7 @@ class Training:
         """Write the interval's numbers."""
         samples = self.step * self.batch.global_batch
         loss, loss_cls, loss_patch = (self._losses / self._steps).tolist()
-        bad = int(self.world.total(torch.tensor([self._bad], device=self.world.device)))
+        bad = int(self.world.all_reduce_sum(torch.tensor([self._bad], device=self.world.device)))
         images_per_second = self._steps * self.batch.global_batch / self._seconds
         self._numbers = {
             "loss": loss,
@@ -198,7 +198,7 @@ class Training:
     def _give_up(self, why: str) -> int:
         if self._steps:
             self._log()
-        numbers, good = self._numbers, latest(self.folder)
+        numbers, good = self._numbers, self.folder.latest_checkpoint()
         self.console.done()
         self.console.say(
             f"stopped at step {self.step}: {why} (class loss {numbers['loss_cls']}, patch loss {numbers['loss_patch']},"
@@ -213,7 +213,7 @@ class Training:
         if peak is None:
             return None
         if not hasattr(self, "_flops"):
-            self._flops = training_flops(self.run, self.ready.num_classes)
+            self._flops = training_flops(self.run_file, self.ready.num_classes)
         return images_per_second * self._flops / (peak * self.world.size)
 
     def _show(self, trained: int, logged: bool) -> None:
@@ -241,9 +241,9 @@ class Training:
             return
         samples = self.step * self.batch.global_batch
         buffers = {name: buffer.cpu() for name, buffer in self.engine.statistics().items()}
-        for which, state in (("model", {**self.engine.full_weights(), **buffers}), ("ema", self.averages.state())):
+        for which, state in (("model", {**self.engine.full_weights(), **buffers}), ("ema", self.ema.state_dict())):
             self.evaluated.load_state_dict(state)
-            bf16 = evaluates_in_bf16(self.run, self.world)
+            bf16 = evaluates_in_bf16(self.run_file, self.world)
             accuracy = evaluate(
                 self.evaluated, self._val_batches(), self.world, self.keys.data.mean, self.keys.data.std, bf16
             )
@@ -252,14 +252,14 @@ class Training:
             self.metrics.write("eval", self.step, self.schedule.epoch(samples), samples, **values)
         self.console.say(
             f"epoch {self.schedule.epoch(samples):.1f}: top-1 {self.last['model'].top1:.2f} %,"
-            f" averaged weights {self.last['ema'].top1:.2f} %, of {self.last['ema'].images} images"
+            f" EMA weights {self.last['ema'].top1:.2f} %, of {self.last['ema'].images} images"
         )
 
     def _picture(self) -> None:
         if self.ready.val is None:
             return
-        self.evaluated.load_state_dict(self.averages.state())
-        if not self.world.leads:
+        self.evaluated.load_state_dict(self.ema.state_dict())
+        if not self.world.is_main:
             return
         view = EvalSettings(self.keys.model.img_size, self.keys.data.eval_crop_ratio)
         skip = self.keys.data.on_bad_sample
@@ -273,14 +273,14 @@ class Training:
     def _save(self) -> bool:
         samples = self.step * self.batch.global_batch
         state = State(self.step, samples, self.schedule.epoch(samples), self.world.size)
-        return self.checkpoints.save(self.engine, self.averages, state, self.run.resolved()) is not None
+        return self.checkpoints.save(self.engine, self.ema, state, self.run_file.resolved()) is not None
 
     def _finish(self) -> None:
         summary: dict[str, Any] = {"step": self.step, "samples": self.step * self.batch.global_batch}
         for which, accuracy in self.last.items():
             summary[which] = {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
-        if self.world.leads:
-            write_atomically(self.folder / "complete.json", json.dumps(summary, indent=2))
+        if self.world.is_main:
+            write_atomically(self.folder.complete, json.dumps(summary, indent=2))
         self.console.done()
 
     # -- data --------------------------------------------------------------------------------------------------------

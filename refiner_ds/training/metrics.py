@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from refiner_ds.files import write_atomically
+from refiner_ds.run_folder import RunFolder
+
 
 class Metrics:
     """Writer of one run folder's metrics; a silent one where ``folder`` is None (every rank but the leading).
@@ -23,16 +26,15 @@ class Metrics:
             TensorBoard, since those steps will be trained again.
     """
 
-    def __init__(self, folder: Path | None, step: int) -> None:
+    def __init__(self, folder: RunFolder | None, step: int) -> None:
         self._file = None
         if folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        file = folder / "metrics.jsonl"
-        _drop_beyond(file, step)
-        self._file = open(file, "a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        _drop_beyond(folder.metrics, step)
+        self._file = open(folder.metrics, "a", buffering=1)
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, epoch: float, samples: int, **values: Any) -> None:
         """One line, and one scalar for each number in it.
@@ -68,7 +70,7 @@ class Metrics:
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a run folder's ``metrics.jsonl``, of one kind or all."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
     return [line for line in lines if kind in (None, line["kind"])]
 
 
@@ -82,6 +84,4 @@ def _drop_beyond(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the line a killed process was writing
-    beside = file.with_suffix(".writing")
-    beside.write_text("".join(kept))
-    beside.replace(file)
+    write_atomically(file, "".join(kept))

@@ -14,8 +14,8 @@ from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.packaged import locate
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
+from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model
-from refiner_ds.training.checkpoint_files import latest, read_state
 from refiner_ds.training.schedule import Schedule
 
 # What may not change between the processes that train one run: another value would be another run under its name.
@@ -45,12 +45,12 @@ class Preparation:
     def finished(self) -> str | None:
         """What to tell a person whose run is complete already; None where there is something left to train."""
         try:
-            summary = json.loads((self.run.folder / "complete.json").read_text())
+            summary = json.loads(RunFolder(self.run.folder).complete.read_text())
         except (OSError, ValueError):
             return None
         if summary["step"] < self.schedule.total_steps:
             return None
-        reached = f", top-1 {summary['ema']['top1']:.2f} % (averaged weights)" if "ema" in summary else ""
+        reached = f", top-1 {summary['ema']['top1']:.2f} % (EMA weights)" if "ema" in summary else ""
         return (
             f"{self.run.folder} is complete: {summary['step']} steps{reached}; begin another with"
             " --set refiner.run.name=NAME, or train this one further with a larger refiner.recipe.epochs"
@@ -117,8 +117,8 @@ def refuse_unwritable(folder: Path) -> None:
 
 def refuse_another_world(folder: Path, world_size: int) -> None:
     """Raise CheckpointError where a run folder's latest checkpoint was written by another number of processes."""
-    checkpoint = latest(folder)
-    if checkpoint is None or not (checkpoint / "state.json").is_file():
+    checkpoint = RunFolder(folder).latest_checkpoint()
+    if checkpoint is None or not (checkpoint / STATE).is_file():
         return
     written = read_state(checkpoint).world_size
     if written != world_size:
@@ -129,7 +129,7 @@ def refuse_another_world(folder: Path, world_size: int) -> None:
 
 def refuse_another_run(run: RunFile) -> None:
     """Raise ConfigError where the run folder holds a run that this run file would not continue."""
-    file = run.folder / "config.json"
+    file = RunFolder(run.folder).config
     if not file.is_file():
         return
     try:

@@ -1,4 +1,4 @@
-"""One process's life in a run: join the others, train, say what to do next, leave in order."""
+"""One process of a run from start to exit: open the process group, train, print what to do next, close."""
 
 from __future__ import annotations
 
@@ -9,57 +9,61 @@ import sys
 from pathlib import Path
 
 import refiner_ds
+from refiner_ds.errors import report_rank_errors
+from refiner_ds.exit_codes import FINISHED
+from refiner_ds.files import write_atomically
+from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import choose_attention
-from refiner_ds.training.checkpoint_files import write_atomically
-from refiner_ds.training.console import Console, heard_from, log, write_logs
-from refiner_ds.training.loop import FINISHED, Training
+from refiner_ds.training.console import Console, log
+from refiner_ds.training.logs import write_logs
+from refiner_ds.training.loop import Trainer
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.signals import stop_flag
-from refiner_ds.training.world import World, join, leave
+from refiner_ds.training.world import World, init, shutdown
 
 
-def take_part(ready: Preparation) -> int:
+def run_training(ready: Preparation) -> int:
     """Train ``ready`` together with the other processes of the group. Returns the exit code.
 
     Raises:
         ConfigError: refined attention cannot be computed here as the run file says.
     """
     with stop_flag() as stop:
-        world = join()
+        world = init()
         choose_attention(ready.run, world.device)
-        write_logs(ready.run.folder, world.rank)
+        write_logs(RunFolder(ready.run.folder), world.rank)
         log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
-        _greet(ready, world)
-        training = Training(ready, world, stop)
+        _print_header(ready, world)
+        trainer = Trainer(ready, world, stop)
         try:
-            with heard_from(world.rank):
-                code = training.go()
+            with report_rank_errors(world.rank):
+                code = trainer.run()
         finally:
-            training.close()
-        if code == FINISHED and world.leads:
-            _farewell(ready)
-        leave()
+            trainer.close()
+        if code == FINISHED and world.is_main:
+            _print_summary(ready)
+        shutdown()
     return code
 
 
-def _greet(ready: Preparation, world: World) -> None:
-    console = Console(world.leads)
+def _print_header(ready: Preparation, world: World) -> None:
+    console = Console(world.is_main)
     where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type.upper()}"
     console.say(f"{ready.run.refiner.model.name}, {ready.train.count:,} images, {where}")
     console.say(f"{ready.batch}; {ready.schedule.steps_an_epoch} steps an epoch, {ready.schedule.total_steps} in all")
     console.say(f"run folder {ready.run.folder}")
-    if world.leads:
-        write_atomically(ready.run.folder / "config.json", json.dumps(ready.run.resolved(), indent=2) + "\n")
+    if world.is_main:
+        write_atomically(RunFolder(ready.run.folder).config, json.dumps(ready.run.resolved(), indent=2) + "\n")
     world.barrier()
 
 
-def _farewell(ready: Preparation) -> None:
+def _print_summary(ready: Preparation) -> None:
     """What was reached and the commands a person types next, as they can be typed from here."""
     folder = ready.run.folder
-    summary = json.loads((folder / "complete.json").read_text())
+    summary = json.loads(RunFolder(folder).complete.read_text())
     if "ema" in summary:
         print(
-            f"finished: top-1 {summary['model']['top1']:.2f} %, averaged weights {summary['ema']['top1']:.2f} %"
+            f"finished: top-1 {summary['model']['top1']:.2f} %, EMA weights {summary['ema']['top1']:.2f} %"
             f" of {summary['ema']['images']} held-out images"
         )
     else:

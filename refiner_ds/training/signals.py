@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGUSR2, signal.SIGTERM)
-RUN_ME_AGAIN = 75  # EX_TEMPFAIL: saved and left on request; the same command continues
 
 
 class StopFlag:

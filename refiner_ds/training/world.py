@@ -6,9 +6,12 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,32 +24,32 @@ class World:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
-        """True on the one process that writes files and speaks to the terminal."""
+    def is_main(self) -> bool:
+        """True on rank 0, the one process that writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
         """Wait for every process."""
         dist.barrier()
 
-    def say(self, value: object) -> object:
-        """Give every process what the leading one holds."""
-        box = [value]
+    def broadcast(self, value: T) -> T:
+        """The main process's ``value``, on every process."""
+        box: list[T] = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over processes, in place."""
         dist.all_reduce(values)
         return values
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over processes, in place."""
-        return self.total(values).div_(self.size)
+        return self.all_reduce_sum(values).div_(self.size)
 
 
-def join(timeout_minutes: float = 30) -> World:
-    """Join the process group that torchrun, the deepspeed launcher or a Slurm task describes in the environment.
+def init(timeout_minutes: float = 30) -> World:
+    """Open the process group that torchrun, the deepspeed launcher or a Slurm task describes in the environment.
 
     With nothing described, this is a group of one. NCCL between GPUs, gloo between CPUs.
     """
@@ -74,8 +77,8 @@ def join(timeout_minutes: float = 30) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
-def leave() -> None:
-    """Close the process group; a later ``join`` may open another."""
+def shutdown() -> None:
+    """Close the process group; a later `init` may open another."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from refiner_ds.checkpoint.files import integrity_errors
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.training.checkpoint_files import faults
+from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, run
 
@@ -83,8 +84,8 @@ def test_the_run_folder_is_as_designed(quickstart: Quickstart) -> None:
         assert (folder / name).exists(), name
     config = json.loads((folder / "config.json").read_text())
     assert config["refiner"]["recipe"]["lr"] == 3e-3 and config["zero_optimization"] == {"stage": 1}
-    newest = folder / "checkpoints" / (folder / "latest").read_text().strip()
-    assert not faults(newest)
+    newest = RunFolder(folder).latest_checkpoint()
+    assert not integrity_errors(newest)
     assert len(list((folder / "checkpoints").iterdir())) == config["refiner"]["run"]["keep_checkpoints"]
     keys = {"kind", "step", "epoch", "samples", "time", "loss", "loss_cls", "loss_patch", "lr", "grad_norm"}
     keys |= {"images_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "mfu", "skipped_steps"}
@@ -133,7 +134,7 @@ def test_nothing_is_left_behind_in_shared_memory(quickstart: Quickstart) -> None
 
 
 def test_a_checkpoint_folder_can_be_evaluated_on_its_own(quickstart: Quickstart, tmp_path: Path) -> None:
-    newest = quickstart.folder / "checkpoints" / (quickstart.folder / "latest").read_text().strip()
+    newest = RunFolder(quickstart.folder).latest_checkpoint()
     shutil.copytree(newest, tmp_path / "mine")
     done = quickstart.type(BIN / "python", ROOT / "refiner_ds" / "evaluate.py", tmp_path / "mine", "--weights", "model")
     assert done.returncode == 0 and "last weights of step 390" in done.stdout, done.stderr

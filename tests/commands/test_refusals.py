@@ -11,7 +11,7 @@ from data_tools import annotate, shard, show, verify
 from launch import submit
 from refiner_ds import evaluate, train
 from refiner_ds.benchmark import __main__ as benchmark
-from refiner_ds.errors import DataError, refusals_are_told
+from refiner_ds.errors import DataError, report_errors
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "shard": (shard.main, ["absent", "out"]),
@@ -59,7 +59,7 @@ def test_one_process_of_a_node_says_it(
         if number:
             monkeypatch.setenv(name, number)
 
-    @refusals_are_told
+    @report_errors
     def main() -> int:
         raise DataError("no")
 
@@ -68,7 +68,7 @@ def test_one_process_of_a_node_says_it(
 
 
 def test_other_endings_are_left_alone() -> None:
-    @refusals_are_told
+    @report_errors
     def main(code: int) -> int:
         return 10 // code
 

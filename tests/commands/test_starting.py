@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from refiner_ds.run_folder import RunFolder, read_state
 from refiner_ds.train import main
-from refiner_ds.training.checkpoint_files import read_state
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, run
 from tests.training.test_resume import arguments
@@ -43,7 +43,7 @@ def test_every_way_of_starting_trains_with_its_number_of_processes(way: str, cac
     done = run(*command, *arguments(tmp_path, **SHORT), env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     folder = tmp_path / "quickstart"
-    state = read_state(folder / "checkpoints" / (folder / "latest").read_text().strip())
+    state = read_state(RunFolder(folder).latest_checkpoint())
     assert (state.world_size, state.step) == (processes, 6)
     assert read_metrics(folder, "train")[-1]["step"] == 6
 

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from torch.nn.functional import mse_loss
 
-from refiner_ds.training.world import join, leave
+from refiner_ds.training.world import init, shutdown
 from tests.models.small import BOX, PAPER, RANDOM, RELEASED, differences, pictures, small_model, training_step
 
 STEPS = 3
@@ -99,7 +99,7 @@ def initialisation() -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    join()
+    init()
     results = {
         "recompute": recompute(),
         "fp32 loop": plain_losses(),
@@ -108,4 +108,4 @@ if __name__ == "__main__":
         "init": initialisation(),
     }
     print("RESULT " + json.dumps(results))
-    leave()
+    shutdown()

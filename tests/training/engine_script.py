@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds.config import load
-from refiner_ds.training.averages import Averages
 from refiner_ds.training.build import build_model
-from refiner_ds.training.console import hush
+from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine, build_optimizer
 from refiner_ds.training.exchange import StepExchange
+from refiner_ds.training.logs import silence_libraries
 from refiner_ds.training.losses import token_label_loss
-from refiner_ds.training.world import World, join
+from refiner_ds.training.world import World, init
 
 STEPS, DECAY = 4, 0.25
 SIZES = ["layout=released", "refiner=bottleneck", "depth=2", "embed_dim=16", "num_heads=2", "stem_chs=[4,4,4]"]
@@ -57,11 +57,11 @@ def loss_of(model, images_B3HW: Tensor, labels_B: Tensor):
 
 
 def plain_loop(world_size: int, accumulation: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What one process in fp32 gets from the same images: weights and averages, statistics averaged over 'ranks'."""
+    """What one process in fp32 gets from the same images: weights and ema, statistics averaged over 'ranks'."""
     run = run_file(0, False)
     model = fresh_model(run).train()
     optimizer = build_optimizer(run, model)
-    averages = {name: value.clone() for name, value in model.state_dict().items()}
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(STEPS):
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         after: list[dict[str, Tensor]] = []
@@ -79,8 +79,8 @@ def plain_loop(world_size: int, accumulation: int) -> tuple[dict[str, Tensor], d
         optimizer.zero_grad()
         decay = min(DECAY, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
-            averages[name] = averages[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
-    return {name: value.clone() for name, value in model.state_dict().items()}, averages
+            ema[name] = ema[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
+    return {name: value.clone() for name, value in model.state_dict().items()}, ema
 
 
 def engine_loop(
@@ -89,7 +89,7 @@ def engine_loop(
     run = run_file(stage, bf16)
     batch = run.batch(world.size)
     engine = Engine(run, fresh_model(run), batch, world)
-    averages = Averages(engine, DECAY, warmup=True)
+    ema = ModelEma(engine, DECAY, warmup=True)
     exchange = StepExchange(engine.statistics(), world)
     by_hand = {name: value.clone() for name, value in {**engine.full_weights(), **engine.statistics()}.items()}
     for step in range(STEPS):
@@ -100,15 +100,15 @@ def engine_loop(
             exchange.add(losses, 1 / batch.accumulation)
             engine.backward_and_step(losses.total)
         exchange.finish(False)
-        averages.update(step)
+        ema.update(step)
         decay = min(DECAY, (1 + step) / (10 + step))
         seen = {**engine.full_weights(), **engine.statistics()}
         for name, value in seen.items():
             by_hand[name] = by_hand[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
     assert engine.grad_norm is not None and engine.grad_norm > 0
-    weights, averaged = engine.full_weights(), averages.state()
-    averages.load(averaged)
-    again = averages.state()
+    weights, averaged = engine.full_weights(), ema.state_dict()
+    ema.load_state_dict(averaged)
+    again = ema.state_dict()
     exact = all(torch.equal(again[name], averaged[name]) for name in averaged)
     exact &= all(torch.equal(value, weights[name]) for name, value in engine.full_weights().items())
     buffers = {name: buffer.clone() for name, buffer in engine.statistics().items()}
@@ -129,18 +129,20 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, 
 
 
 def main() -> None:
-    hush()
+    silence_libraries()
     torch.set_num_threads(1)
-    world = join()
-    weights, averages = plain_loop(world.size, 16 // 4 // world.size)
+    world = init()
+    weights, ema = plain_loop(world.size, 16 // 4 // world.size)
     start = fresh_model(run_file(0, False)).state_dict()
     found = {}
     for stage in range(4):
         for bf16 in (False, True):
             mine, averaged, by_hand, exact = engine_loop(stage, bf16, world)
-            distances = apart(mine, weights, start) + apart(averaged, averages, start) + apart(averaged, by_hand, start)
-            found[f"{stage} {'bf16' if bf16 else 'fp32'}"] = world.total(torch.tensor([*distances, not exact])).tolist()
-    if world.leads:
+            distances = apart(mine, weights, start) + apart(averaged, ema, start) + apart(averaged, by_hand, start)
+            found[f"{stage} {'bf16' if bf16 else 'fp32'}"] = world.all_reduce_sum(
+                torch.tensor([*distances, not exact])
+            ).tolist()
+    if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))
 
 

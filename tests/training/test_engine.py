@@ -1,4 +1,4 @@
-"""DeepSpeed at every ZeRO stage and precision trains what a plain loop trains, and averages what it trained."""
+"""DeepSpeed at every ZeRO stage and precision trains what a plain loop trains, and ema what it trained."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from refiner_ds.training.checkpoint_files import faults, read_state
+from refiner_ds.checkpoint.files import integrity_errors
+from refiner_ds.run_folder import RunFolder, read_state
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, torchrun
 
@@ -55,7 +56,9 @@ def same_course(run: Path, whole: Path) -> None:
 
 
 def newest(run: Path) -> Path:
-    return run / "checkpoints" / (run / "latest").read_text().strip()
+    latest = RunFolder(run).latest_checkpoint()
+    assert latest is not None
+    return latest
 
 
 def test_one_signalled_rank_makes_all_save_and_leave_and_the_same_command_goes_on(whole: Path, tmp_path: Path) -> None:
@@ -95,7 +98,7 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_continues(who
     again = torchrun(TRAIN, *arguments(tmp_path))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "step_00000012 (step 12," in again.stdout
-    told = re.findall(r"passed over: \S+step_000000(\d\d)\S+: (.+)", again.stdout)
+    told = re.findall(r"skipped: \S+step_000000(\d\d)\S+: (.+)", again.stdout)
     assert [step for step, _ in told] == ["18", "24", "30"] and told[0][1] == "missing"
     same_course(run, whole)
     assert not list((run / "checkpoints").glob(".writing_*"))
@@ -111,7 +114,7 @@ def test_another_number_of_processes_is_refused_in_one_sentence(whole: Path, tmp
 
 
 def spoil(checkpoint: Path, damage: str) -> None:
-    assert not faults(checkpoint)
+    assert not integrity_errors(checkpoint)
     part = next((checkpoint / "deepspeed").glob("*optim_states.pt"))
     if damage == "cut":
         part.write_bytes(part.read_bytes()[:-1])
@@ -121,7 +124,7 @@ def spoil(checkpoint: Path, damage: str) -> None:
         part.write_bytes(raw)
     else:
         part.unlink()
-    assert len(faults(checkpoint)) == 1
+    assert len(integrity_errors(checkpoint)) == 1
 
 
 def pid_of_rank(run: Path, rank: int) -> int:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from refiner_ds.config import load
 from refiner_ds.data.batch import Batch
+from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import build_model, parameter_count, training_flops
 from refiner_ds.training.engine import build_optimizer, deepspeed_config
 from refiner_ds.training.inputs import InputMaker, derived_seed
@@ -100,13 +101,13 @@ def test_flops_are_those_of_the_architecture() -> None:
 
 
 def test_resuming_drops_what_was_logged_beyond_the_checkpoint(tmp_path: Path) -> None:
-    first = Metrics(tmp_path, 0)
+    first = Metrics(RunFolder(tmp_path), 0)
     for step in (1, 2, 3, 4):
         first.write("train", step, step / 10, step * 48, loss=float(step))
     first.close()
     with open(tmp_path / "metrics.jsonl", "a") as torn:
         torn.write('{"kind": "train", "st')  # as a killed process leaves it
-    again = Metrics(tmp_path, 2)
+    again = Metrics(RunFolder(tmp_path), 2)
     again.write("train", 3, 0.3, 144, loss=float("nan"))
     again.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, None)]
@@ -114,7 +115,7 @@ def test_resuming_drops_what_was_logged_beyond_the_checkpoint(tmp_path: Path) ->
 
 def test_resuming_hides_what_tensorboard_was_shown_beyond_the_checkpoint(tmp_path: Path) -> None:
     for first, last in ((1, 4), (1, 3), (2, 3)):  # killed before anything was saved, then after step 1 was
-        metrics = Metrics(tmp_path, first - 1)
+        metrics = Metrics(RunFolder(tmp_path), first - 1)
         for step in range(first, last + 1):
             metrics.write("train", step, step / 10, step * 48, loss=float(step))
         metrics.close()
@@ -124,9 +125,10 @@ def test_resuming_hides_what_tensorboard_was_shown_beyond_the_checkpoint(tmp_pat
 
 CONSOLE = """
 import logging, warnings
-from pathlib import Path
-from refiner_ds.training.console import Console, hush, write_logs
-hush(); write_logs(Path("."), 0)
+from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.console import Console
+from refiner_ds.training.logs import silence_libraries, write_logs
+silence_libraries(); write_logs(RunFolder("."), 0)
 console = Console(True, total_steps=100)
 for step in range(1, 31):
     console.progress(step, step, {"step": f"{step}/100", "loss": "1.0"}, logged=step % 10 == 0)

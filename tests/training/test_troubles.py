@@ -7,23 +7,27 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
+from refiner_ds.checkpoint.files import MANIFEST, integrity_errors
 from refiner_ds.config import load
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.packaged import locate
 from refiner_ds.errors import CheckpointError, DataError
+from refiner_ds.exit_codes import DIVERGED, FINISHED
+from refiner_ds.run_folder import RunFolder, State
 from refiner_ds.training import loop, session
-from refiner_ds.training.checkpoint_files import MANIFEST, State, faults
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import evaluates_in_bf16
-from refiner_ds.training.loop import DIVERGED, FINISHED, Outcome, Training
+from refiner_ds.training.loop import Outcome, Trainer
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.world import World
+
+T = TypeVar("T")
 
 
 class Alone(World):
@@ -32,7 +36,7 @@ class Alone(World):
     def barrier(self) -> None:
         """There is nobody to wait for."""
 
-    def say(self, value: object) -> object:
+    def broadcast(self, value: T) -> T:
         """There is nobody else to hear it."""
         return value
 
@@ -40,12 +44,12 @@ class Alone(World):
 ALONE = Alone(0, 1, 0, torch.device("cpu"))
 
 
-class Course(Training):
+class Course(Trainer):
     """The course of a run whose steps are given: their losses. Notes what it does."""
 
     def __init__(self, losses: list[float], *overrides: str, whole: bool = True) -> None:
-        self.run = load(None, ["refiner.run.log_steps=4", "refiner.run.checkpoint_epochs=0.5", *overrides])
-        self.keys, self.folder, self.world = self.run.refiner, self.run.folder, ALONE
+        self.run_file = load(None, ["refiner.run.log_steps=4", "refiner.run.checkpoint_epochs=0.5", *overrides])
+        self.keys, self.folder, self.world = self.run_file.refiner, RunFolder(self.run_file.folder), ALONE
         self.schedule: Any = SimpleNamespace(total_steps=len(losses), steps_an_epoch=4)
         self.batch: Any = SimpleNamespace(global_batch=48)
         self.console = Console(False)
@@ -77,30 +81,30 @@ class Course(Training):
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved() -> None:
     sound = Course([1.0] * 8)
-    assert sound.go() == FINISHED and sound.done == " saved 2 logged 4 saved 4 saved 6 logged 8 saved 8"
+    assert sound.run() == FINISHED and sound.done == " saved 2 logged 4 saved 4 saved 6 logged 8 saved 8"
     lost = Course([1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), float("nan"), float("nan")])
-    assert lost.go() == DIVERGED and lost.done == " saved 2 logged 4 saved 4 logged 6"
+    assert lost.run() == DIVERGED and lost.done == " saved 2 logged 4 saved 4 logged 6"
 
 
 def test_weights_that_are_not_finite_end_the_run_though_the_loss_still_was() -> None:
     lost = Course([1.0] * 8, whole=False)
-    assert lost.go() == DIVERGED and lost.done == " logged 2"
+    assert lost.run() == DIVERGED and lost.done == " logged 2"
 
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_run_that_ends_so_names_the_last_good_state(saved: bool, tmp_path: Path) -> None:
     lost, said = Course([float("nan")], f"refiner.run.output={tmp_path}"), []
-    lost.folder.mkdir()
+    lost.folder.path.mkdir()
     if saved:
-        (lost.folder / "latest").write_text("step_00000007\n")
+        lost.folder.latest_file.write_text("step_00000007\n")
     lost.console.say = said.append  # type: ignore[method-assign]
-    assert lost.go() == DIVERGED and len(said) == 1
+    assert lost.run() == DIVERGED and len(said) == 1
     good = f"the last good state is {lost.folder}/checkpoints/step_00000007: lower"
     assert (good if saved else "; nothing has been saved yet: lower") in said[0]
 
 
 class Weights:
-    """As much of an engine and of its averages as saving asks for."""
+    """As much of an engine and of its ema as saving asks for."""
 
     def __init__(self, value: float) -> None:
         self.weights = {"w": torch.tensor([value, 1.0])}
@@ -113,7 +117,7 @@ class Weights:
     def full_weights(self) -> dict[str, torch.Tensor]:
         return self.weights
 
-    state = full_weights
+    state_dict = full_weights
 
     def statistics(self) -> dict[str, torch.Tensor]:
         return {}
@@ -129,7 +133,7 @@ def kept(folder: Path) -> list[str]:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 1, ALONE)
+    checkpoints = Checkpoints(RunFolder(tmp_path), 1, ALONE)
     good = save(checkpoints, 10)
     assert save(checkpoints, 20, float("nan")) is None
     assert kept(tmp_path) == ["step_00000010"] and checkpoints.newest() == good
@@ -137,9 +141,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_damaged_later_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    checkpoints = Checkpoints(RunFolder(tmp_path), 2, ALONE)
     for step in (10, 30, 40):
-        save(Checkpoints(tmp_path, 9, ALONE), step)
+        save(Checkpoints(RunFolder(tmp_path), 9, ALONE), step)
     for step in (30, 40):
         (tmp_path / "checkpoints" / f"step_{step:08d}" / "model.safetensors").write_bytes(b"")
     assert checkpoints.newest() == tmp_path / "checkpoints/step_00000010"
@@ -148,7 +152,7 @@ def test_a_damaged_later_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> 
     assert checkpoints.newest() == fresh and (tmp_path / "latest").read_text() == "step_00000020\n"
     save(checkpoints, 30)
     assert kept(tmp_path) == [f"step_{step:08d}" for step in (20, 30, 40)]
-    assert not faults(tmp_path / "checkpoints/step_00000030")
+    assert not integrity_errors(tmp_path / "checkpoints/step_00000030")
 
 
 def test_a_checkpoint_that_somebody_reads_may_stay_until_the_next_save(
@@ -157,7 +161,7 @@ def test_a_checkpoint_that_somebody_reads_may_stay_until_the_next_save(
     def busy(*_: object, **__: object) -> None:
         raise OSError(errno.ENOTEMPTY, "Directory not empty")  # .nfs files stand in for what is open and deleted
 
-    checkpoints = Checkpoints(tmp_path, 1, ALONE)
+    checkpoints = Checkpoints(RunFolder(tmp_path), 1, ALONE)
     save(checkpoints, 10)
     with monkeypatch.context() as nfs:
         nfs.setattr(os, "rmdir", busy)
@@ -168,7 +172,7 @@ def test_a_checkpoint_that_somebody_reads_may_stay_until_the_next_save(
 
 
 def test_a_run_of_nothing_but_damaged_checkpoints_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 3, ALONE)
+    checkpoints = Checkpoints(RunFolder(tmp_path), 3, ALONE)
     assert checkpoints.newest() is None  # of a run that has saved nothing yet
     for step in (10, 20):
         save(checkpoints, step)
@@ -195,7 +199,7 @@ def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
     course.exchange = SimpleNamespace(finish=lambda wish: Late())  # type: ignore[assignment]
     course.stop = StopFlag()
     course._reset_interval()
-    assert Training._one_step(course, iter(())) == Outcome(1.0, True)
+    assert Trainer._one_step(course, iter(())) == Outcome(1.0, True)
     assert course._seconds >= 0.1
 
 
@@ -203,18 +207,18 @@ def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
 def test_a_rank_that_alone_meets_damage_says_so(
     rank: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def go() -> int:
+    def stopped() -> int:
         raise DataError("shard 7: damaged")
 
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr(session, "join", lambda: World(rank, 4, 0, torch.device("cpu")))
+    monkeypatch.setattr(session, "init", lambda: World(rank, 4, 0, torch.device("cpu")))
     monkeypatch.setattr(session, "write_logs", lambda *_: None)
-    monkeypatch.setattr(session, "_greet", lambda *_: None)
-    monkeypatch.setattr(session, "Training", lambda *_: SimpleNamespace(go=go, close=lambda: None))
+    monkeypatch.setattr(session, "_print_header", lambda *_: None)
+    monkeypatch.setattr(session, "Trainer", lambda *_: SimpleNamespace(run=stopped, close=lambda: None))
     ready: Any = SimpleNamespace(run=load(None, [f"refiner.run.output={tmp_path}"]))
     with pytest.raises(DataError):
-        session.take_part(ready)
+        session.run_training(ready)
     assert capsys.readouterr().err == said  # the leading rank's is said by the command
 
 
@@ -227,14 +231,14 @@ def test_a_picture_skips_a_damaged_image_where_the_run_does(tmp_path: Path, monk
     for bad in ("skip", "error"):
         course = Course([1.0], f"refiner.data.on_bad_sample={bad}")
         course.ready = SimpleNamespace(val=val)  # type: ignore[assignment]
-        course.averages = SimpleNamespace(state=dict)  # type: ignore[assignment]
+        course.ema = SimpleNamespace(state_dict=dict)  # type: ignore[assignment]
         course.evaluated = torch.nn.Identity()  # type: ignore[assignment]
         course.metrics = SimpleNamespace(picture=lambda *_: None)  # type: ignore[assignment]
         if bad == "error":
             with pytest.raises(DataError):
-                Training._picture(course)
+                Trainer._picture(course)
         else:
-            Training._picture(course)
+            Trainer._picture(course)
     assert drawn == [(28, 28, 3)]
 
 

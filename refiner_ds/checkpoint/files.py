@@ -5,7 +5,7 @@
       step_00001000/
         deepspeed/                     DeepSpeed's own files: weights, optimizer, one part a rank
         model.safetensors              fp32 weights and running statistics, whole
-        ema.safetensors                the same of the averaged weights
+        ema.safetensors                the same of the EMA weights
         config.json                    the resolved run file
         state.json                     step, samples, epoch, number of processes
         complete.json                  size and sha256 of every file above; written last
@@ -16,10 +16,8 @@ DeepSpeed writes its own ``latest`` before its last barrier and not atomically; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,34 +25,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refiner_ds.errors import CheckpointError
+from refiner_ds.files import sha256_of, write_atomically
+from refiner_ds.run_folder import STATE, RunFolder
 
+CONFIG = "config.json"
 MANIFEST = "complete.json"
 
 
-@dataclass(frozen=True)
-class State:
-    """Where a run stands; with the run file, everything random follows from it."""
-
-    step: int
-    samples: int
-    epoch: float
-    world_size: int
+def newest_valid(run: RunFolder) -> Path | None:
+    """The newest checkpoint of a run that is complete and undamaged; None where there is none."""
+    return next((folder for folder in reversed(run.saved_checkpoints()) if not integrity_errors(folder)), None)
 
 
-def latest(run_folder: Path) -> Path | None:
-    """The checkpoint a run folder calls its latest, unchecked; None where there is none."""
-    try:
-        return run_folder / "checkpoints" / (run_folder / "latest").read_text().strip()
-    except OSError:
-        return None
-
-
-def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint in a folder that is complete and undamaged; None where there is none."""
-    return next((folder for folder in sorted(checkpoints.glob("step_*"), reverse=True) if not faults(folder)), None)
-
-
-def faults(folder: Path) -> list[str]:
+def integrity_errors(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty when it is whole."""
     try:
         listed = json.loads((folder / MANIFEST).read_text())
@@ -67,15 +50,15 @@ def faults(folder: Path) -> list[str]:
             wrong.append(f"{file}: missing")
         elif file.stat().st_size != size:
             wrong.append(f"{file}: {file.stat().st_size} bytes where {size} were written")
-        elif _sha256(file) != digest:
+        elif sha256_of(file) != digest:
             wrong.append(f"{file}: its bytes are not the ones written")
     return wrong
 
 
-def passed_over(used: Path) -> list[str]:
-    """What is wrong with each checkpoint that is later than the one in use, a line each."""
-    later = sorted(folder for folder in used.parent.glob("step_*") if folder.name > used.name)
-    return [wrong[0] for wrong in map(faults, later) if wrong]
+def skipped(run: RunFolder, used: Path) -> list[str]:
+    """What is wrong with each checkpoint of a run that is later than the one in use, a line each."""
+    saved = run.saved_checkpoints()
+    return [errors[0] for errors in map(integrity_errors, saved[saved.index(used) + 1 :]) if errors]
 
 
 def find_checkpoint(place: Path) -> Path:
@@ -84,22 +67,17 @@ def find_checkpoint(place: Path) -> Path:
     Raises:
         CheckpointError: neither, or damaged.
     """
-    if (place / "state.json").is_file():
+    if (place / STATE).is_file():
         folder = place
-    elif (named := latest(place)) is not None:
+    elif (named := RunFolder(place).latest_checkpoint()) is not None:
         folder = named
     elif not place.exists():
         raise CheckpointError(f"{place}: does not exist; give a run folder or a checkpoint folder in it")
     else:
         raise CheckpointError(f"{place}: holds no checkpoint; give a run folder or a checkpoint folder in it")
-    if wrong := faults(folder):
+    if wrong := integrity_errors(folder):
         raise CheckpointError(f"{wrong[0]}; give another checkpoint")
     return folder
-
-
-def read_state(folder: Path) -> State:
-    """Where the run stood when a checkpoint was written."""
-    return State(**json.loads((folder / "state.json").read_text()))
 
 
 def read_weights(folder: Path, which: str) -> dict[str, Tensor]:
@@ -116,16 +94,6 @@ def read_weights(folder: Path, which: str) -> dict[str, Tensor]:
         ) from None
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old text or the new."""
-    beside = file.with_name(f".{file.name}.writing")
-    with open(beside, "w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(beside, file)
-
-
 def write_manifest(folder: Path) -> None:
     """Bring every file of a checkpoint to the disk and list it; the checkpoint is complete when this returns."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -133,10 +101,5 @@ def write_manifest(folder: Path) -> None:
     for file in files:
         with open(file, "rb") as bytes_on_disk:
             os.fsync(bytes_on_disk.fileno())
-        listed[str(file.relative_to(folder))] = [file.stat().st_size, _sha256(file)]
+        listed[str(file.relative_to(folder))] = [file.stat().st_size, sha256_of(file)]
     write_atomically(folder / MANIFEST, json.dumps(listed, indent=2))
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

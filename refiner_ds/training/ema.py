@@ -1,11 +1,11 @@
-"""Averaged weights: w̄ ← d·w̄ + (1−d)·w after every optimizer step, in fp32, running statistics included.
+"""EMA weights: w̄ ← d·w̄ + (1−d)·w after every optimizer step, in fp32, running statistics included.
 
 With warm-up, d is at most (1+n)/(10+n) in step n. Without it, a batch norm's initial running variance of 1 drowns the
 variance of attention probabilities, some 1e-6, for ln(1e6)/(1−d) steps: the better part of a run at d = 0.99996.
 
 Each rank averages the part of the fp32 master weights it owns, so averaging costs no communication at any ZeRO stage
-and no more memory than that part. Whole averages are gathered, by DeepSpeed's own means, only to save or to evaluate:
-the averages change places with the masters, are read, and change back.
+and no more memory than that part. The whole EMA is gathered, by DeepSpeed's own means, only to save or to evaluate:
+it changes places with the masters, is read, and changes back.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from refiner_ds.training.engine import Engine
 
 
-class Averages:
+class ModelEma:
     """Exponential moving average of an engine's weights and buffers.
 
     Args:
-        decay: d above, a step; 0 keeps the averages equal to the weights.
+        decay: d above, per optimizer step; 0 keeps the EMA equal to the weights.
         warmup: begin with a smaller d.
     """
 
@@ -64,15 +64,15 @@ class Averages:
             mine.copy_(held)
 
     @torch.no_grad()
-    def state(self) -> dict[str, Tensor]:
-        """Averaged weights and buffers, whole, on the CPU, under the model's names. Every rank must call it."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """EMA weights and buffers, whole, on the CPU, under the model's names. Every rank must call it."""
         with self._in_place_of_masters():
             weights = self._engine.full_weights()
         return {**weights, **{name: buffer.cpu().clone() for name, buffer in self._buffers.items()}}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take averages from what ``state`` gave, on any number of processes. Every rank must call it."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave, on any number of processes. Every rank must call it."""
         with self._in_place_of_masters():
             self._engine.set_full_weights(state)
         for name, buffer in self._buffers.items():

@@ -1,0 +1,96 @@
+"""Every name in a run folder: the contract between launching, training, resuming, evaluating and plotting.
+
+    <output>/<name>/
+      config.json                 resolved run file
+      history.jsonl               one line a start: when, where, by what, with which keys changed
+      metrics.jsonl               one line a log interval or evaluation
+      complete.json               what a finished run reached
+      checkpoints/step_00001000/  complete or absent; the files in one are listed in refiner_ds/checkpoint/files.py
+      latest                      name of the newest complete checkpoint, replaced atomically
+      tensorboard/                events and images
+      logs/                       rank_N.log, one file a rank
+      heartbeats/  lock           which processes train here, and that they still do
+      jobs/  code/                submitted runs: submitit's files, and the source they run
+      export/                     model.safetensors, config.json, model card
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STATE = "state.json"  # in a checkpoint
+STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands; with the run file, everything random follows from it.
+
+    Attributes:
+        step: optimizer steps.
+        samples: samples consumed, padding included.
+        epoch: a fraction.
+        world_size: processes that wrote the checkpoint.
+    """
+
+    step: int
+    samples: int
+    epoch: float
+    world_size: int
+
+
+def read_state(checkpoint: Path) -> State:
+    """Where the run stood when a checkpoint was written."""
+    return State(**json.loads((checkpoint / STATE).read_text()))
+
+
+class RunFolder:
+    """The paths of one run folder; none of them need exist.
+
+    Args:
+        path: <output>/<name>.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.history = self.path / "history.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.complete = self.path / "complete.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.latest_file = self.path / "latest"
+        self.tensorboard = self.path / "tensorboard"
+        self.logs = self.path / "logs"
+        self.heartbeats = self.path / "heartbeats"
+        self.lock = self.path / "lock"
+        self.jobs = self.path / "jobs"
+        self.code = self.path / "code"
+        self.export = self.path / "export"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of an optimizer step is."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def saved_checkpoints(self) -> list[Path]:
+        """Every checkpoint of the run, unchecked, oldest first."""
+        found = [folder for folder in self.checkpoints.glob("step_*") if STEP.fullmatch(folder.name)]
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint that ``latest`` names, unchecked; None where there is none."""
+        try:
+            return self.checkpoints / self.latest_file.read_text().strip()
+        except OSError:
+            return None
+
+    def rank_log(self, rank: int) -> Path:
+        """The log file of one rank."""
+        return self.logs / f"rank_{rank}.log"
