@@ -1,6 +1,7 @@
 # make quickstart    install, then train on real data for a minute or two
 # make test          install, then run all tests, two at a time
 # make test-fast     the tests of the inner loop: nothing that starts a launcher, a Slurm or a long computation
+# make test-isa      the operator's tests as on a CPU without AVX-512 and bf16 instructions
 # make lint          what .pre-commit-config.yaml lists: ruff, codespell, mypy
 # make docs          pages that are printed from the code
 # make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of their own
@@ -14,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED ?= -c constraints.txt
 JOBS ?= 2
 
-.PHONY: quickstart test test-fast test-newest lock lint docs gpu clean
+.PHONY: quickstart test test-fast test-isa test-newest lock lint docs gpu clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/deepspeed refiner_ds/train.py
@@ -31,6 +32,11 @@ test-newest:
 lock:
 	{ echo '# Versions known to pass the tests, which `make` installs. `make test-newest lock` writes this file anew.'; \
 	  .venv-newest/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip=='; } > constraints.txt
+
+# The kernels' tests are left out: Triton's interpreter multiplies by itself.
+test-isa: $(VENV)/installed-test
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest tests/attention tests/models/test_lean_mlp.py \
+	    tests/models/test_precision.py --ignore=tests/attention/fused
 
 lint: $(VENV)/installed-test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files

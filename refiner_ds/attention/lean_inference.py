@@ -31,7 +31,7 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) 
             refiner.shift_H,
         )
     )  # fmt: skip
-    project_HE, value_BHNd = refiner.project_HE.to(dtype), value_BHNd.to(dtype)
+    project_HE = refiner.project_HE.to(dtype)
     batch, _, tokens, _ = map_BHNN.shape
     expanded, radius = expand_EH.shape[0], kernel_E1kk.shape[-1] // 2
     out_BHNd = torch.empty_like(value_BHNd, memory_format=torch.contiguous_format)
@@ -41,5 +41,5 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) 
             u1_bERN = widen(map_bHRN.to(precision), expand_EH, bias1_E).clamp_(0, 6)
             u2_bERN = convolve(u1_bERN, kernel_E1kk, tile, expanded, bias2_E).clamp_(0, 6).to(dtype)
             refined_bHRN = narrow(u2_bERN, project_HE).add_(affine(map_bHRN[:, :, tile.inner], gain_H, shift_H))
-            out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images]
+            out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images].to(dtype)
     return out_BHNd

@@ -21,6 +21,7 @@ __all__ = [
     "affine",
     "combine",
     "correlate",
+    "cpu_multiplies_bf16",
     "gradient_sums",
     "joint_moments",
     "moments",
@@ -31,15 +32,21 @@ __all__ = [
 ]
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What products of tensors like ``x`` take their factors in: halves where hardware multiplies them, else fp32.
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16, and oneDNN may use them."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    Sums within a product are fp32 or better either way.
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of tensors like ``x`` take their factors: bf16 where hardware has it, else fp32.
+
+    Sums within a product are fp32 or better either way. The choice is internal to a tile: neither the dtype of a result
+    nor the bytes saved for backward may depend on it.
     """
     if x.device.type != "cpu":
         return x.dtype
-    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype if x.dtype == torch.bfloat16 and multiplies else statistics_dtype(x.dtype)
+    return x.dtype if x.dtype == torch.bfloat16 and cpu_multiplies_bf16() else statistics_dtype(x.dtype)
 
 
 def widen(x_bHRN: Tensor, weight_EH: Tensor, bias_E: Tensor | None = None) -> Tensor:

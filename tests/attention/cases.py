@@ -63,6 +63,16 @@ def on(device: torch.device, part):
     return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
 
 
+def in_dtype(part, dtype: torch.dtype):
+    """A named tuple of tensors, and of such, with its leaves in another dtype; running statistics stay as they are."""
+    if isinstance(part, Tensor):
+        return part.detach().to(dtype).requires_grad_(part.requires_grad) if part.requires_grad else part
+    if not isinstance(part, tuple):
+        return part
+    made = [in_dtype(inner, dtype) for inner in part]
+    return type(part)(*made) if hasattr(part, "_fields") else tuple(made)
+
+
 def norms_of(refiner: BottleneckRefiner) -> list[Norm]:
     """Its four norms."""
     return [refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H]
