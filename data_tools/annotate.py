@@ -26,11 +26,11 @@ if not __package__:  # started as a file: its packages are those of the clone it
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
 from refiner_ds.data.augment import resize
-from refiner_ds.data.index import MapFormat, ShardIndex, parallel_folder
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.index import MapFormat, ShardIndex, maps_folder
+from refiner_ds.data.locate import locate
+from refiner_ds.data.normalise import normalise
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
-from refiner_ds.data.score_maps import MOST_CLASSES, MOST_TOP, ScoreMap, encode
-from refiner_ds.data.targets import normalise
+from refiner_ds.data.score_maps import MAX_CLASSES, MAX_TOP_K, ScoreMap, encode
 from refiner_ds.data.writer import FinishedShard, ShardWriter
 from refiner_ds.errors import DataError, report_errors
 
@@ -104,8 +104,8 @@ class Worker:
                 f"--model {self.settings.model}: predicts {found} classes where the set has {classes}; "
                 "choose a model trained on the set's own classes"
             )
-        if classes > MOST_CLASSES:
-            raise DataError(f"{self.index.folder}: {classes} classes; a score map can name {MOST_CLASSES}")
+        if classes > MAX_CLASSES:
+            raise DataError(f"{self.index.folder}: {classes} classes; a score map can name {MAX_CLASSES}")
         return self.annotate_images(np.zeros((1, side, side, 3), np.uint8), [0])[0].format
 
     def annotate(self, task: ShardTask) -> FinishedShard:
@@ -173,7 +173,7 @@ def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: in
     """
     if out.exists():
         raise DataError(f"{out}: already exists; choose another folder or remove it")
-    if index.only_maps:
+    if index.is_maps_only:
         raise DataError(f"{index.folder}: holds maps without images; name the set of their images")
     first = Worker(settings, index, 0)
     map_format = first.map_format()
@@ -215,12 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16)
     if min(given.size, given.top, given.batch, given.processes) < 1:
         raise DataError("--size, --top, --batch and --processes must be above 0")
-    if given.top > MOST_TOP:
-        raise DataError(f"--top {given.top}: a score map holds at most {MOST_TOP} classes a place")
+    if given.top > MAX_TOP_K:
+        raise DataError(f"--top {given.top}: a score map holds at most {MAX_TOP_K} classes a place")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: there is no GPU here; take --device cpu")
     index = ShardIndex.load(locate(given.set))
-    out = given.beside or parallel_folder(index.folder)
+    out = given.beside or maps_folder(index.folder)
     annotate_set(index, out, settings, given.processes, given.beside is not None)
     print(ShardIndex.load(out).describe())
     return 0

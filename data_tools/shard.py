@@ -23,8 +23,9 @@ from tqdm import tqdm
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
-from refiner_ds.data.index import BLOCK, MapFormat, ShardIndex, padded
+from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.score_maps import encode, read_published
+from refiner_ds.data.tar_format import BLOCK, padded
 from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
 from refiner_ds.errors import DataError, report_errors
 

@@ -26,9 +26,9 @@ from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sample
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
-from refiner_ds.data.index import ShardIndex, find_maps, parallel_folder
-from refiner_ds.data.order import samples_at
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
+from refiner_ds.data.locate import locate
+from refiner_ds.data.permutation import samples_at
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import cannot_write
@@ -64,7 +64,7 @@ def outline(view: View) -> np.ndarray:
     points = np.concatenate(
         [np.stack(side, 1) for side in ((along, zero), (one, along), (1 - along, one), (zero, 1 - along))]
     )
-    for step in view.steps:
+    for step in view.affines:
         points = points @ step[:, :2].T + step[:, 2]
     return points
 
@@ -83,7 +83,7 @@ def patch_classes(example: Example, classes: int, grid: int) -> np.ndarray:
     maps = MapBatch(
         torch.from_numpy(example.score_map.values_Khw.copy())[None],
         torch.from_numpy(example.score_map.classes_Khw.copy())[None],
-        torch.from_numpy(np.stack(example.view.steps)).float()[None],
+        torch.from_numpy(np.stack(example.view.affines)).float()[None],
     )
     _, target_BPC = dense_targets(maps, classes, (grid, grid))
     best, number = target_BPC[0].max(-1)
@@ -130,7 +130,7 @@ def draw_sheet(pairs: list[Image.Image], columns: int) -> Image.Image:
 
 def load_examples(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, epoch: int) -> list[Example]:
     """The first samples of an epoch's order, augmented as training would."""
-    maps = find_maps(index) if index.has_maps or parallel_folder(index.folder).exists() else None
+    maps = find_maps(index) if index.has_maps or maps_folder(index.folder).exists() else None
     reader = SampleReader(index)
     map_reader = SampleReader(maps) if maps else None
     view_of = TrainView(settings)
@@ -143,7 +143,7 @@ def load_examples(index: ShardIndex, settings: AugmentSettings, count: int, seed
         score_map = None
         if map_reader:
             map_raw = map_reader.read(sample)
-            score_map = decode(map_raw.score_map, map_raw.place)
+            score_map = decode(map_raw.score_map, map_raw.location)
         examples.append(Example(f"{sample}: {index.classes[raw.label]}", image, view_of(image), score_map))
     return examples
 

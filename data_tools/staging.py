@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from refiner_ds.data.index import MEMBER, MapFormat, Shard
+from refiner_ds.data.index import MapFormat, Shard
+from refiner_ds.data.tar_format import MEMBER
 from refiner_ds.data.writer import FinishedShard, cannot_write, publish, write_index, write_whole
 from refiner_ds.errors import DataError
 

@@ -23,11 +23,12 @@ from tqdm import tqdm
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
-from refiner_ds.data.index import BLOCK, MEMBERS_NAME, ShardIndex, find_maps, padded, parallel_folder
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.index import MEMBERS_NAME, ShardIndex, find_maps, maps_folder
+from refiner_ds.data.locate import locate
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
+from refiner_ds.data.tar_format import BLOCK, padded
 from refiner_ds.errors import DataError, report_errors
 
 from .staging import interruptible, parallel_map
@@ -59,8 +60,8 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
         try:
             raw = reader.read(sample)
             if not 0 <= raw.label < len(index.classes):
-                errors.append(f"{raw.place}: label {raw.label}, but there are {len(index.classes)} classes")
-            if decode and not index.only_maps:
+                errors.append(f"{raw.location}: label {raw.label}, but there are {len(index.classes)} classes")
+            if decode and not index.is_maps_only:
                 decode_image(raw)
             if index.has_maps:
                 errors += _map_errors(raw, index)
@@ -71,14 +72,14 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
 
 def _map_errors(raw: RawSample, index: ShardIndex) -> list[str]:
     """What is wrong with a sample's score map."""
-    score_map = decode_map(raw.score_map, raw.place)
+    score_map = decode_map(raw.score_map, raw.location)
     errors = []
     if score_map.format != index.maps:
-        errors.append(f"{raw.place}: its map is {score_map.format} where the set's are {index.maps}")
+        errors.append(f"{raw.location}: its map is {score_map.format} where the set's are {index.maps}")
     if score_map.label != raw.label:
-        errors.append(f"{raw.place}: its map says label {score_map.label} where the index says {raw.label}")
+        errors.append(f"{raw.location}: its map says label {score_map.label} where the index says {raw.label}")
     if not 0 <= score_map.classes_Khw.min() <= score_map.classes_Khw.max() < len(index.classes):
-        errors.append(f"{raw.place}: its map names classes that are not among the set's {len(index.classes)}")
+        errors.append(f"{raw.location}: its map names classes that are not among the set's {len(index.classes)}")
     return errors
 
 
@@ -136,7 +137,7 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
             seen.append(report.keys)
             bar.update(index.shards[number].count)
     try:
-        if parallel_folder(index.folder).exists():
+        if maps_folder(index.folder).exists():
             find_maps(index)
     except DataError as error:
         yield str(error)

@@ -48,7 +48,7 @@ class AugmentSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How images are looked at in evaluation.
+    """How images are resized and cropped in evaluation.
 
     The shorter side becomes ``img_size / crop_ratio`` and the centre is cut out; with a ratio above 1 the image is
     smaller than the view and black surrounds it.
@@ -61,18 +61,18 @@ class EvalSettings:
 
 @dataclass
 class View:
-    """A view and the way back from it: pixels [S, S, 3] uint8 and matrices from view to image."""
+    """Pixels of a view, [S, S, 3] uint8, and the matrices from the view to the image, in the order they apply."""
 
     pixels_SS3: np.ndarray
-    steps: list[Matrix] = field(default_factory=list)
+    affines: list[Matrix] = field(default_factory=list)
 
 
 @contextmanager
-def undisturbed_randomness() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Give the global generators (python, numpy, torch's CPU one) back as they were found.
 
     timm's and torchvision's transforms draw from them; the training process, which shares them when the loader has no
-    workers, must not notice.
+    workers, must not see that.
     """
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
@@ -111,7 +111,7 @@ class TrainView:
 
     def __init__(self, settings: AugmentSettings) -> None:
         self.settings = settings
-        self._moved: list[Matrix] = []
+        self._applied: list[Matrix] = []
         self._auto_augment = self._make_auto_augment() if settings.keys.auto_augment else None
         jitter = settings.keys.color_jitter
         self._jitter = ColorJitter(jitter, jitter, jitter) if jitter and not settings.keys.auto_augment else None
@@ -128,26 +128,26 @@ class TrainView:
         if random.random() < settings.keys.hflip:
             pixels = torch.from_numpy(pixels).flip(1).numpy()  # numpy's reversed copy takes ten times as long
             to_image = compose(to_image, np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
-        steps = [to_image]
+        affines = [to_image]
         if self._auto_augment or self._jitter:
-            self._moved.clear()
+            self._applied.clear()
             picture = Image.fromarray(np.ascontiguousarray(pixels))
             picture = self._auto_augment(picture) if self._auto_augment else self._jitter(picture)  # type: ignore[misc]
             pixels = np.asarray(picture)
-            steps = [*reversed(self._moved), to_image]
+            affines = [*reversed(self._applied), to_image]
         if settings.keys.random_erasing and random.random() < settings.keys.random_erasing:
-            pixels = erase(pixels, settings)
-        return View(np.ascontiguousarray(pixels), steps)
+            pixels = random_erase(pixels, settings)
+        return View(np.ascontiguousarray(pixels), affines)
 
     @property
-    def most_steps(self) -> int:
-        """Matrices a view can carry: its crop's, and one for each operation that auto-augment may apply."""
+    def max_affines(self) -> int:
+        """Most matrices a view can carry: its crop's, and one for each operation that auto-augment may apply."""
         if self._auto_augment is None:
             return 1
         return 1 + getattr(self._auto_augment, "num_layers", 2)  # AutoAugment's policies are pairs
 
     def _make_auto_augment(self) -> Callable[[Image.Image], Image.Image]:
-        """timm's transform, with every operation that moves pixels made to report how."""
+        """timm's transform, with every operation that moves pixels made to record its matrix."""
         settings = self.settings
         if settings.keys.auto_augment.startswith("augmix"):
             raise ConfigError("refiner.recipe.auto_augment: augmix blends views and labels cannot follow; use rand-…")
@@ -168,17 +168,17 @@ class TrainView:
         policies = transform.policy if hasattr(transform, "policy") else [transform.ops]
         for operation in {id(operation): operation for policy in policies for operation in policy}.values():
             if operation.name in GEOMETRIC:
-                operation.aug_fn = self._reporting(operation.aug_fn, GEOMETRIC[operation.name])
+                operation.aug_fn = self._recording(operation.aug_fn, GEOMETRIC[operation.name])
             elif operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
         return transform
 
-    def _reporting(self, apply: Callable[..., Image.Image], matrix_of: Callable[..., Matrix]) -> Callable[..., Any]:
-        def apply_and_report(picture: Image.Image, amount: float, **options: Any) -> Image.Image:
-            self._moved.append(matrix_of(amount))
+    def _recording(self, apply: Callable[..., Image.Image], matrix_of: Callable[..., Matrix]) -> Callable[..., Any]:
+        def apply_and_record(picture: Image.Image, amount: float, **options: Any) -> Image.Image:
+            self._applied.append(matrix_of(amount))
             return apply(picture, amount, **options)
 
-        return apply_and_report
+        return apply_and_record
 
 
 def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -187,7 +187,7 @@ def _posterize(picture: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def _rotate(degrees: float) -> Matrix:
-    """Pillow turns the picture counter-clockwise about its centre; this is the way back."""
+    """Pillow turns the picture counter-clockwise about its centre; this is the inverse."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return np.array([[cosine, -sine, 0.5 - 0.5 * cosine + 0.5 * sine], [sine, cosine, 0.5 - 0.5 * sine - 0.5 * cosine]])
 
@@ -228,7 +228,7 @@ def resize(image_yx3: np.ndarray, width: int, height: int, interpolation: str) -
     """Antialiased resampling of uint8 pixels to [height, width, 3], to within a grey level of Pillow's."""
     if image_yx3.shape[:2] == (height, width):
         return image_yx3
-    # Channels last must be said of the input, or torch answers channel by channel and the way back costs as much again.
+    # Without channels_last on the input, torch returns planes, and interleaving them costs as much as the resize.
     pixels_13yx = torch.from_numpy(image_yx3).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     resized: Tensor = torch.nn.functional.interpolate(
         pixels_13yx, (height, width), mode=interpolation, antialias=True, align_corners=False
@@ -236,7 +236,7 @@ def resize(image_yx3: np.ndarray, width: int, height: int, interpolation: str) -
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def erase(pixels_SS3: np.ndarray, settings: AugmentSettings) -> np.ndarray:
+def random_erase(pixels_SS3: np.ndarray, settings: AugmentSettings) -> np.ndarray:
     """Random erasing (Zhong et al., 2017) with timm's shapes: one box of 2 to 33 % of the view.
 
     "pixel" fills with normal noise a pixel, "rand" with one random colour, "const" with the mean. Noise is clipped to
@@ -266,10 +266,10 @@ def eval_view(image_yx3: np.ndarray, settings: EvalSettings) -> np.ndarray:
     height, width = image_yx3.shape[:2]
     factor = math.floor(side / settings.crop_ratio) / min(height, width)
     resized = resize(image_yx3, round(width * factor), round(height * factor), settings.interpolation)
-    return centre(resized, side)
+    return center_crop_or_pad(resized, side)
 
 
-def centre(image_yx3: np.ndarray, side: int) -> np.ndarray:
+def center_crop_or_pad(image_yx3: np.ndarray, side: int) -> np.ndarray:
     """Cut the middle ``side`` × ``side`` pixels out, with black around an image that is smaller."""
     for axis in (0, 1):
         spare = image_yx3.shape[axis] - side

@@ -1,6 +1,6 @@
-"""What travels from the loader to the device: uint8 pixels, labels, and score maps as top-k with the way back to them.
+"""What travels from the loader to the device: uint8 pixels, labels, and top-k score maps with each view's transforms.
 
-Axes: B batch, H and W pixels, K top-k, h×w a score map's grid, S steps from a view back to its image.
+Axes: B batch, H and W pixels, K top-k, h×w a score map's grid, T affine transforms from a view back to its image.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ class MapBatch:
     Attributes:
         values_BKhw: [B, K, h, w] float16 logits.
         classes_BKhw: [B, K, h, w] int16 class numbers.
-        steps_BS23: [B, S, 2, 3] float32 matrices, applied in order to a point of the view, the last one leading into
-            the image; all coordinates are fractions of the picture. A point that leaves [0, 1] on the way lies where
-            nothing of the image is.
+        affine_BT23: [B, T, 2, 3] float32 matrices, applied in order to a point of the view; the last one gives the
+            point of the image. All coordinates are fractions of the picture. A point that leaves [0, 1] on the way
+            lies outside the image.
     """
 
     values_BKhw: Tensor
     classes_BKhw: Tensor
-    steps_BS23: Tensor
+    affine_BT23: Tensor
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> MapBatch:
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MapBatch:
         """The same maps with ``change`` applied to every tensor."""
-        return MapBatch(change(self.values_BKhw), change(self.classes_BKhw), change(self.steps_BS23))
+        return MapBatch(change(self.values_BKhw), change(self.classes_BKhw), change(self.affine_BT23))
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ class Batch:
         labels_B: [B] int64.
         sample_B: [B] int64, number of each sample in the set.
         valid_B: [B] bool. False where evaluation pads, and where a damaged sample was skipped: such a place holds a
-            copy of another sample of the batch, label and map included, so that training can go on without a special
-            case.
-        padded: samples at the end of an epoch's last batch that are repeated from its beginning (training), or
-            places that hold nothing (evaluation).
+            copy of another sample of the batch, label and map included, so that training needs no special case.
+        padded: samples at the end of an epoch's last batch that repeat its beginning (training), or places without a
+            sample (evaluation).
         bad: damaged samples that were skipped.
         maps: score maps, where the run asked for them.
     """
@@ -58,7 +57,7 @@ class Batch:
     bad: int = 0
     maps: MapBatch | None = None
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with ``change`` applied to every tensor."""
         return replace(
             self,
@@ -66,13 +65,13 @@ class Batch:
             labels_B=change(self.labels_B),
             sample_B=change(self.sample_B),
             valid_B=change(self.valid_B),
-            maps=self.maps.each(change) if self.maps else None,
+            maps=self.maps.map_tensors(change) if self.maps else None,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the loader asks for it where there is a GPU."""
-        return self.each(lambda tensor: tensor.pin_memory())
+        return self.map_tensors(lambda tensor: tensor.pin_memory())

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from refiner_ds.data.tar_format import MEMBER
 from refiner_ds.errors import DataError
 
 FORMAT = "refiner_ds shard set"
@@ -26,31 +27,8 @@ VERSION = 1
 INDEX_NAME = "index.json"
 MEMBERS_NAME = "members.npy"
 SOURCE_NAME = "source.txt"  # in a cached set: the address its shards are fetched from
-PARALLEL_SUFFIX = ".maps"
-MEMBERS_HASHED_UP_TO = 64 << 20  # bytes; a larger table is left to data_tools/verify.py, start-up must stay short
-
-MEMBER = np.dtype(
-    [
-        ("offset", "<u8"),  # of the image's tar header in its shard
-        ("image_bytes", "<u4"),
-        ("map_bytes", "<u4"),  # 0: no map
-        ("label", "<i4"),
-        ("check", "<u4"),  # low half of xxh3_64 over the sample's span, see `span_bytes`
-    ]
-)
-BLOCK = 512
-
-
-def padded(size: int) -> int:
-    """Bytes a tar keeps for a payload of ``size`` bytes: whole 512-byte blocks."""
-    return -(-size // BLOCK) * BLOCK
-
-
-def span_bytes(image_bytes: int, map_bytes: int) -> int:
-    """Bytes from an image's tar header to the end of its map (of itself, without one): what one read fetches."""
-    if not map_bytes:
-        return BLOCK + image_bytes
-    return BLOCK + padded(image_bytes) + BLOCK + map_bytes
+MAPS_SUFFIX = ".maps"
+MAX_HASHED_BYTES = 64 << 20  # bytes; a larger members table is left to data_tools/verify.py to keep start-up short
 
 
 @dataclass(frozen=True)
@@ -109,19 +87,19 @@ class ShardIndex:
             DataError: there is no usable set; says what is wrong and what would be right.
         """
         folder = Path(folder)
-        described = _read_description(folder)
+        stored = _read_json(folder)
         try:
-            shards = [Shard(**entry) for entry in described["shards"]]
-            classes = list(described["classes"])
-            maps = MapFormat(**described["maps"]) if described["maps"] else None
-            members_sha256 = described["members_sha256"]
+            shards = [Shard(**entry) for entry in stored["shards"]]
+            classes = list(stored["classes"])
+            maps = MapFormat(**stored["maps"]) if stored["maps"] else None
+            members_sha256 = stored["members_sha256"]
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / INDEX_NAME}: not a complete index ({error}); make the set again") from None
         members = _map_members(folder / MEMBERS_NAME, sum(shard.count for shard in shards), members_sha256)
         index = cls(folder, shards, classes, maps, members)
         if check_files:
-            for fault in index.file_faults():
-                raise DataError(fault)
+            for sentence in index.file_errors():
+                raise DataError(sentence)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,11 +117,11 @@ class ShardIndex:
         return self.maps is not None
 
     @property
-    def only_maps(self) -> bool:
-        """Whether this is a parallel set: score maps without their images, joined to another set by its keys."""
+    def is_maps_only(self) -> bool:
+        """Whether this is a set of maps: score maps without their images, joined to another set by its keys."""
         return self.has_maps and not self.members["map_bytes"][:1].any()
 
-    def maps_of(self, images: ShardIndex) -> MapFormat:
+    def map_format_for(self, images: ShardIndex) -> MapFormat:
         """The format of this set's maps, for use with the images of ``images`` (which may be this set).
 
         Raises:
@@ -163,9 +141,9 @@ class ShardIndex:
         """Number of the shard that holds sample number ``sample``."""
         return int(self.starts.searchsorted(sample, "right")) - 1
 
-    def file_faults(self) -> list[str]:
+    def file_errors(self) -> list[str]:
         """One sentence for every tar that is missing or not as long as the index says."""
-        faults = []
+        errors = []
         for shard in self.shards:
             path = self.folder / shard.name
             try:
@@ -173,14 +151,14 @@ class ShardIndex:
             except OSError:
                 if self.source is not None:
                     continue  # comes when it is wanted
-                faults.append(f"{path}: named by {INDEX_NAME} but missing; copy it here again or make the set again")
+                errors.append(f"{path}: named by {INDEX_NAME} but missing; copy it here again or make the set again")
                 continue
             if found != shard.bytes:
-                faults.append(
+                errors.append(
                     f"{path}: {found} bytes where {INDEX_NAME} says {shard.bytes}; "
                     "it was cut, or the index belongs to another set"
                 )
-        return faults
+        return errors
 
     def describe(self) -> str:
         """The set in one line, for logs."""
@@ -200,48 +178,48 @@ def _source_of(folder: Path) -> str | None:
         return None
 
 
-def parallel_folder(images: Path) -> Path:
+def maps_folder(images: Path) -> Path:
     """Where the score maps of a set lie that has none itself: a set of maps alone, joined by its keys."""
-    return images.with_name(images.name + PARALLEL_SUFFIX)
+    return images.with_name(images.name + MAPS_SUFFIX)
 
 
 def find_maps(images: ShardIndex) -> ShardIndex:
-    """The set that holds the score maps of ``images``: itself, or the parallel set ``<folder>.maps`` beside it.
+    """The set that holds the score maps of ``images``: itself, or the set of maps ``<folder>.maps`` beside it.
 
     Raises:
-        DataError: there is neither, or the parallel set belongs to other images.
+        DataError: there is neither, or the set of maps belongs to other images.
     """
-    parallel = parallel_folder(images.folder)
-    if images.has_maps or not parallel.exists():
+    beside = maps_folder(images.folder)
+    if images.has_maps or not beside.exists():
         maps = images
     else:
-        maps = ShardIndex.load(parallel)
-    maps.maps_of(images)
+        maps = ShardIndex.load(beside)
+    maps.map_format_for(images)
     return maps
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def _read_json(folder: Path) -> dict[str, Any]:
     """``index.json`` as a dictionary of the right format and version."""
     path = folder / INDEX_NAME
     try:
-        described = json.loads(path.read_bytes())
+        stored = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(_why_no_index(folder)) from None
+        raise DataError(_missing_index(folder)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise DataError(f"{path}: not JSON; the set is damaged, make it again with data_tools/shard.py") from None
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise DataError(f"{path}: not the index of a shard set; make one with data_tools/shard.py")
-    if described.get("version") != VERSION:
+    if stored.get("version") != VERSION:
         raise DataError(
-            f"{path}: format version {described.get('version')}; this release reads version {VERSION}, "
+            f"{path}: format version {stored.get('version')}; this release reads version {VERSION}, "
             "make the set again with data_tools/shard.py"
         )
-    return described
+    return stored
 
 
-def _why_no_index(folder: Path) -> str:
+def _missing_index(folder: Path) -> str:
     """The most helpful thing to say about a folder without an index."""
     if not folder.exists():
         partial = folder.with_name(folder.name + ".partial")
@@ -274,6 +252,6 @@ def _map_members(path: Path, count: int, sha256: str) -> np.ndarray:
         raise DataError(f"{path}: not a members table ({error}); copy it here again or make the set again") from None
     if members.dtype != MEMBER or members.shape != (count,):
         raise DataError(f"{path}: {members.shape[0]} records where {INDEX_NAME} counts {count}; of another set")
-    if path.stat().st_size <= MEMBERS_HASHED_UP_TO and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if path.stat().st_size <= MAX_HASHED_BYTES and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise DataError(f"{path}: not the table that {INDEX_NAME} was written with; it is damaged or of another set")
     return members

@@ -1,10 +1,10 @@
 """Batches of one rank, from any position on, whatever the number of ranks and workers.
 
-    step s of an epoch    positions [s·G, (s+1)·G) of the epoch's order          G global batch
+    step s of an epoch    positions [s·G, (s+1)·G) of the epoch's permutation    G global batch
     rank r of W           the slice [r·G/W, (r+1)·G/W) of those, cut into micro-batches in order
 
-Workers are handed micro-batch numbers and make whole batches, so neither their number nor their speed shows in what
-comes out. A position is the number of samples consumed, padding included: steps taken × global batch.
+Workers get micro-batch numbers and load whole batches, so the result depends neither on their number nor on their
+speed. A position is the number of samples consumed, padding included: steps taken × global batch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.utils.data import DataLoader
 
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.batch import Batch, MapBatch
-from refiner_ds.data.handover import Packing, Slots, packed_bytes
+from refiner_ds.data.dataset import BatchDataset
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.making import BatchMaker
-from refiner_ds.data.plan import EvalPlan, TrainPlan
+from refiner_ds.data.sampler import EvalSampler, TrainSampler
+from refiner_ds.data.shared_memory import PackingDataset, SharedBuffers, packed_size
 from refiner_ds.errors import DataError
 
 __all__ = ["Batch", "Batches", "MapBatch", "eval_batches", "train_batches"]
 
-PREFETCHED = 2  # batches a worker may be ahead
+PREFETCH_FACTOR = 2  # batches a worker may be ahead
 
 
 @dataclass(frozen=True)
@@ -37,55 +37,55 @@ class Batches:
     """An iterable over one rank's batches; every iteration begins at the same place again.
 
     Attributes:
-        plan: the arithmetic behind it.
+        sampler: the arithmetic behind it.
         first: number of the first micro-batch.
     """
 
-    dataset: BatchMaker
-    plan: TrainPlan | EvalPlan
+    dataset: BatchDataset
+    sampler: TrainSampler | EvalSampler
     first: int
     workers: int
 
     def _numbers(self) -> Iterable[int]:
-        if isinstance(self.plan, EvalPlan):
-            return range(self.plan.batches)
+        if isinstance(self.sampler, EvalSampler):
+            return range(len(self.sampler))
         return range(self.first, 1 << 62)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         pinned = torch.cuda.is_available()
-        slots = None
-        if self.workers:  # as many batches are under way at most, and one is being copied
-            slots = Slots(self.workers * PREFETCHED + 1, packed_bytes(self.dataset.blank()))
+        buffers = None
+        if self.workers:  # the most that can be in flight, and one that is being copied
+            buffers = SharedBuffers(self.workers * PREFETCH_FACTOR + 1, packed_size(self.dataset.template()))
         batches = DataLoader(
-            Packing(self.dataset, slots.memory_Sn) if slots else self.dataset,
+            PackingDataset(self.dataset, buffers.memory_Sn) if buffers else self.dataset,
             batch_size=None,
-            sampler=slots.tasks(self._numbers()) if slots else self._numbers(),
+            sampler=buffers.assign(self._numbers()) if buffers else self._numbers(),
             num_workers=self.workers,
-            prefetch_factor=PREFETCHED if slots else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=_begin_worker,
-            pin_memory=pinned and not slots,
+            prefetch_factor=PREFETCH_FACTOR if buffers else None,
+            collate_fn=_unchanged,
+            worker_init_fn=_init_worker,
+            pin_memory=pinned and not buffers,
             generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
         )
         for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
-            yield slots.emptied(batch, pinned) if slots else batch
+            yield buffers.unpack(batch, pinned) if buffers else batch
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _begin_worker(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; threads inside them only fight over cores
     # Launchers tell whole process groups to stop. Torch lets a worker die of that, and training with it, although the
     # training process wants to finish its step and save: a worker ends when that process says so, or is gone.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+    threading.Thread(target=_exit_when_parent_asks, daemon=True).start()
 
 
-def _end_when_the_parent_says_so() -> None:
+def _exit_when_parent_asks() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -114,18 +114,18 @@ def train_batches(
         rank, world_size: of this process.
         seed: of the run: the order of every epoch and the views of every sample follow from it.
         position: samples consumed so far, padding included: steps taken × global_batch.
-        workers: loader processes; 0 makes batches in the caller.
+        workers: loader processes; 0 loads batches in the caller.
         on_bad_sample: "error" raises when a damaged sample is met, "skip" fills its place and counts it.
-        maps: where score maps come from: ``index`` itself, or the parallel set `find_maps` returns; None: no maps.
+        maps: where score maps come from: ``index`` itself, or the set that `find_maps` returns; None: no maps.
     Raises:
         DataError: the batch does not divide, the position is not at a step, the maps are not those of the set, or
             (while iterating) a sample is damaged.
     """
     if position % global_batch:
         raise DataError(f"position {position} is not at a step of a global batch of {global_batch}")
-    plan = TrainPlan(index.count, global_batch, micro_batch, rank, world_size, seed)
-    first = position // global_batch * plan.micro_batches_per_step
-    return Batches(BatchMaker(index, plan, augment, on_bad_sample, maps), plan, first, workers)
+    sampler = TrainSampler(index.count, global_batch, micro_batch, rank, world_size, seed)
+    first = position // global_batch * sampler.micro_batches_per_step
+    return Batches(BatchDataset(index, sampler, augment, on_bad_sample, maps), sampler, first, workers)
 
 
 def eval_batches(
@@ -142,11 +142,11 @@ def eval_batches(
 
     Args:
         index: the validation set.
-        settings: how images are looked at.
+        settings: how images are resized and cropped.
         batch: samples a `Batch`; places without a sample are marked invalid.
         rank, world_size, workers, on_bad_sample: as in `train_batches`.
     Raises:
         DataError: (while iterating) a sample is damaged.
     """
-    plan = EvalPlan(index.count, batch, rank, world_size)
-    return Batches(BatchMaker(index, plan, settings, on_bad_sample), plan, 0, workers)
+    sampler = EvalSampler(index.count, batch, rank, world_size)
+    return Batches(BatchDataset(index, sampler, settings, on_bad_sample), sampler, 0, workers)

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from refiner_ds.data.index import INDEX_NAME
-from refiner_ds.data.remote import fetch_set, is_remote
 from refiner_ds.data.writer import SetWriter, cannot_write
 from refiner_ds.errors import DataError
 
@@ -31,30 +30,20 @@ DIGIT_SIDE = 28
 PER_SHARD = 256  # small on purpose: several shards, as a real set has
 
 
-def default_cache() -> Path:
-    """Folder for sets made or fetched: $REFINER_DS_CACHE, or ~/.cache/refiner_ds."""
-    return Path(os.environ.get("REFINER_DS_CACHE") or Path.home() / ".cache" / "refiner_ds")
-
-
-def locate(spec: str | Path, cache: str | Path | None = None) -> Path:
-    """The folder of a shard set; one from a package is made, and one from an address begun, if it is not there yet.
+def packaged_set(spec: str, cache: Path) -> Path:
+    """The folder of a packaged set, made in the cache if it is not there yet.
 
     Args:
-        spec: a folder, returned as it is, ``package:<name>/<part>``, or an address (see `remote`).
-        cache: where sets made or fetched are kept; None: `default_cache`.
+        spec: ``package:<name>/<part>``.
+        cache: folder that holds sets made or fetched.
     Raises:
-        DataError: no such packaged set, the package is not installed, the address leads to no set, or the cache cannot
-            be written.
+        DataError: no such set, the package is not installed, or the cache cannot be written.
     """
-    if is_remote(str(spec)):
-        return fetch_set(str(spec), Path(cache or default_cache()).expanduser() / "remote")
-    if not str(spec).startswith(PREFIX):
-        return Path(spec)
-    name = str(spec).removeprefix(PREFIX)
+    name = spec.removeprefix(PREFIX)
     if name not in SETS:
         raise DataError(f"{spec}: no such packaged set; there are {', '.join(PREFIX + known for known in SETS)}")
     package, part = name.split("/")
-    folder = Path(cache or default_cache()).expanduser() / f"{package}-{VERSION}" / part
+    folder = cache / f"{package}-{VERSION}" / part
     if not (folder / INDEX_NAME).is_file():
         _make(folder, part)
     return folder
@@ -64,11 +53,11 @@ def _make(folder: Path, part: str) -> None:
     """Write the set beside its place and move it there, unless another process was first."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{part}-", dir=folder.parent))
     except OSError as error:
         raise DataError(cannot_write(folder, error)) from None
     try:
-        made = workshop / part
+        made = staging / part
         with SetWriter(made, [str(digit) for digit in range(10)], PER_SHARD) as writer:
             for key, image, label in _digits(part):
                 writer.add(key, image, "png", label)
@@ -78,7 +67,7 @@ def _make(folder: Path, part: str) -> None:
             if not (folder / INDEX_NAME).is_file():
                 raise DataError(cannot_write(folder, error)) from None
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _digits(part: str) -> Iterator[tuple[str, bytes, int]]:

@@ -37,10 +37,10 @@ from refiner_ds.errors import DataError
 STALL_SECONDS = 60.0  # a server that sends nothing for so long is given up
 ATTEMPTS = 3
 CHUNK = 1 << 20
-DIFFERS = "its checksum is not the index's"
+BAD_CHECKSUM = "its checksum differs from the index"
 
 
-class _Refused(Exception):
+class _NotThere(Exception):
     """The source says that there is no such thing: asking again is no use."""
 
 
@@ -63,16 +63,21 @@ def fetch_set(spec: str, cache: Path) -> Path:
     except OSError as error:
         raise DataError(cannot_write(cache, error)) from None
     # Not by process number: in containers it is often the same on every node that shares the cache.
-    arrived = cache / f".index-{uuid.uuid4().hex}.json"
-    _fetch(spec, INDEX_NAME, arrived, lambda size, sha256: "" if size else "nothing came")
-    index = arrived.read_bytes()
-    arrived.unlink()
+    downloaded = cache / f".index-{uuid.uuid4().hex}.json"
+    _fetch(spec, INDEX_NAME, downloaded, lambda size, sha256: "" if size else "nothing came")
+    index = downloaded.read_bytes()
+    downloaded.unlink()
     folder = cache / hashlib.sha256(index).hexdigest()[:24]
     folder.mkdir(exist_ok=True)
-    with _alone(folder / INDEX_NAME):
+    with _file_lock(folder / INDEX_NAME):
         if not (folder / INDEX_NAME).is_file():
-            wanted = _members_sha256(spec, index)
-            _fetch(spec, MEMBERS_NAME, folder / MEMBERS_NAME, lambda size, sha256: "" if sha256 == wanted else DIFFERS)
+            expected = _members_sha256(spec, index)
+            _fetch(
+                spec,
+                MEMBERS_NAME,
+                folder / MEMBERS_NAME,
+                lambda size, sha256: "" if sha256 == expected else BAD_CHECKSUM,
+            )
             write_whole(folder / SOURCE_NAME, (spec + "\n").encode())
             write_whole(folder / INDEX_NAME, index)
     return folder
@@ -96,27 +101,27 @@ def fetch_shard(index: ShardIndex, number: int) -> Path:
     if index.source is None or path.is_file():
         return path
 
-    def judge(size: int, sha256: str) -> str:
+    def verify(size: int, sha256: str) -> str:
         if size != shard.bytes:
             return f"{size} of {shard.bytes} bytes came"
-        return "" if sha256 == shard.sha256 else DIFFERS
+        return "" if sha256 == shard.sha256 else BAD_CHECKSUM
 
-    with _alone(path):
+    with _file_lock(path):
         if not path.is_file():
-            _fetch(index.source, shard.name, path, judge)
+            _fetch(index.source, shard.name, path, verify)
     return path
 
 
-def _fetch(source: str, name: str, path: Path, judge: Callable[[int, str], str]) -> None:
-    """Fetch a file to its place, in several attempts; ``judge`` says of size and sha256 what is wrong with them."""
+def _fetch(source: str, name: str, path: Path, verify: Callable[[int, str], str]) -> None:
+    """Fetch a file to its place, in several attempts; ``verify`` says of size and sha256 what is wrong with them."""
     temporary = path.with_name(f"{path.name}.tmp")
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(min(30, 2**attempt * STALL_SECONDS / 60))
         try:
-            reason = judge(*_copy(source, name, temporary))
-        except _Refused as error:
+            reason = verify(*_copy(source, name, temporary))
+        except _NotThere as error:
             reason = str(error)
             break
         except (OSError, ValueError, HTTPException) as error:  # ValueError: an address that is none
@@ -158,7 +163,7 @@ def _open(source: str, name: str) -> Any:
             return urllib.request.urlopen(address, timeout=STALL_SECONDS)
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
-                raise _Refused(f"the server answers {error.code} {error.reason}") from None
+                raise _NotThere(f"the server answers {error.code} {error.reason}") from None
             raise
     from webdataset.gopen import gopen  # brings torch, which plain addresses do without
 
@@ -166,7 +171,7 @@ def _open(source: str, name: str) -> Any:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _file_lock(path: Path) -> Iterator[None]:
     """Hold the lock that belongs to ``path``; it falls with the process that holds it."""
     try:
         handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

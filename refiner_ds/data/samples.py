@@ -17,13 +17,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from refiner_ds.data.index import BLOCK, ShardIndex, padded, span_bytes
+from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.remote import fetch_shard
-from refiner_ds.data.writer import check_of
+from refiner_ds.data.tar_format import BLOCK, checksum, padded, span_bytes
 from refiner_ds.errors import DataError
 
-OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limit of 1,024
-ASK_AGAIN_SECONDS = 600.0  # after which a shard that could not be fetched is asked for again
+MAX_OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limit of 1,024
+RETRY_AFTER_SECONDS = 600.0  # until a shard that could not be fetched is requested again
 JPEG_START = b"\xff\xd8\xff"
 
 
@@ -44,8 +44,8 @@ class RawSample(NamedTuple):
     number: int
 
     @property
-    def place(self) -> str:
-        """Shard and sample, for whoever must say what is wrong with it."""
+    def location(self) -> str:
+        """Shard and sample, for error messages."""
         return f"{self.shard}: sample {self.number} ({self.name})"
 
 
@@ -57,7 +57,7 @@ class SampleReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
-        self._only_maps = index.only_maps
+        self._maps_only = index.is_maps_only
         self._open: OrderedDict[int, tuple[int, str]] = OrderedDict()
         self._unreachable: dict[int, tuple[float, str]] = {}
 
@@ -72,20 +72,20 @@ class SampleReader:
         while self._open:
             os.close(self._open.popitem()[1][0])
 
-    def _opened(self, shard: int) -> tuple[int, str]:
+    def _open_shard(self, shard: int) -> tuple[int, str]:
         """Descriptor and path of a shard."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        if len(self._open) >= OPEN_SHARDS:
+        if len(self._open) >= MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
-        since, answer = self._unreachable.get(shard, (-math.inf, ""))
-        if time.monotonic() - since < ASK_AGAIN_SECONDS:
-            raise DataError(answer)
+        since, reason = self._unreachable.get(shard, (-math.inf, ""))
+        if time.monotonic() - since < RETRY_AFTER_SECONDS:
+            raise DataError(reason)
         try:
             path = fetch_shard(self.index, shard)
         except DataError as error:
-            # Its other samples need not wait for the same answer; a server that was away for an hour is back some day.
+            # Its other samples fail at once instead of waiting for the same timeout.
             self._unreachable[shard] = time.monotonic(), str(error)
             raise
         self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path)
@@ -101,29 +101,29 @@ class SampleReader:
         offset, image_bytes, map_bytes, label, check = self.index.members[sample].item()
         wanted = span_bytes(image_bytes, map_bytes)
         try:
-            descriptor, path = self._opened(shard)
+            descriptor, path = self._open_shard(shard)
             span = os.pread(descriptor, wanted, offset)
         except OSError as error:
-            raise self._refusal(sample, f"cannot be read ({error.strerror})") from None
+            raise self._error(sample, f"cannot be read ({error.strerror})") from None
         except DataError as error:
-            raise self._refusal(sample, f"is not here: {error}") from None
+            raise self._error(sample, f"is not here: {error}") from None
         name = span[:100].partition(b"\0")[0].decode("ascii", "replace")
         if len(span) < wanted:
-            raise self._refusal(sample, "is cut off; copy the shard here again")
-        if check_of(span) != check:
-            raise self._refusal(
+            raise self._error(sample, "is cut off; copy the shard here again")
+        if checksum(span) != check:
+            raise self._error(
                 sample,
                 "is damaged or of another set; copy the shard here again, data_tools/verify.py lists every fault",
                 found=f", found as {name!r}",
             )
         view = memoryview(span)
         number = sample - int(self.index.starts[shard])
-        if self._only_maps:
+        if self._maps_only:
             return RawSample(view[:0], view[BLOCK:], label, name, path, number)
         map_start = BLOCK + padded(image_bytes) + BLOCK
         return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, name, path, number)
 
-    def _refusal(self, sample: int, reason: str, found: str = "") -> DataError:
+    def _error(self, sample: int, reason: str, found: str = "") -> DataError:
         shard = self.index.shard_of(sample)
         number = sample - int(self.index.starts[shard])
         path = self.index.folder / self.index.shards[shard].name
@@ -148,4 +148,4 @@ def decode_image(raw: RawSample) -> np.ndarray:
                 return np.repeat(grey_yx[..., None], 3, axis=2)
             return np.array(image.convert("RGB"))  # a copy: torch warns about memory it must not write to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{raw.place}: the image cannot be decoded ({error})") from None
+        raise DataError(f"{raw.location}: the image cannot be decoded ({error})") from None

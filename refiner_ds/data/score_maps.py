@@ -1,4 +1,4 @@
-"""Score maps: what an annotator network says about every place of an image, as its top k classes.
+"""Score maps: an annotator network's top-k classes at every location of an image.
 
 A record, the payload of a ``.map`` member:
 
@@ -29,8 +29,8 @@ HEADER = struct.Struct("<4sBBHHi")
 MAGIC = b"RMAP"
 VERSION = 1
 LEVEL = 9
-MOST_CLASSES = 1 << 15  # int16
-MOST_TOP = 255  # u8
+MAX_CLASSES = 1 << 15  # int16
+MAX_TOP_K = 255  # u8
 EXACT_IN_FP16 = 2048  # class numbers of published maps are float16
 
 _compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
@@ -39,7 +39,7 @@ _decompressor = zstandard.ZstdDecompressor()
 
 @dataclass(frozen=True)
 class ScoreMap:
-    """Top-k class logits at each place of an image.
+    """Top-k class logits at each location of an image.
 
     Attributes:
         values_Khw: [K, h, w] float16 logits, falling along K.
@@ -60,28 +60,28 @@ class ScoreMap:
 def encode(score_map: ScoreMap) -> bytes:
     """A score map as a record."""
     bits = np.ascontiguousarray(score_map.values_Khw, dtype="<f2").view("<u2")
-    gaps = np.concatenate([bits[:1], bits[1:] - bits[:-1]])
-    body = gaps.tobytes() + score_map.classes_Khw.astype("<i2").tobytes()
+    deltas = np.concatenate([bits[:1], bits[1:] - bits[:-1]])
+    body = deltas.tobytes() + score_map.classes_Khw.astype("<i2").tobytes()
     return HEADER.pack(MAGIC, VERSION, *bits.shape, score_map.label) + _compressor.compress(body)
 
 
-def decode(record: bytes | memoryview, place: str) -> ScoreMap:
+def decode(record: bytes | memoryview, location: str) -> ScoreMap:
     """Read a record.
 
     Args:
         record: a ``.map`` member's payload.
-        place: shard and sample, for the refusal.
+        location: shard and sample, for error messages.
     Raises:
         DataError: the bytes are not a record of this version, or are damaged.
     """
     try:
         magic, version, k, rows, columns, label = HEADER.unpack_from(record)
         if magic != MAGIC or version != VERSION:
-            raise DataError(f"{place}: its map is not a version {VERSION} score map; annotate or shard the set again")
+            raise DataError(f"{location}: not a version {VERSION} score map; annotate or shard the set again")
         body = _decompressor.decompress(record[HEADER.size :])
         words = np.frombuffer(body, "<u2").reshape(2, k, rows, columns)
     except (struct.error, zstandard.ZstdError, ValueError) as error:
-        raise DataError(f"{place}: its score map is damaged ({error})") from None
+        raise DataError(f"{location}: its score map is damaged ({error})") from None
     values = np.add.accumulate(words[0], axis=0, dtype="<u2").view("<f2")
     return ScoreMap(values, words[1].view("<i2"), label)
 
@@ -108,11 +108,11 @@ def read_published(path: Path, label: int, classes: int) -> ScoreMap:
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or len(tensor) != 2:
         raise DataError(f"{path}: not a published score map; wanted one tensor [2, k, h, w]")
     values, numbers = tensor.numpy()
-    if values.shape[0] > MOST_TOP:
-        raise DataError(f"{path}: {values.shape[0]} classes a place; a record holds at most {MOST_TOP}")
+    if values.shape[0] > MAX_TOP_K:
+        raise DataError(f"{path}: {values.shape[0]} classes a location; a record holds at most {MAX_TOP_K}")
     if not (np.isfinite(values).all() and (numbers == np.round(numbers)).all()):
         raise DataError(f"{path}: scores must be finite and class numbers whole")
-    if numbers.min() < 0 or numbers.max() >= min(classes, MOST_CLASSES):
+    if numbers.min() < 0 or numbers.max() >= min(classes, MAX_CLASSES):
         raise DataError(f"{path}: class number {numbers.max():.0f}, but there are {classes} classes")
     if numbers.dtype == np.float16 and classes > EXACT_IN_FP16:
         raise DataError(f"{path}: float16 holds class numbers up to {EXACT_IN_FP16} exactly; not {classes}")

@@ -4,7 +4,7 @@
       shard-000000.tar.tmp    a shard being written: fsync, then renamed to shard-000000.tar
     <set>/                    the partial folder, renamed once index.json is in it
 
-Headers are USTAR with every field that could vary (time, owner, mode) fixed. Nothing here needs torch.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -20,56 +20,16 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import xxhash
 
-from refiner_ds.data.index import (
-    BLOCK,
-    FORMAT,
-    INDEX_NAME,
-    MEMBER,
-    MEMBERS_NAME,
-    VERSION,
-    MapFormat,
-    Shard,
-    padded,
-)
+from refiner_ds.data.index import FORMAT, INDEX_NAME, MEMBERS_NAME, VERSION, MapFormat, Shard
+from refiner_ds.data.tar_format import END_OF_TAR, MEMBER, checksum, tar_member
 from refiner_ds.errors import DataError
 from refiner_ds.files import fsync_folder, write_atomically
-
-NAME_BYTES = 100  # of USTAR's name field
-CHECK_MASK = 0xFFFFFFFF  # the low half is kept
-END_OF_TAR = bytes(2 * BLOCK)
 
 
 def shard_name(number: int) -> str:
     """File name of the ``number``-th shard of a set."""
     return f"shard-{number:06d}.tar"
-
-
-def check_of(span: bytes | memoryview) -> int:
-    """The checksum a MEMBER record keeps of its sample's span."""
-    return xxhash.xxh3_64_intdigest(span) & CHECK_MASK
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """A 512-byte USTAR header of a regular file.
-
-    Raises:
-        ValueError: the name is not ASCII or longer than 100 bytes.
-    """
-    encoded = name.encode("ascii")
-    if len(encoded) > NAME_BYTES:
-        raise ValueError(f"{name}: {len(encoded)} bytes; a key and its ending have room for {NAME_BYTES}")
-    mode_and_owner = b"0000644\0" + b"0000000\0" * 2
-    before_sum = encoded.ljust(NAME_BYTES, b"\0") + mode_and_owner + b"%011o\0" % size + b"0" * 11 + b"\0"
-    after_sum = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 156, b"\0")
-    checksum = sum(before_sum) + 8 * ord(" ") + sum(after_sum)
-    return before_sum + b"%06o\0 " % checksum + after_sum
-
-
-def _member(name: str, payload: bytes) -> list[bytes]:
-    """A tar member in three parts: header, payload, and zeros up to a whole block."""
-    return [tar_header(name, len(payload)), payload, bytes(padded(len(payload)) - len(payload))]
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -138,24 +98,21 @@ class ShardWriter:
             DataError: the disk is full.
             ValueError: the key does not fit a tar header.
         """
-        parts = _member(f"{key}.{ending}", image)
+        parts = tar_member(f"{key}.{ending}", image)
         if score_map is None:
-            self._append(key, len(image), 0, label, parts, _member(f"{key}.cls", b"%d" % label))
+            self._append(key, len(image), 0, label, parts, tar_member(f"{key}.cls", b"%d" % label))
         else:
-            self._append(key, len(image), len(score_map), label, parts + _member(f"{key}.map", score_map))
+            self._append(key, len(image), len(score_map), label, parts + tar_member(f"{key}.map", score_map))
 
     def add_map(self, key: str, score_map: bytes, label: int) -> None:
-        """Append the map of a sample whose image lies under the same key in another set (a parallel set)."""
-        self._append(key, len(score_map), 0, label, _member(f"{key}.map", score_map))
+        """Append the map of a sample whose image lies under the same key in another set (a set of maps)."""
+        self._append(key, len(score_map), 0, label, tar_member(f"{key}.map", score_map))
 
     def _append(
         self, key: str, first_bytes: int, map_bytes: int, label: int, span: list[bytes], beyond: Sequence[bytes] = ()
     ) -> None:
         """Record a sample and write it: the parts its check covers, all but the last padding, and those beyond."""
-        check = xxhash.xxh3_64()
-        for part in span[:-1]:
-            check.update(part)
-        self._members.append((self._offset, first_bytes, map_bytes, label, check.intdigest() & CHECK_MASK))
+        self._members.append((self._offset, first_bytes, map_bytes, label, checksum(*span[:-1])))
         self._keys.append(key)
         self._write([*span, *beyond])
 
@@ -187,7 +144,7 @@ class ShardWriter:
         return FinishedShard(shard, np.array(self._members, dtype=MEMBER))
 
     def abandon(self) -> None:
-        """Forget the tar: nothing of it stays on disk."""
+        """Drop the tar: nothing of it stays on disk."""
         try:
             self._file.close()
         except OSError:
@@ -208,7 +165,7 @@ def write_index(
     np.save(buffer, members, allow_pickle=False)
     table = buffer.getvalue()
     write_whole(folder / MEMBERS_NAME, table)
-    described = {
+    stored = {
         "format": FORMAT,
         "version": VERSION,
         "count": len(members),
@@ -217,7 +174,7 @@ def write_index(
         "classes": list(classes),
         "shards": [asdict(finished.shard) for finished in shards],
     }
-    write_whole(folder / INDEX_NAME, (json.dumps(described, indent=1) + "\n").encode())
+    write_whole(folder / INDEX_NAME, (json.dumps(stored, indent=1) + "\n").encode())
     fsync_folder(folder)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refiner_ds.data.batch import Batch
-from refiner_ds.data.targets import normalise
+from refiner_ds.data.normalise import normalise
 from refiner_ds.training.world import World
 
 Triple = tuple[float, float, float]

@@ -13,14 +13,9 @@ from torch import Tensor
 
 from refiner_ds.config.schema import RefinerKeys
 from refiner_ds.data.batch import Batch
-from refiner_ds.data.targets import (
-    draw_mix,
-    label_targets,
-    map_targets,
-    mix_images,
-    mix_targets,
-    normalise,
-)
+from refiner_ds.data.mixing import draw_mix, mix_images, mix_targets
+from refiner_ds.data.normalise import normalise
+from refiner_ds.data.targets import label_targets, map_targets
 from refiner_ds.models.mixing import NO_BOX, Box, draw_mix_box
 
 

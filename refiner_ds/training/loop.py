@@ -19,7 +19,7 @@ from refiner_ds.checkpoint.files import skipped
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.batch import Batch
 from refiner_ds.data.loader import Batches, eval_batches, train_batches
-from refiner_ds.data.targets import normalise
+from refiner_ds.data.normalise import normalise
 from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
 from refiner_ds.files import write_atomically
 from refiner_ds.models import RefinedViT

@@ -12,7 +12,7 @@ import torch
 
 from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.data.index import ShardIndex, find_maps
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.locate import locate
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model

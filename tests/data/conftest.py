@@ -14,7 +14,7 @@ from PIL import Image
 from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.locate import locate
 from refiner_ds.data.writer import SetWriter
 
 

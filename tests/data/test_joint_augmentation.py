@@ -13,7 +13,7 @@ import torch
 
 from refiner_ds.data.augment import GEOMETRIC, TrainView, seed_sample
 from refiner_ds.data.batch import MapBatch
-from refiner_ds.data.dense_targets import dense_targets, sampling_points, trace_back
+from refiner_ds.data.dense_targets import dense_targets, sampling_points, to_image
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.loader import train_batches
 from refiner_ds.data.score_maps import ScoreMap, encode
@@ -88,8 +88,8 @@ def test_labels_follow_pixels_through_every_geometric_op(operation: str) -> None
     for sample in range(60):
         seed_sample(1, 0, sample)
         view = view_of(position_image())
-        assert len(view.steps) == (1 if operation == "none" else 3)
-        compared += compare(view.pixels_SS3, map_batch(view.steps))
+        assert len(view.affines) == (1 if operation == "none" else 3)
+        compared += compare(view.pixels_SS3, map_batch(view.affines))
     assert compared > 60 * 8
 
 
@@ -109,11 +109,11 @@ def test_labels_follow_pixels_through_whole_policies(policy: str) -> None:
         view = colourless(position_image())
         seed_sample(2, 0, sample)
         steps = coloured(position_image()).steps
-        assert len(view.steps) <= coloured.most_steps
+        assert len(view.affines) <= coloured.max_affines
         if policy != "3a":  # its blur draws random numbers of its own, so the two ways part
-            assert np.array_equal(np.stack(steps), np.stack(view.steps))
-        moved += len(view.steps) > 1
-        compared += compare(view.pixels_SS3, map_batch(view.steps))
+            assert np.array_equal(np.stack(steps), np.stack(view.affines))
+        moved += len(view.affines) > 1
+        compared += compare(view.pixels_SS3, map_batch(view.affines))
     assert compared > 80 * 5
     assert moved > 10 or policy == "3a"
 
@@ -149,7 +149,7 @@ def test_places_without_image_have_no_scores() -> None:
         view = view_of(position_image())
         cut = SIDE // PATCHES
         blue = view.pixels_SS3[..., 2].reshape(PATCHES, cut, PATCHES, cut).transpose(0, 2, 1, 3).reshape(-1, cut * cut)
-        _, target_BPC = dense_targets(map_batch(view.steps), CLASSES, (PATCHES, PATCHES))
+        _, target_BPC = dense_targets(map_batch(view.affines), CLASSES, (PATCHES, PATCHES))
         filling = (blue < 140).all(1)
         assert torch.allclose(target_BPC[0, filling], torch.tensor(1 / CLASSES))
         empty += int(filling.sum())
@@ -164,13 +164,13 @@ def test_points_are_where_the_pixels_came_from_to_the_pixel() -> None:
     for sample in range(30):
         seed_sample(5, 0, sample)
         view = view_of(position_image())
-        steps = torch.from_numpy(np.stack(view.steps)).float()[None]
-        place, inside = trace_back(points_PQ2, steps)
+        steps = torch.from_numpy(np.stack(view.affines)).float()[None]
+        xy, inside = to_image(points_PQ2, steps)
         code = view.pixels_SS3.reshape(-1, 3)
         filling = torch.from_numpy(view.pixels_SS3[..., 2] < 255).float()[None]
         near_filling = torch.nn.functional.max_pool2d(filling, 5, 1, 2).flatten().numpy() > 0  # blended
         sure = ~near_filling & inside[0, :, 0].numpy()
-        difference = np.abs(place[0, :, 0].numpy() - code[:, :2] / 255)[sure]
+        difference = np.abs(xy[0, :, 0].numpy() - code[:, :2] / 255)[sure]
         assert np.quantile(difference, 0.999) < 0.015 and difference.mean() < 0.004
         assert (inside[0, :, 0].numpy() == (code[:, 2] > 200)).mean() > 0.98
 
@@ -197,8 +197,8 @@ def test_labels_follow_pixels_from_the_shards_to_the_device(tmp_path: Path, para
     view_of._auto_augment.ops = [op for op in view_of._auto_augment.ops if op.name in GEOMETRIC]
     compared = 0
     for _, batch in zip(range(6), batches, strict=False):
-        assert batch.maps is not None and batch.maps.steps_BS23.shape == (4, 3, 2, 3)
-        for place in range(4):
-            one = batch.maps.each(lambda tensor: tensor[place : place + 1])  # noqa: B023
-            compared += compare(batch.images_BHWC[place].numpy(), one)
+        assert batch.maps is not None and batch.maps.affine_BT23.shape == (4, 3, 2, 3)
+        for row in range(4):
+            one = batch.maps.map_tensors(lambda tensor: tensor[row : row + 1])  # noqa: B023
+            compared += compare(batch.images_BHWC[row].numpy(), one)
     assert compared > 24 * 5

@@ -17,10 +17,10 @@ import torch
 
 from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.batch import Batch, MapBatch
-from refiner_ds.data.handover import NO_SLOT, Packing, Parcel, Slots, packed_bytes
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
-from refiner_ds.data.order import samples_at
+from refiner_ds.data.permutation import samples_at
+from refiner_ds.data.shared_memory import NO_BUFFER, PackedBatch, PackingDataset, SharedBuffers, packed_size
 from refiner_ds.errors import DataError
 from tests.data.conftest import views
 from tests.data.small_disk import SmallDisk, on_small_disk
@@ -82,7 +82,7 @@ def test_stopping_anywhere_and_going_on_changes_nothing(
 def test_each_epoch_has_each_sample_once_and_counts_its_padding(make_set: Callable[..., ShardIndex]) -> None:
     index = make_set(100)
     batches = train_batches(index, PLAIN, global_batch=24, micro_batch=8, rank=0, world_size=1, seed=5)
-    assert batches.plan.steps_per_epoch == 5
+    assert batches.sampler.steps_per_epoch == 5
     for batches_of_epoch in (list(islice(batches, 15)), list(islice(batches, 15, 30))):
         samples = torch.cat([batch.sample_B for batch in batches_of_epoch])
         assert sorted(samples[:100].tolist()) == list(range(100))
@@ -97,12 +97,12 @@ def test_set_smaller_than_a_batch(make_set: Callable[..., ShardIndex]) -> None:
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    batch.each(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    batch.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_parcel_gives_back_the_batch_to_the_bit(size: int) -> None:
+def test_packing_gives_back_the_batch_to_the_bit(size: int) -> None:
     """Odd sizes, every dtype that travels, and fields that are no tensors."""
     generator = torch.Generator().manual_seed(size)
 
@@ -117,20 +117,20 @@ def test_parcel_gives_back_the_batch_to_the_bit(size: int) -> None:
     valid_B = torch.arange(size) % 2 == 0
     labels_B, sample_B = (random_of(torch.int64, size) for _ in range(2))
     batch = Batch(random_of(torch.uint8, size, 5, 5, 3), labels_B, sample_B, valid_B, padded=2, bad=1, maps=maps)
-    parcel = pickle.loads(pickle.dumps(Parcel.of(batch)))
-    assert len(parcel.packed_n) == packed_bytes(batch.to("meta"))
-    again = parcel.opened(parcel.packed_n)
+    packed = pickle.loads(pickle.dumps(PackedBatch.pack(batch)))
+    assert len(packed.bytes_n) == packed_size(batch.to("meta"))
+    again = packed.unpack(packed.bytes_n)
     for one, other in zip(tensors_of(batch), tensors_of(again), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape and other.is_contiguous()
         assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
     assert (again.padded, again.bad) == (2, 1)
-    parcel = Parcel.of(replace(batch, maps=None))
-    assert parcel.opened(parcel.packed_n).maps is None
+    packed = PackedBatch.pack(replace(batch, maps=None))
+    assert packed.unpack(packed.bytes_n).maps is None
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_come_over_in_slots_and_are_the_takers_own(make_set: Callable[..., ShardIndex], workers: int) -> None:
-    """A taker may keep every batch: slots are used again, and what was in them must not change under its hands."""
+def test_batches_from_shared_buffers_belong_to_the_caller(make_set: Callable[..., ShardIndex], workers: int) -> None:
+    """A caller may keep every batch: buffers are reused, and a batch it holds must not change."""
     index = make_set(100)
     batches = train_batches(index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=workers)
     alone = train_batches(index, PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0)
@@ -140,28 +140,28 @@ def test_batches_come_over_in_slots_and_are_the_takers_own(make_set: Callable[..
     assert len({one.images_BHWC.untyped_storage().data_ptr() for one in kept}) == 40
 
 
-def test_slots_are_used_again_and_a_batch_without_one_comes_all_the_same(make_set: Callable[..., ShardIndex]) -> None:
-    maker = train_batches(make_set(50), PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0).dataset
-    slots = Slots(2, packed_bytes(maker.blank()))
-    packing, tasks = Packing(maker, slots.memory_Sn), slots.tasks(range(9))
+def test_buffers_are_reused_and_a_batch_without_one_arrives_all_the_same(make_set: Callable[..., ShardIndex]) -> None:
+    dataset = train_batches(make_set(50), PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0).dataset
+    buffers = SharedBuffers(2, packed_size(dataset.template()))
+    packing, tasks = PackingDataset(dataset, buffers.memory_Sn), buffers.assign(range(9))
     under_way = [next(tasks) for _ in range(3)]
-    assert under_way == [(0, 0), (1, 1), (2, NO_SLOT)]
-    parcels = [packing[task] for task in under_way]
-    assert [parcel.packed_n is None for parcel in parcels] == [True, True, False]
-    assert [next(tasks), next(tasks)] == [(3, NO_SLOT), (4, NO_SLOT)]
+    assert under_way == [(0, 0), (1, 1), (2, NO_BUFFER)]
+    packed = [packing[task] for task in under_way]
+    assert [one.bytes_n is None for one in packed] == [True, True, False]
+    assert [next(tasks), next(tasks)] == [(3, NO_BUFFER), (4, NO_BUFFER)]
     for number in (1, 2, 0):
-        found, wanted = slots.emptied(parcels[number], pinned=False), maker[number]
+        found, wanted = buffers.unpack(packed[number], pinned=False), dataset[number]
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(found), tensors_of(wanted), strict=True))
-    assert [next(tasks), next(tasks), next(tasks)] == [(5, 1), (6, 0), (7, NO_SLOT)]
+    assert [next(tasks), next(tasks), next(tasks)] == [(5, 1), (6, 0), (7, NO_BUFFER)]
 
 
-def test_slot_that_is_too_small_is_not_used(make_set: Callable[..., ShardIndex]) -> None:
-    maker = train_batches(make_set(50), PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0).dataset
-    slots = Slots(1, packed_bytes(maker.blank()) - 1)
-    parcel = Packing(maker, slots.memory_Sn)[next(slots.tasks([4]))]
-    assert not slots.memory_Sn[0].any()
-    assert torch.equal(slots.emptied(parcel, pinned=False).images_BHWC, maker[4].images_BHWC)
-    assert list(slots.tasks([5])) == [(5, 0)]
+def test_buffer_that_is_too_small_is_not_used(make_set: Callable[..., ShardIndex]) -> None:
+    dataset = train_batches(make_set(50), PLAIN, global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0).dataset
+    buffers = SharedBuffers(1, packed_size(dataset.template()) - 1)
+    packed = PackingDataset(dataset, buffers.memory_Sn)[next(buffers.assign([4]))]
+    assert not buffers.memory_Sn[0].any()
+    assert torch.equal(buffers.unpack(packed, pinned=False).images_BHWC, dataset[4].images_BHWC)
+    assert list(buffers.assign([5])) == [(5, 0)]
 
 
 def test_too_little_shared_memory_is_one_sentence(make_set: Callable[..., ShardIndex]) -> None:
@@ -171,7 +171,7 @@ def test_too_little_shared_memory_is_one_sentence(make_set: Callable[..., ShardI
         batches = train_batches(
             index, views(100), global_batch=6, micro_batch=6, rank=0, world_size=1, seed=0, workers=1
         )
-        disk.resize(300_000)  # a batch has 180,000 bytes of pixels, and there are three slots
+        disk.resize(300_000)  # a batch has 180,000 bytes of pixels, and there are three buffers
         with pytest.raises(DataError, match="3 batches of 0.2 MiB do not fit into shared memory") as told:
             next(iter(batches))
         assert "\n" not in str(told.value)

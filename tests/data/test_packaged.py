@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.locate import locate
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.errors import DataError
 

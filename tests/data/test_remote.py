@@ -23,7 +23,7 @@ from refiner_ds.data import remote, samples
 from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.locate import locate
 from refiner_ds.data.samples import SampleReader
 from refiner_ds.errors import DataError
 from tests.data.conftest import views
@@ -174,7 +174,7 @@ def test_a_shard_that_was_not_to_be_had_is_asked_for_again_some_day(
         with pytest.raises(DataError, match="answers 404"):
             reader.read(7)
     assert server.requests["shard-000001.tar"] == 1
-    monkeypatch.setattr(samples, "ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(samples, "RETRY_AFTER_SECONDS", 0.0)
     assert reader.read(7).label == 7 % 3
 
 
@@ -197,7 +197,7 @@ def test_many_processes_fetch_a_shard_once(server: Server, tmp_path: Path) -> No
     for name in ("shard-000000.tar", "shard-000001.tar"):
         server.faults[name] = ("slow", 1000)
     script = (
-        "import sys; from refiner_ds.data.packaged import locate; from refiner_ds.data.index import ShardIndex\n"
+        "import sys; from refiner_ds.data.locate import locate; from refiner_ds.data.index import ShardIndex\n"
         "from refiner_ds.data.samples import SampleReader, decode_image\n"
         "index = ShardIndex.load(locate(sys.argv[1], sys.argv[2])); reader = SampleReader(index)\n"
         "sys.exit(sum(int(decode_image(reader.read(n))[0, 0, 0]) for n in range(20)) != 190)"
@@ -227,7 +227,7 @@ def test_processes_of_one_number_on_several_nodes_begin_at_once(
 def test_fetching_killed_on_the_way_leaves_nothing_in_place(server: Server, tmp_path: Path) -> None:
     server.faults["shard-000000.tar"] = ("stall", 1)
     script = (
-        "import sys; from refiner_ds.data.packaged import locate; from refiner_ds.data.index import ShardIndex\n"
+        "import sys; from refiner_ds.data.locate import locate; from refiner_ds.data.index import ShardIndex\n"
         "from refiner_ds.data.remote import fetch_shard\n"
         "fetch_shard(ShardIndex.load(locate(sys.argv[1], sys.argv[2])), 0)"
     )

@@ -1,10 +1,9 @@
-"""Map records are exact, small, fast, and refuse what is not one; published files are read without running them."""
+"""Map records are exact and small, and refuse what is not one; published files are read without running them."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import time
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +47,6 @@ def test_record_gives_back_any_bits_at_all() -> None:
 def test_record_is_small() -> None:
     """7.1 GB for ImageNet's 1,281,167 images."""
     assert len(encode(annotated())) * 1_281_167 < 7.1e9
-
-
-def test_reading_a_record_takes_under_20_microseconds() -> None:
-    """The fastest of many rounds: the machine may be busy, the record is not slower for it."""
-    record, fastest = encode(annotated()), 1.0
-    deadline = time.monotonic() + 10
-    while fastest >= 20e-6 and time.monotonic() < deadline:
-        start = time.perf_counter()
-        for _ in range(20):
-            decode(record, "here")
-        fastest = min(fastest, (time.perf_counter() - start) / 20)
-    assert fastest < 20e-6
 
 
 @pytest.mark.parametrize(

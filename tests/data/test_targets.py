@@ -10,16 +10,9 @@ from torchvision.ops import roi_align
 from refiner_ds.config.schema import MixKeys
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
-from refiner_ds.data.targets import (
-    Mix,
-    draw_mix,
-    kept_share,
-    label_targets,
-    map_targets,
-    mix_images,
-    normalise,
-    smooth_labels,
-)
+from refiner_ds.data.mixing import Mix, draw_mix, image_lambda, mix_images
+from refiner_ds.data.normalise import normalise
+from refiner_ds.data.targets import label_targets, map_targets, smooth_labels
 
 BATCH, K, ROWS, COLUMNS, CLASSES = 4, 3, 9, 13, 20
 
@@ -131,11 +124,11 @@ def test_drawn_mixes_have_timms_distribution() -> None:
     mixes = [draw_mix(settings, 224, generator) for _ in range(4000)]
     again = torch.Generator().manual_seed(0)
     assert mixes[:50] == [draw_mix(settings, 224, again) for _ in range(50)]
-    blends = np.array([mix.keep for mix in mixes if mix.keep < 1])
-    cuts = [mix for mix in mixes if mix.keep == 1]
+    blends = np.array([mix.lam for mix in mixes if mix.lam < 1])
+    cuts = [mix for mix in mixes if mix.lam == 1]
     assert abs(len(blends) / 4000 - 0.5) < 0.03
     assert abs(blends.mean() - 0.5) < 0.02 and abs(blends.var() - 1 / (4 * 2.6)) < 0.01
-    kept = np.array([kept_share(mix, 224) for mix in cuts])
+    kept = np.array([image_lambda(mix, 224) for mix in cuts])
     assert 0.6 < kept.mean() < 0.7  # a half before boxes are clipped at the image's edge
 
 

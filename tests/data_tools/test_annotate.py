@@ -14,7 +14,7 @@ import torch
 from data_tools import annotate
 from data_tools.annotators import Annotator, _DenseTimm, load_annotator
 from data_tools.verify import main as verify
-from refiner_ds.data.index import ShardIndex, find_maps, parallel_folder
+from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
 from refiner_ds.data.samples import RawSample, SampleReader
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import SetWriter
@@ -128,7 +128,7 @@ def test_run_killed_again_and_again_goes_on_and_annotates_nothing_twice(
 ) -> None:
     """Each time a change of the disk later: while shards are written, remembered, indexed and put away."""
     assert run(images, checkpoint) == 0
-    whole = digest(parallel_folder(images.folder))
+    whole = digest(maps_folder(images.folder))
     log, real = tmp_path / "annotated", annotate.Worker._annotate_samples
 
     def noted(self: annotate.Worker, raws: list[RawSample]) -> list[ScoreMap]:

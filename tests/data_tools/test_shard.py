@@ -268,7 +268,7 @@ def test_published_maps_ride_beside_their_images(tree: Path, tmp_path: Path) -> 
     files = {path.read_bytes(): number for number, path in enumerate(sorted(tree.rglob("*.JPEG")))}
     for number in range(index.count):
         raw = reader.read(number)
-        score_map = decode(raw.score_map, raw.place)
+        score_map = decode(raw.score_map, raw.location)
         assert score_map.values_Khw.max() == files[bytes(raw.image)]
         assert score_map.label == raw.label == score_map.classes_Khw[0, 0, 0]
     assert verify([str(tmp_path / "out"), "--processes", "1"]) == 0

@@ -15,7 +15,7 @@ import torch
 from refiner_ds.checkpoint.files import MANIFEST, integrity_errors
 from refiner_ds.config import load
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.packaged import locate
+from refiner_ds.data.locate import locate
 from refiner_ds.errors import CheckpointError, DataError
 from refiner_ds.exit_codes import DIVERGED, FINISHED
 from refiner_ds.run_folder import RunFolder, State

@@ -1,6 +1,6 @@
-"""The arithmetic of positions: which samples each micro-batch of each rank holds. Pure functions of a few numbers.
+"""Which samples each micro-batch of each rank holds: pure functions of a few numbers.
 
-step s of an epoch    positions [s·G, (s+1)·G) of the epoch's order          G global batch
+step s of an epoch    positions [s·G, (s+1)·G) of the epoch's permutation    G global batch
 rank r of W           the slice [r·G/W, (r+1)·G/W) of those, cut into micro-batches in order
 """
 
@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refiner_ds.data.order import samples_at
+from refiner_ds.data.permutation import samples_at
 from refiner_ds.errors import DataError
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A micro-batch to make: sample numbers, which of them count, how many are padding, and the epoch they are in."""
+class BatchIndices:
+    """The samples of one micro-batch.
+
+    Attributes:
+        samples_B: [B] int64 sample numbers.
+        valid_B: [B] bool; False where a place holds no sample.
+        padded: how many places repeat the epoch's beginning (training) or hold no sample (evaluation).
+        epoch: counted from 0.
+    """
 
     samples_B: np.ndarray
     valid_B: np.ndarray
@@ -25,8 +32,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class TrainPlan:
-    """The arithmetic of positions: which samples a micro-batch holds.
+class TrainSampler:
+    """The micro-batches of one rank in training, endless over epochs.
 
     Raises:
         DataError: the set is empty, or the batch does not divide over ranks and micro-batches.
@@ -58,7 +65,7 @@ class TrainPlan:
         """Micro-batches of this rank a step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
-    def wanted(self, number: int) -> Wanted:
+    def __getitem__(self, number: int) -> BatchIndices:
         """The ``number``-th micro-batch of this rank, counted from the beginning of the run."""
         step, micro = divmod(number, self.micro_batches_per_step)
         epoch, step = divmod(step, self.steps_per_epoch)
@@ -66,31 +73,29 @@ class TrainPlan:
         positions = np.arange(start, start + self.micro_batch)
         padded = int((positions >= self.count).sum())
         samples = samples_at(positions % self.count, count=self.count, seed=self.seed, epoch=epoch)
-        return Wanted(samples, np.ones(self.micro_batch, bool), padded, epoch)
+        return BatchIndices(samples, np.ones(self.micro_batch, bool), padded, epoch)
 
 
 @dataclass(frozen=True)
-class EvalPlan:
-    """Which samples a rank evaluates: a contiguous share, in batches of one size and equal number on every rank."""
+class EvalSampler:
+    """The batches of one rank in evaluation: a contiguous share of the set, equally many batches on every rank."""
 
     count: int
     batch: int
     rank: int
     world_size: int
 
-    @property
-    def batches(self) -> int:
-        """Batches of every rank."""
-        return -(-self.share // self.batch)
+    def __len__(self) -> int:
+        return -(-self.samples_per_rank // self.batch)
 
     @property
-    def share(self) -> int:
+    def samples_per_rank(self) -> int:
         """Samples of a rank, before padding."""
         return -(-self.count // self.world_size)
 
-    def wanted(self, number: int) -> Wanted:
+    def __getitem__(self, number: int) -> BatchIndices:
         """The ``number``-th batch of this rank."""
         within = np.arange(number * self.batch, (number + 1) * self.batch)
-        samples = self.rank * self.share + within
-        valid = (within < self.share) & (samples < self.count)
-        return Wanted(np.where(valid, samples, 0), valid, int((~valid).sum()), 0)
+        samples = self.rank * self.samples_per_rank + within
+        valid = (within < self.samples_per_rank) & (samples < self.count)
+        return BatchIndices(np.where(valid, samples, 0), valid, int((~valid).sum()), 0)

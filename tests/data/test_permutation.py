@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from refiner_ds.data.order import samples_at
+from refiner_ds.data.permutation import samples_at
 
 
 def whole(count: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
