@@ -108,10 +108,10 @@ def test_labels_follow_pixels_through_whole_policies(policy: str) -> None:
         seed_sample(2, 0, sample)
         view = colourless(position_image())
         seed_sample(2, 0, sample)
-        steps = coloured(position_image()).steps
+        affines = coloured(position_image()).affines
         assert len(view.affines) <= coloured.max_affines
         if policy != "3a":  # its blur draws random numbers of its own, so the two ways part
-            assert np.array_equal(np.stack(steps), np.stack(view.affines))
+            assert np.array_equal(np.stack(affines), np.stack(view.affines))
         moved += len(view.affines) > 1
         compared += compare(view.pixels_SS3, map_batch(view.affines))
     assert compared > 80 * 5
@@ -134,7 +134,7 @@ def test_erasing_leaves_labels_alone() -> None:
         one = plain(position_image())
         seed_sample(3, 0, sample)
         other = erasing(position_image())
-        assert np.array_equal(one.steps[0], other.steps[0])
+        assert np.array_equal(one.affines[0], other.affines[0])
         share = (one.pixels_SS3 != other.pixels_SS3).any(-1).mean()
         assert 0.015 < share < 0.35
 
