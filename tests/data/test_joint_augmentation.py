@@ -57,12 +57,12 @@ def labelled_in_patches(batch: MapBatch) -> np.ndarray:
     return (logits_PC @ centres / logits_PC.sum(1, keepdim=True)).numpy()
 
 
-def map_batch(steps: list[np.ndarray]) -> MapBatch:
+def map_batch(affines: list[np.ndarray]) -> MapBatch:
     score_map = position_map()
     return MapBatch(
         torch.from_numpy(score_map.values_Khw)[None],
         torch.from_numpy(score_map.classes_Khw)[None],
-        torch.from_numpy(np.stack(steps)).float()[None],
+        torch.from_numpy(np.stack(affines)).float()[None],
     )
 
 
@@ -123,7 +123,7 @@ def test_flip_flips_labels() -> None:
     seed_sample(0, 0, 0)
     flipped = view(position_image())
     assert flipped.pixels_SS3[0, 0, 0] > 250
-    assert compare(flipped.pixels_SS3, map_batch(flipped.steps)) == PATCHES**2
+    assert compare(flipped.pixels_SS3, map_batch(flipped.affines)) == PATCHES**2
 
 
 def test_erasing_leaves_labels_alone() -> None:
@@ -164,8 +164,8 @@ def test_points_are_where_the_pixels_came_from_to_the_pixel() -> None:
     for sample in range(30):
         seed_sample(5, 0, sample)
         view = view_of(position_image())
-        steps = torch.from_numpy(np.stack(view.affines)).float()[None]
-        xy, inside = to_image(points_PQ2, steps)
+        affine_BT23 = torch.from_numpy(np.stack(view.affines)).float()[None]
+        xy, inside = to_image(points_PQ2, affine_BT23)
         code = view.pixels_SS3.reshape(-1, 3)
         filling = torch.from_numpy(view.pixels_SS3[..., 2] < 255).float()[None]
         near_filling = torch.nn.functional.max_pool2d(filling, 5, 1, 2).flatten().numpy() > 0  # blended

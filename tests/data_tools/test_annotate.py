@@ -78,7 +78,7 @@ def test_annotator_is_the_classifier_at_every_place(name: str, tmp_path: Path) -
 def test_maps_lie_in_a_parallel_set_joined_by_key(images: ShardIndex, checkpoint: Path) -> None:
     assert run(images, checkpoint) == 0
     maps = find_maps(images)
-    assert maps.folder.name == "set.maps" and maps.only_maps
+    assert maps.folder.name == "set.maps" and maps.is_maps_only
     worker = annotate.Worker(annotate.Settings("test_resnet", checkpoint, 96, 2, 1, "cpu", False), images, 0)
     for number in range(10):
         raw, map_raw = SampleReader(images).read(number), SampleReader(maps).read(number)
