@@ -6,14 +6,13 @@
 
 from setuptools import find_namespace_packages, find_packages, setup
 
-inside = find_packages(include=["launch*", "data_tools*"]) + find_namespace_packages(include=["ds_configs*"])
+inside = find_namespace_packages(
+    include=["launch*", "data_tools*", "ds_configs*"],  # with folders that hold only data
+    exclude=["*__pycache__*"],
+)
 
 setup(
     packages=find_packages(include=["refiner_ds*"]) + [f"refiner_ds.{package}" for package in inside],
     package_dir={f"refiner_ds.{package}": package.replace(".", "/") for package in inside},
-    package_data={
-        "refiner_ds": ["py.typed"],
-        "refiner_ds.launch": ["clusters/*.yaml"],
-        **{f"refiner_ds.{package}": ["*.json"] for package in inside if package.startswith("ds_configs")},
-    },
+    package_data={"": ["*.json", "*.yaml", "py.typed"]},
 )

@@ -12,9 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-if sys.path and Path(sys.path[0]).resolve() == HERE.parent:
-    sys.path[0] = str(HERE.parents[1])  # as in train.py
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "refiner_ds"
 
 import argparse
 import json

@@ -13,10 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-if sys.path and Path(sys.path[0]).resolve() == HERE.parent:
-    # Started as a script: this folder's names (data, config …) must not shadow other packages', its parent holds ours.
-    sys.path[0] = str(HERE.parents[1])
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "refiner_ds"
 
 import argparse
 import json
@@ -117,7 +115,7 @@ def train(run: RunFile, arguments: list[str]) -> int:
             print(finished)
         return 0
     if relaunching:
-        return relaunch.run_processes(HERE, arguments)
+        return relaunch.run_processes(Path(__file__).resolve(), arguments)
 
     from refiner_ds.training import session
 
