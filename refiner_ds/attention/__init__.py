@@ -1,7 +1,7 @@
 """Refined attention, knowing nothing of models: the equations, the ways of computing them, and the choice.
 
-    reference.py   the paper's equations            norms.py       batch norm in fp32, counted once a step
-    composed.py    the plain composition            parameters.py  what a refiner is made of
+    equations.py   the paper's equations            norms.py       batch norm in fp32, counted once a step
+    eager.py    the plain composition            parameters.py  what a refiner is made of
     lean.py        without the expanded maps        folding.py     norms folded for inference
     fused/         the same in Triton kernels       choose.py      attend, refine, plain: what models call
 
@@ -9,43 +9,53 @@ Lean is built of tiles.py and moments.py, and a file for each case that lean.py 
 bottleneck_function.py are shared with fused.
 """
 
-from refiner_ds.attention.choose import WAYS, attend, plain, refine, set_keep, using, way_chosen
-from refiner_ds.attention.composed import make_map, refined_map
-from refiner_ds.attention.folding import fold_refiner
+from refiner_ds.attention.dispatch import (
+    BACKENDS,
+    attend,
+    attention_backend,
+    plain_attention,
+    refine,
+    resolve_backend,
+    set_save_for_backward,
+)
+from refiner_ds.attention.eager import make_map, refined_map
+from refiner_ds.attention.folding import fold_refiner, running_affine, scaled
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
-from refiner_ds.attention.parameters import (
+from refiner_ds.attention.weights import (
     CONSTRAINTS,
-    BottleneckRefiner,
-    FoldedRefiner,
-    LinearRefiner,
+    BottleneckWeights,
+    DeferredMap,
+    FoldedWeights,
+    LinearWeights,
     LocalKernels,
-    Refiner,
-    Scores,
+    RefinerWeights,
     kernel_shapes,
 )
 
 __all__ = [
     "CONSTRAINTS",
-    "WAYS",
+    "BACKENDS",
     "BatchNorm",
-    "BottleneckRefiner",
-    "FoldedRefiner",
-    "LinearRefiner",
+    "BottleneckWeights",
+    "FoldedWeights",
+    "LinearWeights",
     "LocalKernels",
     "Norm",
-    "Refiner",
-    "Scores",
+    "RefinerWeights",
+    "DeferredMap",
     "attend",
+    "attention_backend",
     "batch_norm",
     "fold_refiner",
     "frozen_statistics",
     "kernel_shapes",
     "make_map",
-    "plain",
+    "plain_attention",
     "recompute_aware",
     "refine",
     "refined_map",
-    "set_keep",
-    "using",
-    "way_chosen",
+    "set_save_for_backward",
+    "resolve_backend",
+    "running_affine",
+    "scaled",
 ]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from torch import Tensor, zeros_like
 
 from refiner_ds.attention.moments import fold_norm, update_running
-from refiner_ds.attention.parameters import BottleneckRefiner
+from refiner_ds.attention.weights import BottleneckWeights
 
 __all__ = ["Affine", "Algebra", "Statistics"]
 
@@ -50,7 +50,7 @@ class Algebra:
         count: entries of one map over the batch, B·N².
     """
 
-    def __init__(self, refiner: BottleneckRefiner, scale: float, count: int) -> None:
+    def __init__(self, refiner: BottleneckWeights, scale: float, count: int) -> None:
         self.refiner, self.scale, self.count = refiner, scale, count
         self._expand_EH = refiner.expand_EH.double()
 

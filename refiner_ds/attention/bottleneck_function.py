@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention.bottleneck_algebra import Affine, Algebra, Statistics
 from refiner_ds.attention.norms import Norm
-from refiner_ds.attention.parameters import BottleneckRefiner, LocalKernels
+from refiner_ds.attention.weights import BottleneckWeights, LocalKernels
 
 __all__ = ["Passes", "refine_in_training"]
 
@@ -88,7 +88,7 @@ class _Refine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, passes: type[Passes], layout: BottleneckRefiner, scale: float, keep: str,
+        ctx: Any, passes: type[Passes], layout: BottleneckWeights, scale: float, save_for_backward: str,
         map_BHNN: Tensor, value_BHNd: Tensor, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(map_BHNN.device.type, enabled=False):
@@ -96,7 +96,7 @@ class _Refine(torch.autograd.Function):
             made = passes(map_BHNN, algebra)
             statistics, *stacks = _measure(made, algebra)
             out_BHNd = made.output(stacks[1], value_BHNd)
-        kept = stacks if keep == "stacks" else []
+        kept = stacks if save_for_backward == "activations" else []
         ctx.save_for_backward(map_BHNN, value_BHNd, *weights, *statistics, *kept)
         ctx.passes, ctx.layout, ctx.scale, ctx.weights = passes, layout, scale, len(weights)
         return out_BHNd
@@ -123,14 +123,14 @@ def _count(map_BHNN: Tensor) -> int:
     return map_BHNN.numel() // map_BHNN.shape[1]
 
 
-def _parted(refiner: BottleneckRefiner) -> tuple[BottleneckRefiner, tuple[Tensor, ...]]:
+def _parted(refiner: BottleneckWeights) -> tuple[BottleneckWeights, tuple[Tensor, ...]]:
     """The refiner's differentiable tensors by themselves, so that autograd sees and keeps them."""
     norms = [refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H]
     affines = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
     return refiner, (refiner.expand_EH, refiner.local.kernels[0], refiner.project_HE, *affines)
 
 
-def _joined(layout: BottleneckRefiner, weights: list[Tensor]) -> BottleneckRefiner:
+def _joined(layout: BottleneckWeights, weights: list[Tensor]) -> BottleneckWeights:
     """The refiner again, of saved tensors."""
     expand_EH, kernel_E1kk, project_HE, *affines = weights
     norms: list[Norm] = [
@@ -138,17 +138,22 @@ def _joined(layout: BottleneckRefiner, weights: list[Tensor]) -> BottleneckRefin
         for index, norm in enumerate((layout.norm1_E, layout.norm2_E, layout.norm3_H, layout.adapt_H))
     ]
     local = LocalKernels((kernel_E1kk,), layout.local.constraint, layout.local.grid)
-    return BottleneckRefiner(expand_EH, norms[0], local, norms[1], project_HE, norms[2], norms[3])
+    return BottleneckWeights(expand_EH, norms[0], local, norms[1], project_HE, norms[2], norms[3])
 
 
 def refine_in_training(
-    map_BHNN: Tensor, value_BHNd: Tensor, refiner: BottleneckRefiner, scale: float, keep: str, passes: type[Passes]
+    map_BHNN: Tensor,
+    value_BHNd: Tensor,
+    refiner: BottleneckWeights,
+    scale: float,
+    save_for_backward: str,
+    passes: type[Passes],
 ) -> Tensor:
     """Refined maps times values with batch statistics, [B, H, N, d]; constraint "none" only.
 
     Args:
-        keep: "map" keeps the map alone for backward, "stacks" also h2 and h3, four times and more its bytes.
+        keep: "map" keeps the map alone for backward, "activations" also h2 and h3, four times and more its bytes.
         passes: who goes over the maps.
     """
     layout, weights = _parted(refiner)
-    return _Refine.apply(passes, layout, scale, keep, map_BHNN, value_BHNd, *weights)
+    return _Refine.apply(passes, layout, scale, save_for_backward, map_BHNN, value_BHNd, *weights)

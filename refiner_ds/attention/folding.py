@@ -1,6 +1,6 @@
 """Norms with running statistics folded into their neighbours, computed in float64.
 
-    expand ─ norm ─ local ─ norm ─ project ─ norm ─ + A ─ norm, · scale ──> FoldedRefiner
+    expand ─ norm ─ local ─ norm ─ project ─ norm ─ + A ─ norm, · scale ──> FoldedWeights
 
 Axes: H heads, E expanded maps.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from refiner_ds.attention.norms import Norm
-from refiner_ds.attention.parameters import BottleneckRefiner, FoldedRefiner
+from refiner_ds.attention.weights import BottleneckWeights, FoldedWeights
 
 __all__ = ["fold_refiner", "running_affine", "scaled"]
 
 
-def fold_refiner(refiner: BottleneckRefiner, scale: float) -> FoldedRefiner:
+def fold_refiner(refiner: BottleneckWeights, scale: float) -> FoldedWeights:
     """The bottleneck with running statistics as weights and biases, ``scale`` included.
 
     The second norm's gain goes into the local kernel if every entry of a map passes through it; under a constraint
@@ -29,7 +29,7 @@ def fold_refiner(refiner: BottleneckRefiner, scale: float) -> FoldedRefiner:
     local, gain2 = refiner.local, None if refiner.local.constraint == "none" else gain2_E.to(dtype)
     if gain2 is None:
         local = local._replace(kernels=(scaled(local.kernels[0], gain2_E).to(dtype),))
-    return FoldedRefiner(
+    return FoldedWeights(
         scaled(refiner.expand_EH, gain1_E).to(dtype),
         shift1_E.to(dtype),
         local,

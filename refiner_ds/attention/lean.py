@@ -1,8 +1,8 @@
-"""The way "lean": which cases it knows, and what computes each. No expanded map is kept, or ever whole.
+"""The way "tiled": which cases it knows, and what computes each. No expanded map is kept, or ever whole.
 
-    BottleneckRefiner in training                  bottleneck_*.py       keeps A, and two stacks if told to
-    LinearRefiner                                  lean_linear.py        keeps q, k and v, or A and v
-    FoldedRefiner, BottleneckRefiner evaluating    lean_inference.py     keeps nothing
+    BottleneckWeights in training                  bottleneck_*.py       keeps A, and two stacks if told to
+    LinearWeights                                  lean_linear.py        keeps q, k and v, or A and v
+    FoldedWeights, BottleneckWeights evaluating    lean_inference.py     keeps nothing
     a freshly made map                             lean_map.py           keeps q and k
 
 The plain composition knows the rest: kernels over the patch grid, gradients of a bottleneck in evaluation, norms of
@@ -26,17 +26,17 @@ from refiner_ds.attention.folding import fold_refiner
 from refiner_ds.attention.lean_inference import refine_folded
 from refiner_ds.attention.lean_linear import refine_linear
 from refiner_ds.attention.lean_map import make_map
-from refiner_ds.attention.parameters import (
-    BottleneckRefiner,
-    FoldedRefiner,
-    LinearRefiner,
+from refiner_ds.attention.weights import (
+    BottleneckWeights,
+    DeferredMap,
+    FoldedWeights,
+    LinearWeights,
     LocalKernels,
-    Refiner,
-    Scores,
+    RefinerWeights,
 )
 
 __all__ = [
-    "KEEPS",
+    "SAVE_FOR_BACKWARD",
     "Makers",
     "attend",
     "knows",
@@ -44,11 +44,11 @@ __all__ = [
     "make_map",
     "refine",
     "refine_by",
-    "stacks_or_map",
+    "resolve_save_for_backward",
     "traced",
 ]
 
-KEEPS = ("auto", "map", "stacks")
+SAVE_FOR_BACKWARD = ("auto", "map", "activations")
 
 # A network has up to this many bottlenecks at once in a forward pass, and their stacks may take a quarter of memory.
 STACKS_SHARE = 1 / (4 * 16)
@@ -59,24 +59,24 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
-def knows_maps(scores: Scores) -> bool:
+def knows_maps(scores: DeferredMap) -> bool:
     """Whether making this map can be lean."""
     return not traced()
 
 
-def attend(scores: Scores, value_BHNd: Tensor, handed_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend(scores: DeferredMap, value_BHNd: Tensor, residual_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As ``attention.attend``: the output [B, H, N, d], and the map [B, H, N, N] in the values' dtype."""
-    map_BHNN = make_map(scores, handed_BHNN).to(value_BHNd.dtype)
+    map_BHNN = make_map(scores, residual_BHNN).to(value_BHNd.dtype)
     return lean_map.attend(map_BHNN, value_BHNd), map_BHNN
 
 
-def knows(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner) -> bool:
+def knows(attn: Tensor | DeferredMap, value_BHNd: Tensor, refiner: RefinerWeights) -> bool:
     """Whether :func:`refine` computes this case."""
     if traced() or refiner.local.constraint != "none":
         return False
-    if isinstance(refiner, LinearRefiner):
+    if isinstance(refiner, LinearWeights):
         return True
-    if isinstance(refiner, BottleneckRefiner):
+    if isinstance(refiner, BottleneckWeights):
         modes = {norm.training for norm in (refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H)}
         if modes == {True}:
             return True
@@ -98,22 +98,24 @@ def _tensors(*parts: object) -> list[Tensor]:
     return found
 
 
-def stacks_or_map(keep: str, map_BHNN: Tensor, expanded: int) -> str:
+def resolve_save_for_backward(save_for_backward: str, map_BHNN: Tensor, expanded: int) -> str:
     """What a bottleneck keeps: ``keep`` itself, or for "auto" the faster stacks wherever memory is plentiful.
 
     Stacks are kept where those of one layer take at most 1/64 of the device's memory, so that a network's take at
     most a quarter.
 
     Raises:
-        ValueError: ``keep`` is none of :data:`KEEPS`.
+        ValueError: ``keep`` is none of :data:`SAVE_FOR_BACKWARD`.
     """
-    if keep not in KEEPS:
-        raise ValueError(f"keep is {keep!r}; it must be one of {', '.join(KEEPS)}")
-    if keep != "auto":
-        return keep
+    if save_for_backward not in SAVE_FOR_BACKWARD:
+        raise ValueError(
+            f"save_for_backward is {save_for_backward!r}; it must be one of {', '.join(SAVE_FOR_BACKWARD)}"
+        )
+    if save_for_backward != "auto":
+        return save_for_backward
     heads = map_BHNN.shape[1]
     stacks_bytes = map_BHNN.numel() * map_BHNN.element_size() * (heads + expanded) // heads
-    return "stacks" if stacks_bytes <= STACKS_SHARE * _memory_bytes(map_BHNN.device) else "map"
+    return "activations" if stacks_bytes <= STACKS_SHARE * _memory_bytes(map_BHNN.device) else "map"
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -125,29 +127,34 @@ def _memory_bytes(device: torch.device) -> int:
 class Makers(NamedTuple):
     """What computes each case of a way; see the head of this file."""
 
-    make_map: Callable[[Scores], Tensor]
-    linear: Callable[[Tensor | Scores, Tensor, LinearRefiner, float], Tensor]
-    folded: Callable[[Tensor, Tensor, FoldedRefiner], Tensor]
+    make_map: Callable[[DeferredMap], Tensor]
+    linear: Callable[[Tensor | DeferredMap, Tensor, LinearWeights, float], Tensor]
+    folded: Callable[[Tensor, Tensor, FoldedWeights], Tensor]
     passes: type[Passes]
 
 
 def refine_by(
-    makers: Makers, attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner, scale: float, keep: str
+    makers: Makers,
+    attn: Tensor | DeferredMap,
+    value_BHNd: Tensor,
+    refiner: RefinerWeights,
+    scale: float,
+    save_for_backward: str,
 ) -> Tensor:
     """Refined maps times values, [B, M, N, d], by the one of ``makers`` whose case it is.
 
     Args:
         attn, value_BHNd, refiner, scale: as ``attention.refine`` takes them.
-        keep: one of :data:`KEEPS`; only a bottleneck in training has the choice.
+        keep: one of :data:`SAVE_FOR_BACKWARD`; only a bottleneck in training has the choice.
     """
-    if isinstance(refiner, LinearRefiner):
+    if isinstance(refiner, LinearWeights):
         return makers.linear(attn, value_BHNd, refiner, scale)
-    map_BHNN = (makers.make_map(attn) if isinstance(attn, Scores) else attn).to(value_BHNd.dtype)
-    if isinstance(refiner, FoldedRefiner):
+    map_BHNN = (makers.make_map(attn) if isinstance(attn, DeferredMap) else attn).to(value_BHNd.dtype)
+    if isinstance(refiner, FoldedWeights):
         return makers.folded(map_BHNN, value_BHNd, refiner)
     if not refiner.norm1_E.training:
         return makers.folded(map_BHNN, value_BHNd, fold_refiner(refiner, scale))
-    kept = stacks_or_map(keep, map_BHNN, refiner.expand_EH.shape[0])
+    kept = resolve_save_for_backward(save_for_backward, map_BHNN, refiner.expand_EH.shape[0])
     return refine_in_training(map_BHNN, value_BHNd, refiner, scale, kept, makers.passes)
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from refiner_ds.attention.lean_steps import affine, narrow, product_dtype, widen
 from refiner_ds.attention.norms import statistics_dtype
-from refiner_ds.attention.parameters import FoldedRefiner
 from refiner_ds.attention.tiles import convolve, tiles
+from refiner_ds.attention.weights import FoldedWeights
 
 __all__ = ["refine_folded"]
 
 
 @torch.no_grad()
-def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) -> Tensor:
+def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedWeights) -> Tensor:
     """Refined maps times values, [B, H, N, d]; constraint "none" only, and nothing for backward."""
     precision, dtype = statistics_dtype(map_BHNN.dtype), product_dtype(map_BHNN)
     expand_EH, bias1_E, kernel_E1kk, bias2_E, gain_H, shift_H = (

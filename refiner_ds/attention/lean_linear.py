@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from refiner_ds.attention.lean_map import make_map, score_gradients, softmax_rows
 from refiner_ds.attention.lean_steps import correlate, narrow, product_dtype, widen
 from refiner_ds.attention.norms import statistics_dtype
-from refiner_ds.attention.parameters import LinearRefiner, Scores
 from refiner_ds.attention.tiles import Tile, convolution_gradients, convolve, tiles
+from refiner_ds.attention.weights import DeferredMap, LinearWeights
 
 __all__ = ["Steps", "composing_pays", "refine_linear", "steps_of"]
 
@@ -66,7 +66,7 @@ def composing_pays(heads: int, expanded: int, kernel_size: int) -> bool:
     return heads * heads * taps <= STEP_COST * expanded * (2 * heads + taps)
 
 
-def steps_of(refiner: LinearRefiner, scale: float) -> Steps:
+def steps_of(refiner: LinearWeights, scale: float) -> Steps:
     """The refiner's weights in the form that is faster, ``scale`` included; constraint "none" only."""
     kernel_E1kk = _exactly(refiner.local.kernels[0]) * scale
     if refiner.expand_EH is None or refiner.reduce_HE is None:
@@ -75,7 +75,7 @@ def steps_of(refiner: LinearRefiner, scale: float) -> Steps:
     if not composing_pays(expand_EH.shape[1], len(expand_EH), kernel_E1kk.shape[-1]):
         return Steps(kernel_E1kk, expand_EH, reduce_HE)
     with torch.autocast(kernel_E1kk.device.type, enabled=False):
-        return Steps(reference.compose_kernel(expand_EH, kernel_E1kk, reduce_HE).contiguous())
+        return Steps(equations.compose_kernel(expand_EH, kernel_E1kk, reduce_HE).contiguous())
 
 
 def _exactly(weight: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class _Refine(torch.autograd.Function):
                 # The dense convolution alone is as fast on maps as they come.
                 wide_bERN = map_bHRN if steps.groups == 1 else _in(map_bHRN, steps.expand_EH)
                 refined_bMRN = _out(convolve(wide_bERN, steps.kernel, tile, steps.groups), steps.reduce_HE)
-                out_BMNd[tile.images, :, tile.rows] = reference.attend(refined_bMRN, value_BHNd[tile.images].to(dtype))
+                out_BMNd[tile.images, :, tile.rows] = equations.attend(refined_bMRN, value_BHNd[tile.images].to(dtype))
         return out_BMNd
 
     @staticmethod
@@ -196,15 +196,15 @@ class _WayBack:
         return _out(d_wide_bERN, steps.expand_EH.T)
 
 
-def refine_linear(attn: Tensor | Scores, value_BHNd: Tensor, refiner: LinearRefiner, scale: float) -> Tensor:
+def refine_linear(attn: Tensor | DeferredMap, value_BHNd: Tensor, refiner: LinearWeights, scale: float) -> Tensor:
     """Refined maps times values, [B, M, N, d]; constraint "none" only.
 
     With dropout the map is made first and kept: tiles overlap by the kernel's reach, and an entry must be dropped in
     all of them or in none.
     """
     steps = steps_of(refiner, scale)
-    if isinstance(attn, Scores) and attn.dropout:
+    if isinstance(attn, DeferredMap) and attn.dropout:
         attn = make_map(attn).to(value_BHNd.dtype)
-    if isinstance(attn, Scores):
+    if isinstance(attn, DeferredMap):
         return _Refine.apply(attn.scale, value_BHNd, *steps, attn.q_BHNd, attn.k_BHNd)
     return _Refine.apply(1.0, value_BHNd, *steps, attn)

@@ -1,6 +1,6 @@
 """Making a map and keeping none of it: queries and keys are enough to make it again, row by row.
 
-    q, k (+ the map handed on) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out ──> A·V
+    q, k (+ the residual map) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out ──> A·V
                                    └─ backward: softmax(scale·QKᵀ) again, tile by tile, in fp32
 
 The softmax is never taken back out of A as A − scale·A_before: in half precision that difference has no digits left.
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from refiner_ds.attention.lean_steps import product_dtype
 from refiner_ds.attention.norms import statistics_dtype
-from refiner_ds.attention.parameters import Scores
 from refiner_ds.attention.tiles import Tile, tiles
+from refiner_ds.attention.weights import DeferredMap
 
 __all__ = ["attend", "make_map", "score_gradients", "softmax_rows"]
 
@@ -45,11 +45,11 @@ def score_gradients(
 
 
 class _MakeMap(torch.autograd.Function):
-    """(q, k, map handed on or None) to the map."""
+    """(q, k, residual map or None) to the map."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, handed_BHNN: Tensor | None, scale: float, dropout: float, seed: int
+        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int
     ) -> Tensor:
         batch, heads, tokens, _ = q_BHNd.shape
         precision = statistics_dtype(q_BHNd.dtype)
@@ -57,14 +57,14 @@ class _MakeMap(torch.autograd.Function):
         with torch.autocast(q_BHNd.device.type, enabled=False):
             for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
                 rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
-                if handed_BHNN is not None:
-                    rows_bHRN.add_(handed_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
+                if residual_BHNN is not None:
+                    rows_bHRN.add_(residual_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
                 if dropout:
                     rows_bHRN.mul_(_kept(rows_bHRN, dropout, seed + index))
                 map_BHNN[tile.images, :, tile.rows] = rows_bHRN
         ctx.save_for_backward(q_BHNd, k_BHNd)
         ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
-        ctx.handed = None if handed_BHNN is None else handed_BHNN.dtype
+        ctx.residual = None if residual_BHNN is None else residual_BHNN.dtype
         return map_BHNN
 
     @staticmethod
@@ -75,19 +75,19 @@ class _MakeMap(torch.autograd.Function):
         dq_BHNd = torch.empty_like(q_BHNd)
         precision = statistics_dtype(q_BHNd.dtype)
         dk_BHNd = torch.zeros_like(k_BHNd, dtype=precision)
-        d_handed_BHNN = None if ctx.handed is None else torch.empty_like(grad_BHNN, dtype=ctx.handed)
+        d_residual_BHNN = None if ctx.residual is None else torch.empty_like(grad_BHNN, dtype=ctx.residual)
         with torch.autocast(q_BHNd.device.type, enabled=False):
             for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
                 grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(precision)
                 if ctx.dropout:
                     grad_bHRN = grad_bHRN * _kept(grad_bHRN, ctx.dropout, ctx.seed + index)
-                if d_handed_BHNN is not None:
-                    d_handed_BHNN[tile.images, :, tile.rows] = grad_bHRN * ctx.scale
+                if d_residual_BHNN is not None:
+                    d_residual_BHNN[tile.images, :, tile.rows] = grad_bHRN * ctx.scale
                 softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, ctx.scale, tile)
                 dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, ctx.scale, tile)
                 dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
                 dk_BHNd[tile.images] += dk_bHNd
-        return dq_BHNd, dk_BHNd.to(k_BHNd.dtype), d_handed_BHNN, None, None, None
+        return dq_BHNd, dk_BHNd.to(k_BHNd.dtype), d_residual_BHNN, None, None, None
 
 
 def _kept(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
@@ -98,13 +98,13 @@ def _kept(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
     return torch.empty_like(like_bHRN).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
-    """As ``composed.make_map``, [B, H, N, N] in the queries' dtype, keeping q and k for backward.
+def make_map(scores: DeferredMap, residual_BHNN: Tensor | None = None) -> Tensor:
+    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, keeping q and k for backward.
 
     Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
     """
     seed = int(torch.randint(2**62, ())) if scores.dropout else 0
-    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed)
+    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, residual_BHNN, scores.scale, scores.dropout, seed)
 
 
 class _Attend(torch.autograd.Function):
@@ -129,5 +129,5 @@ def attend(map_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
     """
     device = map_BHNN.device.type
     if torch.is_autocast_enabled(device) and value_BHNd.dtype != torch.get_autocast_dtype(device):
-        return reference.attend(map_BHNN, value_BHNd)
+        return equations.attend(map_BHNN, value_BHNd)
     return _Attend.apply(map_BHNN, value_BHNd)

@@ -115,9 +115,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""
-        return batch_norm(x, self.parameters_now())
+        return batch_norm(x, self.as_norm())
 
-    def parameters_now(self) -> Norm:
+    def as_norm(self) -> Norm:
         """The norm as the functional operators take it, in the mode the module is in."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         return Norm(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds import attention
-from refiner_ds.attention import BottleneckRefiner, LinearRefiner, LocalKernels, Norm, Refiner, Scores
+from refiner_ds.attention import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels, Norm, RefinerWeights
 from refiner_ds.attention.tiles import CPU_TILE_BYTES
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes
 from refiner_ds.benchmark.traffic import moved_bytes
@@ -39,13 +39,13 @@ __all__ = ["Row", "Setting", "main", "measure"]
 # Case -> its ways: (label, way, what is kept). The first is the unit of the ratios; fused is left out where it cannot
 # run.
 CASES: dict[str, list[tuple[str, str, str]]] = {
-    "linear": [("reference", "reference", "auto"), ("lean", "lean", "auto"), ("fused", "fused", "auto")],
+    "linear": [("eager", "eager", "auto"), ("tiled", "tiled", "auto"), ("triton", "triton", "auto")],
     "bottleneck": [
-        ("reference", "reference", "auto"),
-        ("lean, stacks", "lean", "stacks"),
-        ("lean, map", "lean", "map"),
-        ("fused, stacks", "fused", "stacks"),
-        ("fused, map", "fused", "map"),
+        ("eager", "eager", "auto"),
+        ("tiled, activations", "tiled", "activations"),
+        ("tiled, map", "tiled", "map"),
+        ("triton, activations", "triton", "activations"),
+        ("triton, map", "triton", "map"),
     ],
     "attention": [("fused softmax", "", "")],
 }
@@ -63,7 +63,7 @@ class Row:
 
     tokens: int
     case: str
-    way: str
+    backend: str
     training_ms: float
     evaluation_ms: float
     kept_mib_image: float
@@ -106,76 +106,77 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(attention.BatchNorm(count) for count in (wide, wide, heads, heads))
         self.to(setting.device)
 
-    def refiner(self, case: str) -> Refiner:
+    def refiner(self, case: str) -> RefinerWeights:
         """The weights as the operator takes them."""
         local = LocalKernels((self.kernel,), "none", (1, 1))
         if case == "linear":
-            return LinearRefiner(self.expand, local, self.project)
-        norms: list[Norm] = [cast(attention.BatchNorm, norm).parameters_now() for norm in self.norms]
-        return BottleneckRefiner(self.expand, norms[0], local, norms[1], self.project, norms[2], norms[3])
+            return LinearWeights(self.expand, local, self.project)
+        norms: list[Norm] = [cast(attention.BatchNorm, norm).as_norm() for norm in self.norms]
+        return BottleneckWeights(self.expand, norms[0], local, norms[1], self.project, norms[2], norms[3])
 
     def leaves(self, case: str, images: int) -> list[Tensor]:
         """Fresh inputs that want gradients: q, k, v, or for a bottleneck the map and v."""
         dtype = self.expand.dtype if self.setting.dtype == "fp32" else DTYPES[self.setting.dtype]
         q_BHNd, k_BHNd, v_BHNd = (x[:images].to(self.setting.device, dtype) for x in self.inputs)
         if case == "bottleneck":
-            map_BHNN = attention.make_map(Scores(3 * q_BHNd, k_BHNd, self.scale))
+            map_BHNN = attention.make_map(DeferredMap(3 * q_BHNd, k_BHNd, self.scale))
             return [x.detach().requires_grad_() for x in (map_BHNN, v_BHNd)]
         return [x.requires_grad_() for x in (q_BHNd.clone(), k_BHNd.clone(), v_BHNd.clone())]
 
-    def compute(self, case: str, way: str, keep: str, inputs: list[Tensor]) -> Tensor:
+    def compute(self, case: str, backend: str, save_for_backward: str, inputs: list[Tensor]) -> Tensor:
         """A·V, refined or not."""
         *source, v_BHNd = inputs
         if case == "bottleneck":
-            return attention.refine(source[0], v_BHNd, self.refiner(case), self.scale, way, keep)
-        scores = Scores(source[0], source[1], self.scale)
+            return attention.refine(source[0], v_BHNd, self.refiner(case), self.scale, backend, save_for_backward)
+        scores = DeferredMap(source[0], source[1], self.scale)
         if case == "attention":
-            return attention.plain(scores, v_BHNd)
-        return attention.refine(scores, v_BHNd, self.refiner(case), way=way)
+            return attention.plain_attention(scores, v_BHNd)
+        return attention.refine(scores, v_BHNd, self.refiner(case), backend=backend)
 
 
-def _train(layer: Layer, case: str, way: str, keep: str, inputs: list[Tensor]) -> list[Tensor]:
+def _train(layer: Layer, case: str, backend: str, save_for_backward: str, inputs: list[Tensor]) -> list[Tensor]:
     """The output and all gradients."""
     layer.train()
     with layer.setting.precision():
-        out = layer.compute(case, way, keep, inputs)
+        out = layer.compute(case, backend, save_for_backward, inputs)
     weights = [] if case == "attention" else [layer.expand, layer.kernel, layer.project]
     direction = layer.direction[: len(out)].to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, [*inputs, *weights], direction)]
 
 
 @torch.no_grad()
-def _evaluate(layer: Layer, case: str, way: str, keep: str, inputs: list[Tensor]) -> Tensor:
+def _evaluate(layer: Layer, case: str, backend: str, save_for_backward: str, inputs: list[Tensor]) -> Tensor:
     layer.eval()
     with layer.setting.precision():
-        return layer.compute(case, way, keep, inputs)
+        return layer.compute(case, backend, save_for_backward, inputs)
 
 
-def _keep(layer: Layer, case: str, way: str, keep: str, images: int) -> int:
+def _save_for_backward(layer: Layer, case: str, backend: str, save_for_backward: str, images: int) -> int:
     inputs = layer.leaves(case, images)
     layer.train()
     with layer.setting.precision():
-        return kept_bytes(lambda: layer.compute(case, way, keep, inputs), layer)
+        return kept_bytes(lambda: layer.compute(case, backend, save_for_backward, inputs), layer)
 
 
 def _ways(layer: Layer) -> dict[str, list[tuple[str, str, str]]]:
     """The cases' ways as far as this layer can be computed so."""
     return {
-        case: [one for one in ways if one[1] != "fused" or _kernels_know(layer, case)] for case, ways in CASES.items()
+        case: [one for one in backends if one[1] != "triton" or _kernels_know(layer, case)]
+        for case, backends in CASES.items()
     }
 
 
 def _kernels_know(layer: Layer, case: str) -> bool:
     *source, v_BHNd = layer.leaves(case, 1)
     try:
-        attention.way_chosen("fused", v_BHNd.device)
+        attention.resolve_backend("triton", v_BHNd.device)
     except ValueError:
         return False
-    from refiner_ds.attention.fused import ways
+    from refiner_ds.attention.fused import backends
 
     layer.train()
-    attn = source[0] if case == "bottleneck" else Scores(source[0], source[1], layer.scale)
-    return ways.knows(attn, v_BHNd, layer.refiner(case))
+    attn = source[0] if case == "bottleneck" else DeferredMap(source[0], source[1], layer.scale)
+    return backends.knows(attn, v_BHNd, layer.refiner(case))
 
 
 def _moved(setting: Setting, tokens: int, names: list[tuple[str, str, str, str]]) -> list[tuple[float, float]]:
@@ -187,9 +188,9 @@ def _moved(setting: Setting, tokens: int, names: list[tuple[str, str, str, str]]
     enough = far_above // (DTYPES[setting.dtype].itemsize * entries) + 1
     images = max(setting.batch, min(enough, MOST_IMAGES))
     layer, found = Layer(replace(setting, batch=images), tokens), []
-    for case, _, way, keep in names:
+    for case, _, backend, save_for_backward in names:
         inputs = layer.leaves(case, images)
-        moved = moved_bytes(partial(_train, layer, case, way, keep, inputs), far_above)
+        moved = moved_bytes(partial(_train, layer, case, backend, save_for_backward, inputs), far_above)
         found.append((moved.all / (images * entries), moved.far / (images * entries)))
     return found
 
@@ -199,13 +200,13 @@ def _errors(setting: Setting, tokens: int) -> dict[tuple[str, str], list[float]]
     found = {}
     few = Setting(2, setting.heads, setting.width, setting.ratio, setting.device, setting.dtype)
     exact = Layer(Setting(2, setting.heads, setting.width, setting.ratio, setting.device), tokens).double()
-    for case, ways in _ways(Layer(few, tokens)).items():
+    for case, backends in _ways(Layer(few, tokens)).items():
         layer = Layer(few, tokens)
         inputs = layer.leaves(case, 2)
         doubles = [x.detach().double().requires_grad_() for x in inputs]
-        truth = _train(exact, case, "reference", "auto", doubles)
-        for label, way, keep in ways:
-            ours = _train(layer, case, way, keep, inputs)
+        truth = _train(exact, case, "eager", "auto", doubles)
+        for label, backend, save_for_backward in backends:
+            ours = _train(layer, case, backend, save_for_backward, inputs)
             pairs = zip(ours, truth, strict=True)
             found[case, label] = [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
     return found
@@ -215,20 +216,25 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
     """A row for every case and way at one number of tokens; all are timed in the same interleaved rounds."""
     device = torch.device(setting.device)
     layer, errors = Layer(setting, tokens), _errors(setting, tokens)
-    names = [(case, *way) for case, ways in _ways(layer).items() for way in ways]
+    names = [(case, *backend) for case, backends in _ways(layer).items() for backend in backends]
     moved = _moved(setting, tokens, names)
     inputs = {case: layer.leaves(case, setting.batch) for case in CASES}
     seconds = [
         best_seconds(
-            [partial(step, layer, case, way, keep, inputs[case]) for case, _, way, keep in names], rounds, device
+            [
+                partial(step, layer, case, backend, save_for_backward, inputs[case])
+                for case, _, backend, save_for_backward in names
+            ],
+            rounds,
+            device,
         )
         for step in (_train, _evaluate)
     ]
     rows = []
-    for (case, label, way, keep), (moved_entry, far_entry), training, evaluation in zip(
+    for (case, label, backend, save_for_backward), (moved_entry, far_entry), training, evaluation in zip(
         names, moved, *seconds, strict=True
     ):
-        one, two = (_keep(layer, case, way, keep, images) for images in (1, 2))
+        one, two = (_save_for_backward(layer, case, backend, save_for_backward, images) for images in (1, 2))
         per_image = 1000 / setting.batch
         output, *gradients = errors[case, label]
         times, kept = (training * per_image, evaluation * per_image), (two - one) / MIB
@@ -244,14 +250,14 @@ def table(rows: list[Row]) -> str:
         "kept MiB/image": "kept_mib_image",
         "moved B/entry": "moved_entry",
     }
-    header = f"{'tokens':>6}  {'case':<11}{'way':<14}" + "".join(f"{title:>24}" for title in columns)
+    header = f"{'tokens':>6}  {'case':<11}{'backend':<20}" + "".join(f"{title:>24}" for title in columns)
     lines = [header + f"{'of it far':>11}{'output error':>14}{'gradients':>11}"]
     for row in rows:
         unit = next((one for one in rows if (one.tokens, one.case) == (row.tokens, row.case)), row)
         cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
         figures = "".join(f"{value:>14.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
         errors = f"{row.far_entry:>11.1f}{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
-        lines.append(f"{row.tokens:>6}  {row.case:<11}{row.way:<14}{figures}{errors}")
+        lines.append(f"{row.tokens:>6}  {row.case:<11}{row.backend:<20}{figures}{errors}")
     return "\n".join(lines)
 
 
@@ -264,20 +270,22 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     colours = {"linear": "tab:blue", "bottleneck": "tab:red", "attention": "tab:gray"}
-    styles = {"reference": "--", "lean, map": ":", "fused": "-.", "fused, stacks": "-.", "fused, map": (0, (1, 3))}
+    styles = {"eager": "--", "tiled, map": ":", "triton": "-.", "triton, activations": "-.", "triton, map": (0, (1, 3))}
     for panel, (field, label) in zip(
         panels,
         (("kept_mib_image", "kept for backward, MiB an image"), ("training_ms", "training, ms an image")),
         strict=True,
     ):
-        for case, ways in CASES.items():
-            for way, _, _ in ways:
-                points = [(row.tokens, getattr(row, field)) for row in rows if (row.case, row.way) == (case, way)]
+        for case, backends in CASES.items():
+            for backend, _, _ in backends:
+                points = [
+                    (row.tokens, getattr(row, field)) for row in rows if (row.case, row.backend) == (case, backend)
+                ]
                 if not points:
                     continue
-                name = f"{case}, {way}" if case != "attention" else "no refiner, fused softmax"
+                name = f"{case}, {backend}" if case != "attention" else "no refiner, fused softmax"
                 panel.plot(
-                    *zip(*points, strict=True), styles.get(way, "-"), marker="o", color=colours[case], label=name
+                    *zip(*points, strict=True), styles.get(backend, "-"), marker="o", color=colours[case], label=name
                 )
         panel.set(xlabel="tokens N", ylabel=label, xscale="log", yscale="log")
         sizes = sorted({row.tokens for row in rows})

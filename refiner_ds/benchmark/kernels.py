@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from refiner_ds import attention
-from refiner_ds.attention import Scores
+from refiner_ds.attention import DeferredMap
 from refiner_ds.benchmark.attention import Layer, Setting
 from refiner_ds.errors import ConfigError
 
@@ -55,11 +55,11 @@ def _go(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
     map_BHNN = value.new_full((batch, heads, tokens, tokens), 1 / tokens).requires_grad_(training)
     with torch.set_grad_enabled(training):
         if name == "bottleneck":
-            out = attention.refine(map_BHNN, value, layer.refiner(name), layer.scale, "fused", "stacks")
+            out = attention.refine(map_BHNN, value, layer.refiner(name), layer.scale, "triton", "activations")
         elif name == "linear":
-            out = attention.refine(Scores(q, k, layer.scale), value, layer.refiner(name), way="fused")
+            out = attention.refine(DeferredMap(q, k, layer.scale), value, layer.refiner(name), backend="triton")
         else:
-            out, made_BHNN = attention.attend(Scores(q, k, layer.scale), value, map_BHNN, way="fused")
+            out, made_BHNN = attention.attend(DeferredMap(q, k, layer.scale), value, map_BHNN, backend="triton")
         if training:
             outputs = [out, made_BHNN] if name == "map" else [out]
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])

@@ -33,7 +33,7 @@ from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "main", "measure"]
 
-UNIT, PLAIN = "plain twin", "reference"
+UNIT, PLAIN = "plain twin", "eager"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 
@@ -44,7 +44,7 @@ class Contender:
 
     label: str
     model: str
-    way: str = PLAIN
+    backend: str = PLAIN
     refiner: str | None = None
     compiled: bool = False
 
@@ -80,7 +80,7 @@ class Setting:
 
     def contenders(self) -> list[Contender]:
         """Everything that can run on the device."""
-        found = [Contender(way, self.model, way) for way in attention.WAYS if self._runs(way)]
+        found = [Contender(backend, self.model, backend) for backend in attention.BACKENDS if self._runs(backend)]
         found.append(Contender(UNIT, self.model, refiner="none"))
         if self.compile:
             found += [replace(one, label=f"{one.label}, compiled", compiled=True) for one in (found[0], found[-1])]
@@ -88,9 +88,9 @@ class Setting:
             found.append(Contender("timm DeiT-S", "deit_small_patch16_224"))
         return found
 
-    def _runs(self, way: str) -> bool:
+    def _runs(self, backend: str) -> bool:
         try:
-            return attention.way_chosen(way, torch.device(self.device)) == way
+            return attention.resolve_backend(backend, torch.device(self.device)) == backend
         except ValueError:
             return False
 
@@ -112,7 +112,7 @@ class Setting:
 
 
 def _loss(setting: Setting, contender: Contender, model: nn.Module, images: Tensor) -> Tensor:
-    with setting.precision(), attention.using(contender.way):
+    with setting.precision(), attention.attention_backend(contender.backend):
         out = model.train()(images)
     logits = [part for part in (out if isinstance(out, tuple) else (out,)) if isinstance(part, Tensor)]
     return torch.stack([part.float().logsumexp(-1).mean() for part in logits]).sum()
@@ -125,7 +125,7 @@ def _train(setting: Setting, contender: Contender, model: nn.Module, images: Ten
 
 @torch.no_grad()
 def _forward(setting: Setting, contender: Contender, model: nn.Module, images: Tensor) -> Tensor:
-    with setting.precision(), attention.using(contender.way):
+    with setting.precision(), attention.attention_backend(contender.backend):
         return model.eval()(images)
 
 

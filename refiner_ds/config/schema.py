@@ -59,12 +59,14 @@ class ModelKeys(Section):
     cos_reg: float = Field(
         0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps; released: 0.1"
     )
-    attention: Literal["reference", "lean", "fused"] | None = Field(
+    attention: Literal["eager", "tiled", "triton"] | None = Field(
         None,
-        description="how refined attention is computed; $REFINER_ATTENTION overrides; null: fused on a GPU, else lean",
+        description="backend of refined attention; $REFINER_ATTENTION overrides it; null: triton on a GPU, else tiled",
     )
-    keep: Literal["auto", "map", "stacks"] = Field(
-        "auto", description="what refiners keep for backward, lean or fused: the map, or two stacks too, five times it"
+    save_for_backward: Literal["auto", "map", "activations"] = Field(
+        "auto",
+        description="what a tiled or triton refiner saves for backward: the attention map alone, or two activations"
+        " of the refiner too (five times the bytes, less to recompute); auto decides by the device's memory",
     )
     checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
         "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"

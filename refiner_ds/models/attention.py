@@ -1,7 +1,7 @@
-"""The four kinds of attention a block can have; all take (x, map handed on) and give (out, map to hand on).
+"""The four kinds of attention a block can have; all take (x, residual map) and give (out, map to hand on).
 
     MapAttention      makes a map from Q, K and the one handed on, uses it, hands it on       released, even blocks
-    SharedAttention   has V alone; refines the map handed on, uses that, hands on the original   released, odd blocks
+    SharedAttention   has V alone; refines the residual map, uses that, hands on the original   released, odd blocks
     RefinedAttention  makes its own map, refines it, uses that; hands nothing on               the paper's
     PlainAttention    softmax attention by PyTorch's fused kernels; hands nothing on             a plain ViT
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds import attention
-from refiner_ds.attention import BatchNorm, Refiner, Scores, reference
+from refiner_ds.attention import BatchNorm, DeferredMap, RefinerWeights, equations
 from refiner_ds.models.refiners import DLA, FoldedDLA, MapRefiner
 
 __all__ = ["AttentionOptions", "MapAttention", "PlainAttention", "RefinedAttention", "SharedAttention"]
 
-Handed = Tensor | None
+ResidualMap = Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class _Attention(nn.Module):
         qkv = self.qkv(x_BND).reshape(batch, tokens, -1, self.num_heads, width // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _scores(self, q_BHNd: Tensor, k_BHNd: Tensor) -> Scores:
-        return Scores(q_BHNd, k_BHNd, self.scale, self.attn_drop if self.training else 0.0)
+    def _deferred_map(self, q_BHNd: Tensor, k_BHNd: Tensor) -> DeferredMap:
+        return DeferredMap(q_BHNd, k_BHNd, self.scale, self.attn_drop if self.training else 0.0)
 
     def _join(self, out_BENd: Tensor) -> Tensor:
         return self.proj_drop(self.proj(out_BENd.transpose(1, 2).flatten(2)))
@@ -84,16 +84,16 @@ class PlainAttention(_Attention):
     def __init__(self, options: AttentionOptions) -> None:
         super().__init__(options, projections=3)
 
-    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+    def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
         """[B, N, D] and nothing to hand on."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
-        return self._join(attention.plain(self._scores(q_BHNd, k_BHNd), v_BHNd)), None
+        return self._join(attention.plain_attention(self._deferred_map(q_BHNd, k_BHNd), v_BHNd)), None
 
-    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+    def forward_with_map(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap, Tensor]:
         """As ``forward``, and the map that multiplied the values."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
-        map_BHNN = attention.make_map(self._scores(q_BHNd, k_BHNd))
-        return self._join(reference.attend(map_BHNN, v_BHNd)), None, map_BHNN
+        map_BHNN = attention.make_map(self._deferred_map(q_BHNd, k_BHNd))
+        return self._join(equations.attend(map_BHNN, v_BHNd)), None, map_BHNN
 
 
 class MapAttention(_Attention):
@@ -102,15 +102,15 @@ class MapAttention(_Attention):
     def __init__(self, options: AttentionOptions) -> None:
         super().__init__(options, projections=3)
 
-    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+    def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
         """[B, N, D], and the map [B, H, N, N] to hand on."""
-        out_BND, map_BHNN, _ = self.forward_with_map(x_BND, handed_BHNN)
+        out_BND, map_BHNN, _ = self.forward_with_map(x_BND, residual_BHNN)
         return out_BND, map_BHNN
 
-    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+    def forward_with_map(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap, Tensor]:
         """As ``forward``, and the map that multiplied the values: the same one."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
-        out_BHNd, map_BHNN = attention.attend(self._scores(q_BHNd, k_BHNd), v_BHNd, handed_BHNN)
+        out_BHNd, map_BHNN = attention.attend(self._deferred_map(q_BHNd, k_BHNd), v_BHNd, residual_BHNN)
         return self._join(out_BHNd), map_BHNN, map_BHNN
 
 
@@ -128,7 +128,7 @@ class _Refining(_Attention):
         # A checkpoint function for the refiner alone, set by set_grad_checkpointing(unit="refiner").
         self.checkpoint: Callable[..., Any] | None = None
 
-    def _refiner(self) -> Refiner:
+    def _refiner(self) -> RefinerWeights:
         if hasattr(self, "refiner"):
             return self.refiner.tensors(self.grid)
         if isinstance(self.DLA, FoldedDLA):
@@ -138,7 +138,7 @@ class _Refining(_Attention):
     def _refine(self, *tensors: Tensor) -> Tensor:
         """Map and values, or queries, keys and values, to refined maps times values."""
         *sources, v_BHNd = tensors
-        source = sources[0] if len(sources) == 1 else self._scores(*sources)
+        source = sources[0] if len(sources) == 1 else self._deferred_map(*sources)
         return attention.refine(source, v_BHNd, self._refiner(), self.refined_scale)
 
     def _refine_or_recompute(self, *tensors: Tensor) -> Tensor:
@@ -156,18 +156,18 @@ class SharedAttention(_Refining):
     def __init__(self, options: AttentionOptions) -> None:
         super().__init__(options, projections=1)
 
-    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+    def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
         """[B, N, D], and the map as it came."""
-        assert handed_BHNN is not None
+        assert residual_BHNN is not None
         (v_BHNd,) = self._heads(x_BND)
-        return self._join(self._refine_or_recompute(handed_BHNN, v_BHNd)), handed_BHNN
+        return self._join(self._refine_or_recompute(residual_BHNN, v_BHNd)), residual_BHNN
 
-    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+    def forward_with_map(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap, Tensor]:
         """As ``forward``, and the refined map that multiplied the values."""
-        assert handed_BHNN is not None
+        assert residual_BHNN is not None
         (v_BHNd,) = self._heads(x_BND)
-        map_BENN = self._refined_map(handed_BHNN.to(v_BHNd.dtype))
-        return self._join(reference.attend(map_BENN, v_BHNd)), handed_BHNN, map_BENN
+        map_BENN = self._refined_map(residual_BHNN.to(v_BHNd.dtype))
+        return self._join(equations.attend(map_BENN, v_BHNd)), residual_BHNN, map_BENN
 
 
 class RefinedAttention(_Refining):
@@ -176,16 +176,16 @@ class RefinedAttention(_Refining):
     def __init__(self, options: AttentionOptions) -> None:
         super().__init__(options, projections=3)
 
-    def forward(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed]:
+    def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
         """[B, N, D] and nothing to hand on."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
         return self._join(self._refine_or_recompute(q_BHNd, k_BHNd, v_BHNd)), None
 
-    def forward_with_map(self, x_BND: Tensor, handed_BHNN: Handed) -> tuple[Tensor, Handed, Tensor]:
+    def forward_with_map(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap, Tensor]:
         """As ``forward``, and the refined map that multiplied the values."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
-        map_BENN = self._refined_map(attention.make_map(self._scores(q_BHNd, k_BHNd)))
-        return self._join(reference.attend(map_BENN, v_BHNd)), None, map_BENN
+        map_BENN = self._refined_map(attention.make_map(self._deferred_map(q_BHNd, k_BHNd)))
+        return self._join(equations.attend(map_BENN, v_BHNd)), None, map_BENN
 
 
 def _build_refiner(options: AttentionOptions) -> tuple[DLA | MapRefiner, int]:

@@ -69,15 +69,15 @@ class Block(nn.Module):
         self.gain = gain
 
     def forward(
-        self, x_BND: Tensor, handed_BHNN: Tensor | None = None, keep_map: bool = False
+        self, x_BND: Tensor, residual_BHNN: Tensor | None = None, keep_map: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The stream [B, N, D], the map to hand on, and with ``keep_map`` the one that multiplied the values."""
         used_BENN = None
         norm_BND = self.norm1(x_BND / self.gain)
         if keep_map:
-            out_BND, handed_BHNN, used_BENN = self.attn.forward_with_map(norm_BND, handed_BHNN)
+            out_BND, residual_BHNN, used_BENN = self.attn.forward_with_map(norm_BND, residual_BHNN)
         else:
-            out_BND, handed_BHNN = self.attn(norm_BND, handed_BHNN)
+            out_BND, residual_BHNN = self.attn(norm_BND, residual_BHNN)
         x_BND = x_BND + self.drop_path(out_BND) * self.gain
         x_BND = x_BND + self.drop_path(self.mlp(x_BND / self.gain, self.norm2)) * self.gain
-        return x_BND, handed_BHNN, used_BENN
+        return x_BND, residual_BHNN, used_BENN

@@ -1,7 +1,7 @@
 """Fold norms and scales into their neighbours, for inference.
 
     stem       conv ─ norm                        ──> conv with bias
-    refiner    expand ─ norm ─ local ─ norm ─ …   ──> attention.FoldedRefiner
+    refiner    expand ─ norm ─ local ─ norm ─ …   ──> attention.FoldedWeights
     MLP        fc2 · scale                        ──> fc2
 
 Folding is computed in float64 and stored in the weights' own precision.
@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from refiner_ds.attention import BatchNorm, fold_refiner
-from refiner_ds.attention.folding import running_affine, scaled
+from refiner_ds.attention import BatchNorm, fold_refiner, running_affine, scaled
 from refiner_ds.models.blocks import Block
 from refiner_ds.models.refiners import DLA, FoldedDLA
 from refiner_ds.models.stem import ConvStem
@@ -45,7 +44,7 @@ def fuse_block(block: Block) -> None:
 
 
 def _fold_conv(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
-    gain, shift = running_affine(norm.parameters_now())
+    gain, shift = running_affine(norm.as_norm())
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype))
     conv.weight = nn.Parameter(scaled(conv.weight, gain).to(conv.weight.dtype))
     return conv

@@ -252,9 +252,9 @@ class RefinedViT(nn.Module):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
         take, last = feature_take_indices(len(self.blocks), indices)
         x_BND = self._embed(x, NO_BOX)
-        taken, handed_BHNN = [], None
+        taken, residual_BHNN = [], None
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x_BND, handed_BHNN, _ = block(x_BND, handed_BHNN)
+            x_BND, residual_BHNN, _ = block(x_BND, residual_BHNN)
             if index in take:
                 taken.append(self.norm(x_BND) if norm else x_BND)
         prefixes = [tokens_BND[:, :1] for tokens_BND in taken]
@@ -378,13 +378,13 @@ def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[Attentio
 
 
 def _run_stage(blocks: nn.ModuleList, keep_maps: bool, *stream: Tensor) -> tuple[Tensor, ...]:
-    """Some blocks on (x) or (x, map handed on): the same again, and behind them the maps used, if they are kept."""
-    x_BND, handed_BHNN = stream if len(stream) == 2 else (stream[0], None)
+    """Some blocks on (x) or (x, residual map): the same again, and behind them the maps used, if they are kept."""
+    x_BND, residual_BHNN = stream if len(stream) == 2 else (stream[0], None)
     used: list[Tensor] = []
     for block in blocks:
-        x_BND, handed_BHNN, used_BENN = block(x_BND, handed_BHNN, keep_maps)
+        x_BND, residual_BHNN, used_BENN = block(x_BND, residual_BHNN, keep_maps)
         used += [used_BENN] if keep_maps else []
-    return (x_BND, *(() if handed_BHNN is None else (handed_BHNN,)), *used)
+    return (x_BND, *(() if residual_BHNN is None else (residual_BHNN,)), *used)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -16,9 +16,9 @@ from torch import nn
 
 from refiner_ds.attention import (
     BatchNorm,
-    BottleneckRefiner,
-    FoldedRefiner,
-    LinearRefiner,
+    BottleneckWeights,
+    FoldedWeights,
+    LinearWeights,
     LocalKernels,
     kernel_shapes,
 )
@@ -80,11 +80,11 @@ class MapRefiner(nn.Module):
         self.depth_sep_conv = LocalConv(maps, kernel_size, constraint)
         self.conv_pro = _conv1x1(maps, num_heads) if reduce and expand else None
 
-    def tensors(self, grid: tuple[int, int]) -> LinearRefiner:
+    def tensors(self, grid: tuple[int, int]) -> LinearWeights:
         """The weights as ``attention.refine`` takes them."""
         expand_EH = None if self.conv_exp is None else self.conv_exp.weight.flatten(1)
         reduce_HE = None if self.conv_pro is None else self.conv_pro.weight.flatten(1)
-        return LinearRefiner(expand_EH, self.depth_sep_conv.kernels(grid), reduce_HE)
+        return LinearWeights(expand_EH, self.depth_sep_conv.kernels(grid), reduce_HE)
 
 
 class DLA(nn.Module):
@@ -101,23 +101,23 @@ class DLA(nn.Module):
         self.conv_pro = _conv1x1(maps, num_heads)
         self.bn3 = BatchNorm(num_heads)
 
-    def tensors(self, grid: tuple[int, int], adapt_bn: BatchNorm) -> BottleneckRefiner:
+    def tensors(self, grid: tuple[int, int], adapt_bn: BatchNorm) -> BottleneckWeights:
         """The weights and norms as ``attention.refine`` takes them."""
-        return BottleneckRefiner(
+        return BottleneckWeights(
             self.conv_exp.weight.flatten(1),
-            self.bn1.parameters_now(),
+            self.bn1.as_norm(),
             self.depth_sep_conv.kernels(grid),
-            self.bn2.parameters_now(),
+            self.bn2.as_norm(),
             self.conv_pro.weight.flatten(1),
-            self.bn3.parameters_now(),
-            adapt_bn.parameters_now(),
+            self.bn3.as_norm(),
+            adapt_bn.as_norm(),
         )
 
 
 class FoldedDLA(nn.Module):
     """A refiner whose norms have been folded away; for inference."""
 
-    def __init__(self, folded: FoldedRefiner) -> None:
+    def __init__(self, folded: FoldedWeights) -> None:
         super().__init__()
         self.constraint = folded.local.constraint
         for name, value in zip(folded._fields, folded, strict=True):
@@ -126,8 +126,8 @@ class FoldedDLA(nn.Module):
         for index, kernel in enumerate(folded.local.kernels):
             self.register_buffer(f"kernel{index}", kernel)
 
-    def tensors(self, grid: tuple[int, int]) -> FoldedRefiner:
+    def tensors(self, grid: tuple[int, int]) -> FoldedWeights:
         """The weights as ``attention.refine`` takes them."""
         kernels = tuple(kernel for name, kernel in self.named_buffers() if name.startswith("kernel"))
-        folded = {name: getattr(self, name) for name in FoldedRefiner._fields if name != "local"}
-        return FoldedRefiner(local=LocalKernels(kernels, self.constraint, grid), **folded)
+        folded = {name: getattr(self, name) for name in FoldedWeights._fields if name != "local"}
+        return FoldedWeights(local=LocalKernels(kernels, self.constraint, grid), **folded)

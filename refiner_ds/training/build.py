@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refiner_ds.attention import set_keep, using, way_chosen
+from refiner_ds.attention import attention_backend, resolve_backend, set_save_for_backward
 from refiner_ds.config import RunFile
 from refiner_ds.errors import ConfigError
 from refiner_ds.models import RefinedViT  # importing it registers the names with timm
@@ -23,16 +23,16 @@ def choose_attention(run: RunFile, device: torch.device) -> None:
     """Let this process compute refined attention as the run file says; $REFINER_ATTENTION has the last word.
 
     Raises:
-        ConfigError: there is no such way, or not on this device.
+        ConfigError: there is no such backend, or it does not run on this device.
     """
     keys = run.refiner.model
     if keys.attention is not None:
         os.environ.setdefault("REFINER_ATTENTION", keys.attention)
     try:
-        way_chosen(device=device)
+        resolve_backend(device=device)
     except ValueError as refusal:
         raise ConfigError(str(refusal)) from None
-    set_keep(keys.keep)
+    set_save_for_backward(keys.save_for_backward)
 
 
 def build_model(run: RunFile, num_classes: int) -> RefinedViT:
@@ -50,7 +50,7 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
         raise ConfigError(f"{run.path}: refiner.model.name {keys.name} does not exist; {hint}")
     options = {
         TIMM_NAMES.get(key, key): value
-        for key, value in keys.model_dump(exclude={"name", "attention", "keep", "checkpointing"}).items()
+        for key, value in keys.model_dump(exclude={"name", "attention", "save_for_backward", "checkpointing"}).items()
         if value is not None and not (isinstance(value, float) and value == 0)
     }
     options["num_classes"] = keys.num_classes or num_classes
@@ -74,9 +74,9 @@ def parameter_count(model: nn.Module) -> int:
 def training_flops(run: RunFile, num_classes: int) -> int:
     """Floating-point operations of one image's forward and backward (twice the forward's), counted on shapes alone.
 
-    Those of the plain composition, whichever way is going to be taken: recomputation is no use to anybody.
+    Those of the plain composition, whichever backend computes them: recomputed operations are not useful work.
     """
-    with using("reference"), torch.device("meta"):
+    with attention_backend("eager"), torch.device("meta"):
         model = build_model(run, num_classes).train()
         side = run.refiner.model.img_size
         # Two images and halving: batch norms and mix-token want more than one.

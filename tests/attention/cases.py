@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds import attention
-from refiner_ds.attention import BottleneckRefiner, LinearRefiner, LocalKernels, Norm, Scores
+from refiner_ds.attention import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels, Norm
 
 # Batch, heads, tokens, ratio, kernel: one image, heads that are no power of two, odd and even tokens, large kernels.
 SHAPES = [(3, 4, 9, 3, 3), (1, 3, 12, 2, 3), (2, 5, 7, 1, 5), (2, 2, 11, 4, 1)]
@@ -23,9 +23,9 @@ def maps(batch: int, heads: int, tokens: int) -> Tensor:
     return torch.randn(batch, heads, tokens, tokens).double().mul(2).softmax(-1).requires_grad_()
 
 
-def scores(batch: int, heads: int, tokens: int, width: int = 5, dropout: float = 0.0) -> Scores:
+def scores(batch: int, heads: int, tokens: int, width: int = 5, dropout: float = 0.0) -> DeferredMap:
     """Queries and keys that want gradients."""
-    return Scores(leaf(batch, heads, tokens, width), leaf(batch, heads, tokens, width), SCALE, dropout)
+    return DeferredMap(leaf(batch, heads, tokens, width), leaf(batch, heads, tokens, width), SCALE, dropout)
 
 
 def norm(count: int, training: bool = True) -> Norm:
@@ -35,7 +35,7 @@ def norm(count: int, training: bool = True) -> Norm:
     return Norm(leaf(count), leaf(count), *running, batches, training)
 
 
-def bottleneck(heads: int, ratio: int, kernel_size: int = 3, training: bool = True) -> BottleneckRefiner:
+def bottleneck(heads: int, ratio: int, kernel_size: int = 3, training: bool = True) -> BottleneckWeights:
     """A released refiner; both ends of its clips are reached."""
     wide = ratio * heads
     local = LocalKernels((leaf(wide, 1, kernel_size, kernel_size),), "none", (1, 1))
@@ -43,14 +43,14 @@ def bottleneck(heads: int, ratio: int, kernel_size: int = 3, training: bool = Tr
     with torch.no_grad():
         norms[0].weight.mul_(3)
         norms[1].weight.mul_(3)
-    return BottleneckRefiner(leaf(wide, heads), norms[0], local, norms[1], leaf(heads, wide), norms[2], norms[3])
+    return BottleneckWeights(leaf(wide, heads), norms[0], local, norms[1], leaf(heads, wide), norms[2], norms[3])
 
 
-def linear(heads: int, ratio: int, kernel_size: int = 3, expand: bool = True, reduce: bool = True) -> LinearRefiner:
+def linear(heads: int, ratio: int, kernel_size: int = 3, expand: bool = True, reduce: bool = True) -> LinearWeights:
     """A paper refiner, with or without expansion and reduction."""
     wide = ratio * heads if expand else heads
     local = LocalKernels((leaf(wide, 1, kernel_size, kernel_size),), "none", (1, 1))
-    return LinearRefiner(leaf(wide, heads) if expand else None, local, leaf(heads, wide) if reduce and expand else None)
+    return LinearWeights(leaf(wide, heads) if expand else None, local, leaf(heads, wide) if reduce and expand else None)
 
 
 def on(device: torch.device, part):
@@ -73,7 +73,7 @@ def in_dtype(part, dtype: torch.dtype):
     return type(part)(*made) if hasattr(part, "_fields") else tuple(made)
 
 
-def norms_of(refiner: BottleneckRefiner) -> list[Norm]:
+def norms_of(refiner: BottleneckWeights) -> list[Norm]:
     """Its four norms."""
     return [refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H]
 
@@ -89,12 +89,12 @@ def leaves(*parts: object) -> list[Tensor]:
     return found
 
 
-def statistics(refiner: BottleneckRefiner) -> list[Tensor]:
+def statistics(refiner: BottleneckWeights) -> list[Tensor]:
     """Copies of all running statistics and counts."""
     return [tensor.clone() for one in norms_of(refiner) for tensor in one[2:5]]
 
 
-def restore(refiner: BottleneckRefiner, before: list[Tensor]) -> None:
+def restore(refiner: BottleneckWeights, before: list[Tensor]) -> None:
     """Put running statistics back."""
     for tensor, kept in zip([tensor for one in norms_of(refiner) for tensor in one[2:5]], before, strict=True):
         tensor.copy_(kept)
@@ -109,7 +109,7 @@ def relative_errors(ours: list[Tensor], truth: list[Tensor]) -> list[float]:
     ]
 
 
-def forward_and_backward(attn, value, refiner, way: str, direction: Tensor, **how) -> list[Tensor]:
+def forward_and_backward(attn, value, refiner, backend: str, direction: Tensor, **how) -> list[Tensor]:
     """The output, and the gradient of everything that wants one."""
-    out = attention.refine(attn, value, refiner, SCALE, way=way, **how)
+    out = attention.refine(attn, value, refiner, SCALE, backend=backend, **how)
     return [out.detach(), *torch.autograd.grad(out, leaves(attn, value, refiner), direction.to(out.dtype))]

@@ -24,10 +24,10 @@ def attention_map(q: Array, k: Array, scale: float) -> Array:
     return out
 
 
-def accumulate(own: Array, handed: Array, scale: float) -> Array:
+def accumulate(own: Array, residual: Array, scale: float) -> Array:
     out = np.zeros_like(own)
     for index in _indices(own):
-        out[index] = own[index] + scale * handed[index]
+        out[index] = own[index] + scale * residual[index]
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds import attention
-from refiner_ds.attention import Scores, lean_linear
+from refiner_ds.attention import DeferredMap, lean_linear
 from refiner_ds.benchmark.measure import kept_bytes
 from tests.attention.cases import SCALE, bottleneck, in_dtype, leaf, leaves, linear, maps
 
@@ -22,20 +22,20 @@ def refining(make: Callable[[], tuple], from_map: bool, **options) -> Callable[[
 
     def prepare(dtype: torch.dtype) -> tuple:
         refiner = in_dtype(make(), torch.float32)
-        source = maps(*SHAPE[:3]) if from_map else Scores(leaf(*SHAPE), leaf(*SHAPE), SCALE)
+        source = maps(*SHAPE[:3]) if from_map else DeferredMap(leaf(*SHAPE), leaf(*SHAPE), SCALE)
         attn, value = in_dtype(source, dtype), in_dtype(leaf(*SHAPE), dtype)
-        return lambda: attention.refine(attn, value, refiner, SCALE, way="lean", **options), (attn, value, refiner)
+        return lambda: attention.refine(attn, value, refiner, SCALE, backend="tiled", **options), (attn, value, refiner)
 
     return prepare
 
 
 def making(dtype: torch.dtype) -> tuple:
     """A call of ``attention.attend``, its output and the map that it makes in one."""
-    scores, value = in_dtype(Scores(leaf(*SHAPE), leaf(*SHAPE), SCALE), dtype), in_dtype(leaf(*SHAPE), dtype)
+    scores, value = in_dtype(DeferredMap(leaf(*SHAPE), leaf(*SHAPE), SCALE), dtype), in_dtype(leaf(*SHAPE), dtype)
     before = in_dtype(maps(*SHAPE[:3]), dtype)
 
     def compute() -> Tensor:
-        out, map_BHNN = attention.attend(scores, value, before, way="lean")
+        out, map_BHNN = attention.attend(scores, value, before, backend="tiled")
         assert map_BHNN.dtype == dtype
         return out
 
@@ -43,8 +43,8 @@ def making(dtype: torch.dtype) -> tuple:
 
 
 TRAINING = {
-    "bottleneck, map": refining(lambda: bottleneck(3, 2), True, keep="map"),
-    "bottleneck, activations": refining(lambda: bottleneck(3, 2), True, keep="stacks"),
+    "bottleneck, map": refining(lambda: bottleneck(3, 2), True, save_for_backward="map"),
+    "bottleneck, activations": refining(lambda: bottleneck(3, 2), True, save_for_backward="activations"),
     "bottleneck of queries and keys": refining(lambda: bottleneck(3, 2), False),
     "linear": refining(lambda: linear(3, 2), False),
     "linear of a map": refining(lambda: linear(3, 2), True),

@@ -33,18 +33,18 @@ def without_bias3(tensors: list[torch.Tensor], refiner, before: int) -> list[tor
 
 
 @pytest.mark.parametrize("tile_bytes", [TINY_TILES, 2**20])
-@pytest.mark.parametrize("keep", ["map", "stacks"])
+@pytest.mark.parametrize("save_for_backward", ["map", "activations"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_gradients_and_statistics_equal_the_plain_composition(shape, keep, tile_bytes, monkeypatch):
+def test_values_gradients_and_statistics_equal_the_plain_composition(shape, save_for_backward, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
     batch, heads, tokens, ratio, kernel_size = shape
     attn, value = maps(batch, heads, tokens), leaf(batch, heads, tokens, 5)
     refiner = bottleneck(heads, ratio, kernel_size)
     before, direction = statistics(refiner), torch.randn_like(value)
-    truth = forward_and_backward(attn, value, refiner, "reference", direction)
+    truth = forward_and_backward(attn, value, refiner, "eager", direction)
     expected = statistics(refiner)
     restore(refiner, before)
-    ours = forward_and_backward(attn, value, refiner, "lean", direction, keep=keep)
+    ours = forward_and_backward(attn, value, refiner, "tiled", direction, save_for_backward=save_for_backward)
     # Where a norm's variance is small beside its mean both sides round; 1e-12 is met wherever it is not.
     errors = relative_errors(without_bias3(ours, refiner, 3), without_bias3(truth, refiner, 3))
     assert max(errors) < 1e-12, errors
@@ -53,7 +53,7 @@ def test_values_gradients_and_statistics_equal_the_plain_composition(shape, keep
 
 def test_the_third_bias_has_no_gradient_at_all():
     attn, value, refiner = maps(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 2)
-    out = attention.refine(attn, value, refiner, SCALE, way="lean")
+    out = attention.refine(attn, value, refiner, SCALE, backend="tiled")
     assert torch.equal(torch.autograd.grad(out.sum(), refiner.norm3_H.bias)[0], torch.zeros(3).double())
 
 
@@ -65,7 +65,7 @@ def test_a_map_whose_second_norm_has_no_gain_is_no_exception(tile_bytes, monkeyp
         refiner.norm2_E.weight[1] = 0
         refiner.norm2_E.bias[1] = 1
     direction = torch.randn_like(value)
-    truth, ours = (forward_and_backward(attn, value, refiner, way, direction) for way in ("reference", "lean"))
+    truth, ours = (forward_and_backward(attn, value, refiner, backend, direction) for backend in ("eager", "tiled"))
     assert max(relative_errors(without_bias3(ours, refiner, 3), without_bias3(truth, refiner, 3))) < 1e-12
 
 
@@ -74,7 +74,7 @@ def test_gradients_pass_gradcheck(monkeypatch):
     attn, value, refiner = maps(2, 2, 5), leaf(2, 2, 5, 3), bottleneck(2, 2)
 
     def refine(*_):
-        return attention.refine(attn, value, refiner, SCALE, way="lean")
+        return attention.refine(attn, value, refiner, SCALE, backend="tiled")
 
     assert torch.autograd.gradcheck(refine, leaves(attn, value, refiner), eps=1e-7, atol=1e-4, rtol=1e-3)
 
@@ -85,14 +85,14 @@ def test_tiles_of_any_size_give_the_same_statistics(monkeypatch):
     for tile_bytes in (1, 2000, 20_000, 2**22):
         monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
         restore(refiner, before)
-        attention.refine(attn, value, refiner, SCALE, way="lean")
+        attention.refine(attn, value, refiner, SCALE, backend="tiled")
         found.append(statistics(refiner))
     assert all(max(relative_errors(one, found[0])) < 1e-13 for one in found[1:])
 
 
 def test_a_recomputed_pass_is_not_counted():
     attn, value, refiner = maps(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 3)
-    run = attention.recompute_aware(lambda: attention.refine(attn, value, refiner, SCALE, way="lean"))
+    run = attention.recompute_aware(lambda: attention.refine(attn, value, refiner, SCALE, backend="tiled"))
     first, before = run(), statistics(refiner)
     assert [one.batches.item() for one in norms_of(refiner)] == [1] * 4
     assert torch.equal(run(), first)
@@ -103,10 +103,10 @@ def test_a_recomputed_pass_is_not_counted():
 def test_checkpointing_around_it_changes_no_bit(reentrant):
     attn, value, refiner = maps(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 3)
     before, direction = statistics(refiner), torch.randn_like(value)
-    plain = forward_and_backward(attn, value, refiner, "lean", direction)
+    plain = forward_and_backward(attn, value, refiner, "tiled", direction)
     counted = statistics(refiner)
     restore(refiner, before)
-    function = attention.recompute_aware(lambda a, v: attention.refine(a, v, refiner, SCALE, way="lean"))
+    function = attention.recompute_aware(lambda a, v: attention.refine(a, v, refiner, SCALE, backend="tiled"))
     out = torch.utils.checkpoint.checkpoint(function, attn, value, use_reentrant=reentrant)
     out.backward(direction)
     again = [out.detach(), *(tensor.grad for tensor in leaves(attn, value, refiner))]
@@ -117,21 +117,21 @@ def test_checkpointing_around_it_changes_no_bit(reentrant):
 def test_queries_and_keys_may_take_the_place_of_a_map():
     pair, value, refiner = scores(2, 3, 8), leaf(2, 3, 8, 5), bottleneck(3, 3)
     before, direction = statistics(refiner), torch.randn_like(value)
-    truth = forward_and_backward(pair, value, refiner, "reference", direction)
+    truth = forward_and_backward(pair, value, refiner, "eager", direction)
     restore(refiner, before)
-    ours = forward_and_backward(pair, value, refiner, "lean", direction)
+    ours = forward_and_backward(pair, value, refiner, "tiled", direction)
     assert max(relative_errors(without_bias3(ours, refiner, 4), without_bias3(truth, refiner, 4))) < 1e-12
 
 
-def half_precision_errors(way: str) -> list[float]:
+def half_precision_errors(backend: str) -> list[float]:
     """The output's and every gradient's error under bf16 autocast, against float64 on the same rounded inputs."""
     attn, value, refiner = _like(maps(2, 6, 40)), _like(leaf(2, 6, 40, 8)), bottleneck(6, 3)
     direction = torch.randn_like(value).bfloat16().double()
-    truth = forward_and_backward(attn, value, refiner, "reference", direction)
+    truth = forward_and_backward(attn, value, refiner, "eager", direction)
     single = _like(refiner, to=torch.float32)
     halves = _like(attn, to=torch.bfloat16), _like(value, to=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        half = forward_and_backward(*halves, single, way, direction)
+        half = forward_and_backward(*halves, single, backend, direction)
     assert half[0].dtype == half[1].dtype == torch.bfloat16
     pairs = zip(without_bias3(half, single, 3), without_bias3(truth, refiner, 3), strict=True)
     return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
@@ -140,10 +140,10 @@ def half_precision_errors(way: str) -> list[float]:
 def test_half_precision_errs_less_than_plain_autocast():
     """Averaged over draws: in one draw a gate that flips can decide either way. 0.35 to 0.60 is measured."""
     errors = {}
-    for way in ("reference", "lean"):
+    for backend in ("eager", "tiled"):
         torch.manual_seed(0)
-        errors[way] = torch.tensor([half_precision_errors(way) for _ in range(6)]).mean(0)
-    assert (errors["lean"] < 0.8 * errors["reference"]).all(), errors["lean"] / errors["reference"]
+        errors[backend] = torch.tensor([half_precision_errors(backend) for _ in range(6)]).mean(0)
+    assert (errors["tiled"] < 0.8 * errors["eager"]).all(), errors["tiled"] / errors["eager"]
 
 
 # Of the output and the gradients of map, values, expansion, kernels and reduction; 0.6 of each is measured. Where norms
@@ -157,9 +157,9 @@ def test_over_long_maps_half_precision_errs_little():
     attn = torch.randn(1, 2, 300, 300).mul(3).softmax(-1).bfloat16().requires_grad_()
     value, refiner = leaf(1, 2, 300, 8, dtype=torch.bfloat16), _like(bottleneck(2, 3), to=torch.float32)
     direction = torch.cos(torch.arange(value.numel())).view_as(value)
-    exact = forward_and_backward(_like(attn), _like(value), _like(refiner), "reference", direction)
+    exact = forward_and_backward(_like(attn), _like(value), _like(refiner), "eager", direction)
     with torch.autocast("cpu", torch.bfloat16):
-        half = forward_and_backward(attn, value, refiner, "lean", direction)
+        half = forward_and_backward(attn, value, refiner, "tiled", direction)
     # What a norm's weight and bias get is left out: among them is the third bias, whose gradient is zero.
     pairs = [(one, other) for one, other in zip(half, exact, strict=True) if other.dim() > 1]
     errors = [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]

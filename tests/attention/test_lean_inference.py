@@ -20,9 +20,9 @@ def test_evaluation_equals_the_plain_composition(shape, folded, tile_bytes, monk
     refiner = bottleneck(heads, ratio, kernel_size, training=False)
     before = statistics(refiner)
     with torch.no_grad():
-        truth = attention.refine(attn, value, refiner, SCALE, way="reference")
+        truth = attention.refine(attn, value, refiner, SCALE, backend="eager")
         ours = attention.refine(
-            attn, value, attention.fold_refiner(refiner, SCALE) if folded else refiner, SCALE, way="lean"
+            attn, value, attention.fold_refiner(refiner, SCALE) if folded else refiner, SCALE, backend="tiled"
         )
     assert max(relative_errors([ours], [truth])) < 1e-12
     assert all(torch.equal(*pair) for pair in zip(statistics(refiner), before, strict=True))
@@ -42,9 +42,9 @@ def test_evaluation_in_half_precision_errs_less_than_plain_autocast(bf16_product
         single = type(folded)(*(x.float() if isinstance(x, torch.Tensor) else x for x in folded))
         single = single._replace(local=folded.local._replace(kernels=(folded.local.kernels[0].float(),)))
         with torch.no_grad():
-            truth = attention.refine(attn.double(), value.double(), refiner, SCALE, way="reference")
+            truth = attention.refine(attn.double(), value.double(), refiner, SCALE, backend="eager")
             with torch.autocast("cpu", torch.bfloat16):
-                found = [attention.refine(attn, value, single, way=way) for way in ("lean", "reference")]
+                found = [attention.refine(attn, value, single, backend=backend) for backend in ("tiled", "eager")]
         assert found[0].dtype == torch.bfloat16
         errors.append([((one.double() - truth).norm() / truth.norm()).item() for one in found])
     ours, plain = torch.tensor(errors).mean(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refiner_ds import attention
-from refiner_ds.attention import LinearRefiner, Scores, lean_linear, tiles
+from refiner_ds.attention import DeferredMap, LinearWeights, lean_linear, tiles
 from refiner_ds.attention.lean_linear import composing_pays, steps_of
 from tests.attention.cases import (
     SCALE,
@@ -38,8 +38,8 @@ def test_values_and_gradients_equal_the_plain_composition(shape, steps, source, 
     assert (len(leaves(*steps_of(refiner, SCALE))) == 1) == (steps in ("composed", "local alone"))
     maps_out = ratio * heads if steps == "no reduction" else heads
     direction = torch.randn(batch, maps_out, tokens, 5).double()
-    truth = forward_and_backward(attn, value, refiner, "reference", direction)
-    ours = forward_and_backward(attn, value, refiner, "lean", direction)
+    truth = forward_and_backward(attn, value, refiner, "eager", direction)
+    ours = forward_and_backward(attn, value, refiner, "tiled", direction)
     errors = relative_errors(ours, truth)
     assert max(errors) < 1e-12, errors
 
@@ -61,7 +61,7 @@ def test_gradients_pass_gradcheck(source, form, monkeypatch):
     attn, value, refiner = source(2, 2, 5), leaf(2, 2, 5, 5), linear(2, 2)
 
     def refine(*_):
-        return attention.refine(attn, value, refiner, SCALE, way="lean")
+        return attention.refine(attn, value, refiner, SCALE, backend="tiled")
 
     assert torch.autograd.gradcheck(refine, leaves(attn, value, refiner))
 
@@ -70,7 +70,7 @@ def test_dropout_drops_entries_of_the_map_and_repeats_them_in_backward():
     """Out is linear in the values, so its gradient tells which map was used: the same one as forward."""
     pair, refiner = scores(2, 3, 9, dropout=0.5), linear(3, 2, kernel_size=1, expand=False)
     value = torch.eye(9).double().expand(2, 3, 9, 9).clone().requires_grad_()
-    refined = attention.refine(pair, value, refiner, 1.0, way="lean")  # times the identity: the refined map itself
+    refined = attention.refine(pair, value, refiner, 1.0, backend="tiled")  # times the identity: the refined map itself
     dropped = (refined == 0).double().mean()
     assert 0.3 < dropped < 0.7
     direction = torch.randn_like(refined)
@@ -78,31 +78,31 @@ def test_dropout_drops_entries_of_the_map_and_repeats_them_in_backward():
     torch.testing.assert_close(gradient, refined.detach().mT @ direction)
 
 
-def in_single(refiner: LinearRefiner) -> LinearRefiner:
+def in_single(refiner: LinearWeights) -> LinearWeights:
     """The same weights in fp32, as new leaves."""
     expand, kernel, reduce = (
         tensor.detach().float().requires_grad_()
         for tensor in (refiner.expand_EH, refiner.local.kernels[0], refiner.reduce_HE)
     )
-    return LinearRefiner(expand, refiner.local._replace(kernels=(kernel,)), reduce)
+    return LinearWeights(expand, refiner.local._replace(kernels=(kernel,)), reduce)
 
 
-def half_precision_errors(ways: tuple[str, ...]) -> list[list[float]]:
+def half_precision_errors(backends: tuple[str, ...]) -> list[list[float]]:
     """Each way's error under bf16 autocast, of the output and every gradient, against float64 on the same inputs."""
     refiner, direction = linear(6, 3), torch.randn(2, 6, 40, 8).bfloat16()
     halves = [torch.randn(2, 6, 40, 8).bfloat16() for _ in range(3)]
 
-    def run(way: str, dtype: torch.dtype, weights: LinearRefiner) -> list[torch.Tensor]:
+    def run(backend: str, dtype: torch.dtype, weights: LinearWeights) -> list[torch.Tensor]:
         q, k, v = (tensor.to(dtype).requires_grad_() for tensor in halves)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = forward_and_backward(Scores(q, k, SCALE), v, weights, way, direction)
+            found = forward_and_backward(DeferredMap(q, k, SCALE), v, weights, backend, direction)
         assert found[0].dtype == dtype
         return found
 
-    truth = run("reference", torch.float64, refiner)
+    truth = run("eager", torch.float64, refiner)
     return [
         [((half.double() - exact).norm() / exact.norm()).item() for half, exact in zip(found, truth, strict=True)]
-        for found in (run(way, torch.bfloat16, in_single(refiner)) for way in ways)
+        for found in (run(backend, torch.bfloat16, in_single(refiner)) for backend in backends)
     ]
 
 
@@ -114,7 +114,7 @@ def test_half_precision_errs_no_more_than_plain_autocast(form, share, bf16_produ
     """
     monkeypatch.setattr(lean_linear, "STEP_COST", FORCED[form])
     torch.manual_seed(0)
-    ours, plain = torch.tensor([half_precision_errors(("lean", "reference")) for _ in range(5)]).mean(0)
+    ours, plain = torch.tensor([half_precision_errors(("tiled", "eager")) for _ in range(5)]).mean(0)
     assert (ours < share * plain).all(), ours / plain
 
 

@@ -12,7 +12,7 @@ import torch
 
 import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
-from refiner_ds.attention import Scores
+from refiner_ds.attention import DeferredMap
 from refiner_ds.benchmark.measure import kept_bytes
 from tests.attention.cases import SCALE, bottleneck, leaf, linear
 
@@ -27,15 +27,15 @@ def per_image(forward) -> float:
     return kept_bytes(lambda: forward(3), torch.nn.Module()) - kept_bytes(lambda: forward(2), torch.nn.Module())
 
 
-@pytest.mark.parametrize(("keep", "map_bytes"), [("map", 2), ("stacks", 2 + 2 * RATIO + 2)])
-def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(keep, map_bytes):
+@pytest.mark.parametrize(("save_for_backward", "map_bytes"), [("map", 2), ("activations", 2 + 2 * RATIO + 2)])
+def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(save_for_backward, map_bytes):
     refiner = bottleneck(HEADS, RATIO)
 
     def forward(batch):
         attn = torch.rand(batch, HEADS, TOKENS, TOKENS).bfloat16().requires_grad_()
         value = leaf(batch, HEADS, TOKENS, WIDTH, dtype=torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
-            return attention.refine(attn, value, refiner, SCALE, way="lean", keep=keep)
+            return attention.refine(attn, value, refiner, SCALE, backend="tiled", save_for_backward=save_for_backward)
 
     assert per_image(forward) == map_bytes * ENTRIES + 2 * VECTORS
 
@@ -45,7 +45,7 @@ def test_a_linear_refiner_keeps_no_map():
 
     def forward(batch):
         q, k, v = (leaf(batch, HEADS, TOKENS, WIDTH, dtype=torch.bfloat16) for _ in range(3))
-        return attention.refine(Scores(q, k, SCALE), v, refiner, way="lean")
+        return attention.refine(DeferredMap(q, k, SCALE), v, refiner, backend="tiled")
 
     assert per_image(forward) == 3 * 2 * VECTORS
 
@@ -54,13 +54,13 @@ def test_a_map_making_block_keeps_one_map():
     def forward(batch):
         qkv = leaf(batch, TOKENS, 3, HEADS, WIDTH, dtype=torch.bfloat16)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # as a block's projection leaves them
-        handed = torch.rand(batch, HEADS, TOKENS, TOKENS).bfloat16().requires_grad_()
-        return attention.attend(Scores(q, k, SCALE), v, handed, way="lean")
+        residual = torch.rand(batch, HEADS, TOKENS, TOKENS).bfloat16().requires_grad_()
+        return attention.attend(DeferredMap(q, k, SCALE), v, residual, backend="tiled")
 
     assert per_image(forward) == 2 * ENTRIES + 3 * 2 * VECTORS
 
 
-def kept_by_model(name: str, size: int, depth: int, keep: str, images: int = 1) -> float:
+def kept_by_model(name: str, size: int, depth: int, save_for_backward: str, images: int = 1) -> float:
     """MiB kept by a training forward under bf16 autocast, without checkpointing; autocast's copies of weights too."""
     model = timm.create_model(name, img_size=size, depth=depth).train()
 
@@ -68,33 +68,36 @@ def kept_by_model(name: str, size: int, depth: int, keep: str, images: int = 1) 
         with torch.autocast("cpu", torch.bfloat16):
             return model(torch.zeros(images, 3, size, size))
 
-    attention.set_keep(keep)
+    attention.set_save_for_backward(save_for_backward)
     try:
         return kept_bytes(forward, model) / MIB
     finally:
-        attention.set_keep("auto")
+        attention.set_save_for_backward("auto")
 
 
-def of_one_image(name: str, size: int, depth: int, keep: str) -> float:
+def of_one_image(name: str, size: int, depth: int, save_for_backward: str) -> float:
     """MiB kept for one image; what does not grow with images is told by tiny ones, which are cheap."""
-    one, two = (kept_by_model(name, 32, depth, keep, images) for images in (1, 2))
-    return kept_by_model(name, size, depth, keep) - (2 * one - two)
+    one, two = (kept_by_model(name, 32, depth, save_for_backward, images) for images in (1, 2))
+    return kept_by_model(name, size, depth, save_for_backward) - (2 * one - two)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "keep", "blocks_mib", "model_mib"),
+    ("name", "size", "save_for_backward", "blocks_mib", "model_mib"),
     [
         ("refiner_vit_s", 224, "map", 39, 55),
-        ("refiner_vit_s", 224, "stacks", 67, 85),
+        ("refiner_vit_s", 224, "activations", 67, 85),
         ("refiner_vit_l", 448, "map", 0.58 * 1024, 0.65 * 1024),
-        ("refiner_vit_l", 448, "stacks", 1.77 * 1024, 1.85 * 1024),
+        ("refiner_vit_l", 448, "activations", 1.77 * 1024, 1.85 * 1024),
     ],
 )
-def test_released_models_keep_little_more_than_plain_ones(name, size, keep, blocks_mib, model_mib, monkeypatch):
+def test_released_models_keep_little_more_than_plain_ones(
+    name, size, save_for_backward, blocks_mib, model_mib, monkeypatch
+):
     monkeypatch.delenv("REFINER_ATTENTION", raising=False)
-    two, four = (of_one_image(name, size, depth, keep) for depth in (2, 4))
+    two, four = (of_one_image(name, size, depth, save_for_backward) for depth in (2, 4))
     blocks = (16 if name == "refiner_vit_s" else 32) / 2 * (four - two)
     stem_and_heads = two - (four - two)
-    print(f"{name} {size} {keep}: blocks {blocks:.1f} MiB, with stem and heads {blocks + stem_and_heads:.1f} MiB")
+    total = blocks + stem_and_heads
+    print(f"{name} {size} {save_for_backward}: blocks {blocks:.1f} MiB, with stem and heads {total:.1f} MiB")
     assert blocks < blocks_mib
     assert blocks + stem_and_heads < model_mib

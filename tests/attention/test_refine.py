@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds import attention
-from refiner_ds.attention import BottleneckRefiner, LinearRefiner, LocalKernels, Norm, Scores, reference
+from refiner_ds.attention import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels, Norm, equations
 
 B, H, GRID, WIDTH, SCALE = 3, 4, (2, 4), 5, 5**-0.5
 N = 1 + GRID[0] * GRID[1]
@@ -27,15 +27,15 @@ def norm(maps: int, training: bool) -> Norm:
     return Norm(leaf(maps), leaf(maps), mean, variance, torch.zeros((), dtype=torch.int64), training)
 
 
-def bottleneck(ratio: int, training: bool) -> BottleneckRefiner:
+def bottleneck(ratio: int, training: bool) -> BottleneckWeights:
     wide = ratio * H
-    return BottleneckRefiner(
+    return BottleneckWeights(
         leaf(wide, H), norm(wide, training), local_kernels(wide), norm(wide, training),
         leaf(H, wide), norm(H, training), norm(H, training),
     )  # fmt: skip
 
 
-def norms_of(refiner: BottleneckRefiner) -> list[Norm]:
+def norms_of(refiner: BottleneckWeights) -> list[Norm]:
     return [refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H]
 
 
@@ -60,34 +60,34 @@ def assert_same_with_gradients(ours: Tensor, truth: Tensor, inputs: list[Tensor]
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_linear_refiner_equals_the_equations(ratio, kernel_size):
     q, k, value = leaf(B, H, N, WIDTH), leaf(B, H, N, WIDTH), leaf(B, H, N, WIDTH)
-    refiner = LinearRefiner(leaf(ratio * H, H), local_kernels(ratio * H, kernel_size), leaf(H, ratio * H))
-    ours = attention.refine(Scores(q, k, SCALE), value, refiner)
-    attn = reference.attention_map(q, k, SCALE)
-    refined = reference.linear_refiner(attn, refiner.expand_EH, refiner.local.kernels[0], refiner.reduce_HE)
-    assert_same_with_gradients(ours, reference.attend(refined, value), [q, k, value, *leaves(refiner)])
+    refiner = LinearWeights(leaf(ratio * H, H), local_kernels(ratio * H, kernel_size), leaf(H, ratio * H))
+    ours = attention.refine(DeferredMap(q, k, SCALE), value, refiner)
+    attn = equations.attention_map(q, k, SCALE)
+    refined = equations.linear_refiner(attn, refiner.expand_EH, refiner.local.kernels[0], refiner.reduce_HE)
+    assert_same_with_gradients(ours, equations.attend(refined, value), [q, k, value, *leaves(refiner)])
 
 
 @pytest.mark.parametrize("constraint", ["spatial", "row+col"])
 def test_linear_refiner_under_a_constraint_equals_the_equations(constraint):
     attn, value = leaf(B, H, N, N), leaf(B, H, N, WIDTH)
-    refiner = LinearRefiner(leaf(8, H), local_kernels(8, 3, constraint), leaf(H, 8))
-    wide = reference.expand(attn, refiner.expand_EH)
+    refiner = LinearWeights(leaf(8, H), local_kernels(8, 3, constraint), leaf(H, 8))
+    wide = equations.expand(attn, refiner.expand_EH)
     if constraint == "spatial":
-        wide = reference.spatial_local_attention(wide, *refiner.local.kernels, GRID)
+        wide = equations.spatial_local_attention(wide, *refiner.local.kernels, GRID)
     else:
-        wide = reference.row_and_column_local_attention(wide, refiner.local.kernels, GRID)
-    truth = reference.attend(reference.reduce(wide, refiner.reduce_HE), value)
+        wide = equations.row_and_column_local_attention(wide, refiner.local.kernels, GRID)
+    truth = equations.attend(equations.reduce(wide, refiner.reduce_HE), value)
     assert_same_with_gradients(attention.refine(attn, value, refiner), truth, [attn, value, *leaves(refiner)])
 
 
 def test_expansion_and_reduction_can_be_left_out():
     attn, value = leaf(B, H, N, N), leaf(B, H, N, WIDTH)
-    alone = LinearRefiner(None, local_kernels(H), None)
-    convolved = reference.distributed_local_attention(attn, alone.local.kernels[0])
+    alone = LinearWeights(None, local_kernels(H), None)
+    convolved = equations.distributed_local_attention(attn, alone.local.kernels[0])
     assert_same_with_gradients(
-        attention.refine(attn, value, alone), reference.attend(convolved, value), [attn, value, *leaves(alone)]
+        attention.refine(attn, value, alone), equations.attend(convolved, value), [attn, value, *leaves(alone)]
     )
-    wide = LinearRefiner(leaf(2 * H, H), local_kernels(2 * H), None)
+    wide = LinearWeights(leaf(2 * H, H), local_kernels(2 * H), None)
     assert attention.refine(attn, value, wide).shape == (B, 2 * H, N, WIDTH)
 
 
@@ -100,16 +100,16 @@ def test_bottleneck_equals_the_equations(ratio, training):
     running = None if training else [(one.running_mean.clone(), one.running_var.clone()) for one in norms]
     affines = [(one.weight, one.bias) for one in norms]
     kernel = refiner.local.kernels[0]
-    refined, _ = reference.bottleneck(attn, refiner.expand_EH, kernel, refiner.project_HE, affines, running)
+    refined, _ = equations.bottleneck(attn, refiner.expand_EH, kernel, refiner.project_HE, affines, running)
     ours = attention.refine(attn, value, refiner, SCALE)
-    assert_same_with_gradients(ours, reference.attend(SCALE * refined, value), [attn, value, *leaves(refiner)])
+    assert_same_with_gradients(ours, equations.attend(SCALE * refined, value), [attn, value, *leaves(refiner)])
 
 
 def test_running_statistics_take_the_unbiased_variance_once_a_step():
     attn, value = leaf(B, H, N, N), leaf(B, H, N, WIDTH)
     refiner = bottleneck(3, training=True)
     norms = norms_of(refiner)
-    _, used = reference.bottleneck(
+    _, used = equations.bottleneck(
         attn, refiner.expand_EH, refiner.local.kernels[0], refiner.project_HE, [(one.weight, one.bias) for one in norms]
     )
     attention.refine(attn, value, refiner, SCALE)
@@ -133,16 +133,16 @@ def test_recomputation_leaves_running_statistics_alone():
 
 def test_dropout_is_on_the_map_that_is_made():
     q, value = leaf(B, H, N, WIDTH), torch.eye(N).double().expand(B, H, N, N)
-    out, handed = attention.attend(Scores(q, q, SCALE, dropout=0.5), value)
-    dropped = (handed == 0).double().mean()
+    out, residual = attention.attend(DeferredMap(q, q, SCALE, dropout=0.5), value)
+    dropped = (residual == 0).double().mean()
     assert 0.3 < dropped < 0.7
-    assert torch.equal(out, handed)
+    assert torch.equal(out, residual)
 
 
-def test_an_unknown_way_is_refused_in_one_sentence(monkeypatch):
+def test_an_unknown_backend_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setenv("REFINER_ATTENTION", "quick")
-    with pytest.raises(ValueError, match=r"^REFINER_ATTENTION is 'quick'; it must be one of reference"):
-        attention.refine(leaf(B, H, N, N), leaf(B, H, N, WIDTH), LinearRefiner(None, local_kernels(H), None))
+    with pytest.raises(ValueError, match=r"^REFINER_ATTENTION is 'quick'; it must be one of eager"):
+        attention.refine(leaf(B, H, N, N), leaf(B, H, N, WIDTH), LinearWeights(None, local_kernels(H), None))
 
 
 @pytest.mark.parametrize(

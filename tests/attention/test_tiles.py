@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refiner_ds.attention import reference, tiles
+from refiner_ds.attention import equations, tiles
 from refiner_ds.attention.tiles import convolution_gradients, convolve
 from tests.attention.cases import leaf, maps
 
@@ -40,7 +40,7 @@ def test_small_budgets_cut_images_and_large_ones_join_them(monkeypatch):
 def test_convolution_in_tiles_is_convolution_there_and_back(groups, kernel_size, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
     whole, kernel = maps(2, 3, 11), leaf(3, 3 // groups, kernel_size, kernel_size)
-    truth = (reference.dense_refiner if groups == 1 else reference.distributed_local_attention)(whole, kernel)
+    truth = (equations.dense_refiner if groups == 1 else equations.distributed_local_attention)(whole, kernel)
     direction = torch.randn_like(truth)
     pieces, back, gradient = torch.empty_like(truth), torch.empty_like(truth), torch.zeros_like(kernel)
     with torch.no_grad():

@@ -19,24 +19,28 @@ def test_every_way_gets_every_figure_and_a_picture(dtype, tmp_path, capsys, monk
     monkeypatch.setattr(attention_benchmark, "_kernels_know", lambda layer, case: False)
     assert main([*SMALL, "--dtype", dtype, "--device", "cpu", "--plot", str(tmp_path / "a.png"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    ways = [(case, label) for case, ways in CASES.items() for label, way, _ in ways if way != "fused"]
-    assert [(row["tokens"], row["case"], row["way"]) for row in rows] == [(n, *way) for n in (9, 17) for way in ways]
+    backends = [
+        (case, label) for case, backends in CASES.items() for label, backend, _ in backends if backend != "triton"
+    ]
+    assert [(row["tokens"], row["case"], row["backend"]) for row in rows] == [
+        (n, *backend) for n in (9, 17) for backend in backends
+    ]
     for row in rows:
         assert row["training_ms"] > 0 and row["evaluation_ms"] > 0 and row["kept_mib_image"] > 0
         assert row["moved_entry"] >= row["far_entry"] >= 0 and row["moved_entry"] > 1
         assert 0 < row["output_error"] < (1e-5 if dtype == "fp32" else 0.05)
-    kept = {(row["case"], row["way"]): row["kept_mib_image"] for row in rows if row["tokens"] == 17}
-    assert kept["linear", "lean"] < kept["linear", "reference"] / 3
-    assert kept["bottleneck", "lean, map"] < kept["bottleneck", "lean, stacks"] < kept["bottleneck", "reference"] / 2
+    kept = {(row["case"], row["backend"]): row["kept_mib_image"] for row in rows if row["tokens"] == 17}
+    assert kept["linear", "tiled"] < kept["linear", "eager"] / 3
+    assert kept["bottleneck", "tiled, map"] < kept["bottleneck", "tiled, activations"] < kept["bottleneck", "eager"] / 2
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 800
 
 
 def test_the_table_gives_ratios_to_the_plain_composition_of_the_same_size():
     rows = [
-        Row(9, "linear", "reference", 4.0, 2.0, 8.0, 400.0, 390.0, 1e-7, 1e-6),
-        Row(9, "linear", "lean", 1.0, 1.0, 1.0, 300.0, 7.5, 2e-7, 3e-6),
-        Row(17, "linear", "reference", 8.0, 4.0, 16.0, 400.0, 390.0, 1e-7, 1e-6),
+        Row(9, "linear", "eager", 4.0, 2.0, 8.0, 400.0, 390.0, 1e-7, 1e-6),
+        Row(9, "linear", "tiled", 1.0, 1.0, 1.0, 300.0, 7.5, 2e-7, 3e-6),
+        Row(17, "linear", "eager", 8.0, 4.0, 16.0, 400.0, 390.0, 1e-7, 1e-6),
     ]
     lines = table(rows).splitlines()
     for figure in ("0.25 x", "0.50 x", "0.12 x", "300.00 ( 0.75 x)", " 7.5 ", "2.0e-07", "3.0e-06"):
@@ -47,9 +51,9 @@ def test_the_table_gives_ratios_to_the_plain_composition_of_the_same_size():
 @pytest.mark.parametrize("knows", [False, True])
 def test_kernels_are_measured_where_they_know_the_case_and_nowhere_else(knows, monkeypatch):
     monkeypatch.setattr(attention_benchmark, "_kernels_know", lambda layer, case: knows and case == "linear")
-    ways = attention_benchmark._ways(Layer(Setting(1, 2, 4), 5))
-    assert [way for _, way, _ in ways["linear"]] == ["reference", "lean", "fused"][: 2 + knows]
-    assert {way for _, way, _ in ways["bottleneck"]} == {"reference", "lean"}
+    backends = attention_benchmark._ways(Layer(Setting(1, 2, 4), 5))
+    assert [backend for _, backend, _ in backends["linear"]] == ["eager", "tiled", "triton"][: 2 + knows]
+    assert {backend for _, backend, _ in backends["bottleneck"]} == {"eager", "tiled"}
 
 
 @pytest.mark.parametrize(

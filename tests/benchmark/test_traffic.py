@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from refiner_ds.benchmark.traffic import moved_bytes
 
 X, Y = torch.ones(10, 100), torch.ones(10, 100)
@@ -46,4 +46,4 @@ def test_far_is_what_lies_in_large_storages_even_where_little_of_it_is_read():
 
 def test_a_plain_expansion_moves_its_maps_once():
     maps, weight = torch.ones(2, 3, 8, 8), torch.ones(6, 3)
-    assert moved_bytes(lambda: reference.expand(maps, weight)).all == 4 * (maps.numel() * 3 + weight.numel())
+    assert moved_bytes(lambda: equations.expand(maps, weight)).all == 4 * (maps.numel() * 3 + weight.numel())

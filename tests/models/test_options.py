@@ -49,14 +49,14 @@ def test_released_blocks_alternate_and_share_maps():
     model = small_model(**RELEASED)
     kinds = [type(block.attn).__name__ for block in model.blocks]
     assert kinds == ["MapAttention", "SharedAttention"] * 2
-    handed = []
+    residual = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, inputs, out: handed.append(out[1]))
+        block.register_forward_hook(lambda module, inputs, out: residual.append(out[1]))
     model(pictures())
-    assert torch.equal(handed[0], handed[1]) and torch.equal(handed[2], handed[3])
-    assert not torch.equal(handed[1], handed[2])
+    assert torch.equal(residual[0], residual[1]) and torch.equal(residual[2], residual[3])
+    assert not torch.equal(residual[1], residual[2])
     # residual maps: the second pair's rows hold a row of the first's, scaled by 1/√d, on top of a softmax
-    torch.testing.assert_close(handed[2].sum(-1), 1 + handed[0].sum(-1) * 12**-0.5)
+    torch.testing.assert_close(residual[2].sum(-1), 1 + residual[0].sum(-1) * 12**-0.5)
 
 
 def test_mixed_patches_come_from_the_batch_in_reverse_and_are_flipped_back():

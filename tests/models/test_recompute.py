@@ -41,7 +41,7 @@ def test_randomness_is_really_on_in_these_tests():
 
 @pytest.mark.parametrize("unit", ["pair", "block", "refiner"])
 def test_each_unit_keeps_fewer_bytes_for_backward(unit, monkeypatch):
-    monkeypatch.setenv("REFINER_ATTENTION", "reference")  # lean attention leaves little to save at this size
+    monkeypatch.setenv("REFINER_ATTENTION", "eager")  # tiled attention leaves little to save at this size
 
     def kept(**checkpointing) -> int:
         model = small_model(**RELEASED).train()
@@ -73,7 +73,7 @@ def test_checkpointing_can_be_switched_off_and_evaluates_untouched():
     model.eval()(torch.randn(2, 3, 32, 32))
     assert calls == []
     model.train()(torch.randn(2, 3, 32, 32))
-    assert calls == [1, 2]  # the first pair gets x alone, the second x and the map handed on
+    assert calls == [1, 2]  # the first pair gets x alone, the second x and the residual map
     model.set_grad_checkpointing(enable=False)
     model(torch.randn(2, 3, 32, 32))
     assert calls == [1, 2]

@@ -1,7 +1,7 @@
 """A map made, and the values of its own block multiplied with it, whose way back writes no map for that.
 
-    q, k (+ the map handed on) ──> A ──> A·V
-    ∂A (of those that A was handed to) + ∂out·Vᵀ ──> ∂q, ∂k      the sum lives in registers alone
+    q, k (+ the residual map) ──> A ──> A·V
+    ∂A (of those that A was residual to) + ∂out·Vᵀ ──> ∂q, ∂k      the sum lives in registers alone
 
 Otherwise ∂out·Vᵀ is written, then read and added to the rest by autograd, 8 bytes an entry in half precision.
 Axes: B batch, H heads, N tokens, d head width.
@@ -17,23 +17,23 @@ from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import lean_map
 from refiner_ds.attention.fused.maps import make_map, score_gradients, seed_of, softmax_map
-from refiner_ds.attention.parameters import Scores
+from refiner_ds.attention.weights import DeferredMap
 
 __all__ = ["attend"]
 
 
 class _Attend(torch.autograd.Function):
-    """(q, k, value, map handed on or None) to the output and the map; keeps all but the map handed on, and A."""
+    """(q, k, value, residual map or None) to the output and the map; keeps all but the residual map, and A."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, value_BHNd: Tensor, handed_BHNN: Tensor | None,
+        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, value_BHNd: Tensor, residual_BHNN: Tensor | None,
         scale: float, dropout: float, seed: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        map_BHNN, lse_BHN = softmax_map(q_BHNd, k_BHNd, scale, handed_BHNN, dropout, seed)
+        map_BHNN, lse_BHN = softmax_map(q_BHNd, k_BHNd, scale, residual_BHNN, dropout, seed)
         ctx.save_for_backward(q_BHNd, k_BHNd, value_BHNd, lse_BHN, map_BHNN)
         ctx.how = scale, dropout, seed
-        ctx.handed = None if handed_BHNN is None else handed_BHNN.dtype
+        ctx.residual = None if residual_BHNN is None else residual_BHNN.dtype
         ctx.set_materialize_grads(False)
         return map_BHNN @ value_BHNd, map_BHNN
 
@@ -43,20 +43,20 @@ class _Attend(torch.autograd.Function):
         scale, dropout, seed = ctx.how
         q_BHNd, k_BHNd, value_BHNd, lse_BHN, map_BHNN = ctx.saved_tensors
         attended = None if grad_BHNd is None else (grad_BHNd, value_BHNd)
-        dq_BHNd, dk_BHNd, d_handed_BHNN = score_gradients(
-            q_BHNd, k_BHNd, lse_BHN, scale, grad_BHNN, ctx.handed, dropout, seed, attended
+        dq_BHNd, dk_BHNd, d_residual_BHNN = score_gradients(
+            q_BHNd, k_BHNd, lse_BHN, scale, grad_BHNN, ctx.residual, dropout, seed, attended
         )
         d_value_BHNd = None if grad_BHNd is None else map_BHNN.mT @ grad_BHNd
-        return dq_BHNd, dk_BHNd, d_value_BHNd, d_handed_BHNN, None, None, None
+        return dq_BHNd, dk_BHNd, d_value_BHNd, d_residual_BHNN, None, None, None
 
 
-def attend(scores: Scores, value_BHNd: Tensor, handed_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend(scores: DeferredMap, value_BHNd: Tensor, residual_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As ``attention.attend``: the output [B, H, N, d], and the map [B, H, N, N] in the values' dtype."""
     device, q_BHNd = value_BHNd.device.type, scores.q_BHNd
     cast = torch.is_autocast_enabled(device) and value_BHNd.dtype != torch.get_autocast_dtype(device)
     alike = (value_BHNd.shape, value_BHNd.dtype) == (q_BHNd.shape, q_BHNd.dtype)
     if cast or not alike or scores.dropout >= 1:
-        map_BHNN = make_map(scores, handed_BHNN).to(value_BHNd.dtype)
+        map_BHNN = make_map(scores, residual_BHNN).to(value_BHNd.dtype)
         return lean_map.attend(map_BHNN, value_BHNd), map_BHNN
     how = scores.scale, scores.dropout, seed_of(scores)
-    return _Attend.apply(q_BHNd, scores.k_BHNd, value_BHNd, handed_BHNN, *how)
+    return _Attend.apply(q_BHNd, scores.k_BHNd, value_BHNd, residual_BHNN, *how)

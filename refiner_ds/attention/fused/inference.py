@@ -12,13 +12,13 @@ from torch import Tensor
 
 from refiner_ds.attention.fused.bottleneck_forward import nine_taps
 from refiner_ds.attention.fused.bottleneck_narrow import narrow_maps
-from refiner_ds.attention.parameters import FoldedRefiner
+from refiner_ds.attention.weights import FoldedWeights
 
 __all__ = ["refine_folded"]
 
 
 @torch.no_grad()
-def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedRefiner) -> Tensor:
+def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedWeights) -> Tensor:
     """Refined maps times values, [B, H, N, d]; constraint "none" and kernels of size 1 or 3 only.
 
     Reads 2 bytes an element of the map (in half precision), writes and reads 2 for T.

@@ -1,4 +1,4 @@
-"""The paper's refiner in kernels: the way "lean" of lean_linear.py, with maps gone over by Triton.
+"""The paper's refiner in kernels: the way "tiled" of lean_linear.py, with maps gone over by Triton.
 
     q, k ─ softmax ─> A ─ mixed, shifted, times V ─> out      kept for backward: q, k, v, log-sum-exps, kernel
     q, k, log-sum-exps ─> A again ─> ∂V, ∂W;  g, V, W ─> ∂A ─> ∂q, ∂k
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from refiner_ds.attention.fused.layout import laid_out
 from refiner_ds.attention.fused.linear_backward import kernel_gradient, map_gradient
 from refiner_ds.attention.fused.linear_forward import refined_attend
 from refiner_ds.attention.fused.maps import make_map, score_gradients, softmax_map
 from refiner_ds.attention.norms import statistics_dtype
-from refiner_ds.attention.parameters import LinearRefiner, Scores
+from refiner_ds.attention.weights import DeferredMap, LinearWeights
 
 __all__ = ["dense_kernel", "refine_linear"]
 
 
-def dense_kernel(refiner: LinearRefiner, scale: float) -> Tensor:
+def dense_kernel(refiner: LinearWeights, scale: float) -> Tensor:
     """The whole refiner as one kernel, [M, H, k, k] in fp32 or better; constraint "none" only.
 
     Without expansion, every map's own kernel stands on the diagonal. ``scale`` is a factor on all of it.
@@ -40,7 +40,7 @@ def dense_kernel(refiner: LinearRefiner, scale: float) -> Tensor:
     if refiner.reduce_HE is None:
         return kernel_E1kk * expand_EH[:, :, None, None]
     with torch.autocast(kernel_E1kk.device.type, enabled=False):
-        return reference.compose_kernel(expand_EH, kernel_E1kk, refiner.reduce_HE.to(kernel_E1kk.dtype))
+        return equations.compose_kernel(expand_EH, kernel_E1kk, refiner.reduce_HE.to(kernel_E1kk.dtype))
 
 
 class _Refine(torch.autograd.Function):
@@ -77,7 +77,7 @@ def _value_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, kernel_MHkk: Tensor, va
     return d_value_BMNd if maps == heads else d_value_BMNd.unflatten(1, (heads, -1)).sum(2).to(value_BHNd.dtype)
 
 
-def refine_linear(attn: Tensor | Scores, value_BHNd: Tensor, refiner: LinearRefiner, scale: float) -> Tensor:
+def refine_linear(attn: Tensor | DeferredMap, value_BHNd: Tensor, refiner: LinearWeights, scale: float) -> Tensor:
     """Refined maps times values, [B, M, N, d] in the values' dtype; constraint "none" and kernel size 1 or 3 only.
 
     With dropout the map is made first and kept.
@@ -88,8 +88,8 @@ def refine_linear(attn: Tensor | Scores, value_BHNd: Tensor, refiner: LinearRefi
         scale: factor on the refined maps.
     """
     kernel_MHkk = dense_kernel(refiner, scale)
-    if isinstance(attn, Scores) and attn.dropout:
+    if isinstance(attn, DeferredMap) and attn.dropout:
         attn = make_map(attn).to(value_BHNd.dtype)
-    if isinstance(attn, Scores):
+    if isinstance(attn, DeferredMap):
         return _Refine.apply(attn.scale, value_BHNd, kernel_MHkk, attn.q_BHNd, attn.k_BHNd)
     return _Refine.apply(1.0, value_BHNd, kernel_MHkk, attn)

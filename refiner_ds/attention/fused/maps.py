@@ -1,10 +1,10 @@
 """Making a map from queries and keys in one kernel, and the way back in two; no logits and no softmax are written.
 
-    q, k (+ the map handed on) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out, and each row's log-sum-exp
+    q, k (+ the residual map) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out, and each row's log-sum-exp
     ∂A, q, k, log-sum-exps ──> ∂q (and ∂A_before) row by row, then ∂k column by column, softmax made again in both
 
-Bytes of maps that move, of two-byte entries: forward 2 written (and 2 read of the map handed on), backward 4 read (and
-2 written for the map handed on); a row of tiles that is gone over twice comes from cache the second time.
+Bytes of maps that move, of two-byte entries: forward 2 written (and 2 read of the residual map), backward 4 read (and
+2 written for the residual map); a row of tiles that is gone over twice comes from cache the second time.
 Axes: B batch, H heads, N tokens, d head width; R, K the rows and keys of a tile.
 """
 
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from refiner_ds.attention.fused.launching import launch
 from refiner_ds.attention.fused.layout import empty_stack, laid_out, lies_so, row_stride
 from refiner_ds.attention.fused.tools import at_least_16, product, readable
-from refiner_ds.attention.parameters import Scores
+from refiner_ds.attention.weights import DeferredMap
 
 __all__ = ["make_map", "score_gradients", "seed_of", "softmax_map"]
 
@@ -52,14 +52,14 @@ def _kept(seed, plane, row_R, key_K, dropout, TOKENS: tl.constexpr):
 
 @triton.jit
 def _softmax_map(
-    q_BHNd, k_BHNd, handed_BHNN, map_BHNN, lse_BHN, q_strides, k_strides, scale, dropout, seed, heads, width,
-    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HANDED: tl.constexpr, DROPOUT: tl.constexpr,
+    q_BHNd, k_BHNd, residual_BHNN, map_BHNN, lse_BHN, q_strides, k_strides, scale, dropout, seed, heads, width,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
     entries = plane.to(tl.int64) * (TOKENS * STRIDE)
-    handed_BHNN, map_BHNN = handed_BHNN + entries, map_BHNN + entries
+    residual_BHNN, map_BHNN = residual_BHNN + entries, map_BHNN + entries
     row_R, key_K = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS)
     q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
     most_R = tl.full([ROWS], float("-inf"), tl.float32)
@@ -78,8 +78,8 @@ def _softmax_map(
         entry_RK = tl.exp2(product(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
         stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
         place_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
-        if HANDED:
-            entry_RK += scale * tl.load(handed_BHNN + place_RK, mask=stored_RK, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            entry_RK += scale * tl.load(residual_BHNN + place_RK, mask=stored_RK, other=0.0).to(tl.float32)
         if DROPOUT:
             entry_RK *= _kept(seed, plane, row_R, start + key_K, dropout, TOKENS)
         entry_RK = tl.where(start + key_K[None, :] < TOKENS, entry_RK, 0.0)
@@ -110,15 +110,15 @@ def _behind_softmax(
 
 @triton.jit
 def _query_gradients(
-    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dq_BHNd, handed_BHNN, mean_BHN,
+    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dq_BHNd, residual_BHNN, mean_BHN,
     q_strides, k_strides, out_strides, value_strides, scale, dropout, seed, heads, width,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr,
-    HANDED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
     grad_BHNN += plane.to(tl.int64) * (TOKENS * GRAD_STRIDE)
-    handed_BHNN += plane.to(tl.int64) * (TOKENS * STRIDE)
+    residual_BHNN += plane.to(tl.int64) * (TOKENS * STRIDE)
     row_R, key_K, at_d = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
     q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
     out_Rd = _vectors(out_BHNd, image, head, row_R, out_strides, width, TOKENS, WIDTH)
@@ -132,10 +132,10 @@ def _query_gradients(
             TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
         )  # fmt: skip
         mean_R += tl.sum(softmax_RK * grad_RK, 1)
-        if HANDED:
+        if RESIDUAL:
             stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
             place_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
-            tl.store(handed_BHNN + place_RK, (scale * grad_RK).to(handed_BHNN.dtype.element_ty), mask=stored_RK)
+            tl.store(residual_BHNN + place_RK, (scale * grad_RK).to(residual_BHNN.dtype.element_ty), mask=stored_RK)
     tl.store(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mean_R, mask=row_R < TOKENS)
     dq_Rd = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, TOKENS, KEYS):
@@ -184,26 +184,31 @@ def _key_gradients(
 
 
 def softmax_map(
-    q_BHNd: Tensor, k_BHNd: Tensor, scale: float, handed_BHNN: Tensor | None = None, dropout: float = 0.0, seed: int = 0
+    q_BHNd: Tensor,
+    k_BHNd: Tensor,
+    scale: float,
+    residual_BHNN: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale·QKᵀ) + scale·handed, dropped out: [B, H, N, N] in the queries' dtype; [B, H, N] fp32 log-sum-exps,
-    to base 2.
+    """softmax(scale·QKᵀ) + scale·residual, dropped out: [B, H, N, N] in the queries' dtype; and row log-sum-exps,
+    [B, H, N] fp32, to base 2.
 
     Args:
         q_BHNd, k_BHNd: queries and keys in one dtype, fp32 or half precision.
-        scale: factor on the logits, and on the map handed on.
-        handed_BHNN: the map of the block before, or ``None``.
+        scale: factor on the logits, and on the residual map.
+        residual_BHNN: the map of the block before, or ``None``.
         dropout, seed: probability below 1 that an entry is dropped, and what it is drawn from.
     """
     batch, heads, tokens, width = q_BHNd.shape
     q_BHNd, k_BHNd = readable(q_BHNd), readable(k_BHNd)
     map_BHNN = empty_stack(q_BHNd)
     lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=torch.float32)
-    handed = map_BHNN if handed_BHNN is None else laid_out(handed_BHNN)
+    residual = map_BHNN if residual_BHNN is None else laid_out(residual_BHNN)
     launch(
-        _softmax_map, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, handed, map_BHNN, lse_BHN,
+        _softmax_map, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, residual, map_BHNN, lse_BHN,
         q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, width,
-        TOKENS=tokens, STRIDE=row_stride(tokens), HANDED=handed_BHNN is not None, DROPOUT=dropout > 0,
+        TOKENS=tokens, STRIDE=row_stride(tokens), RESIDUAL=residual_BHNN is not None, DROPOUT=dropout > 0,
         ROWS=ROWS, KEYS=KEYS, WIDTH=at_least_16(width), num_warps=4,
     )  # fmt: skip
     return map_BHNN, lse_BHN
@@ -211,10 +216,10 @@ def softmax_map(
 
 def score_gradients(
     q_BHNd: Tensor, k_BHNd: Tensor, lse_BHN: Tensor, scale: float, grad_BHNN: Tensor | None,
-    handed: torch.dtype | None = None, dropout: float = 0.0, seed: int = 0,
+    residual: torch.dtype | None = None, dropout: float = 0.0, seed: int = 0,
     attended: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The way back through :func:`softmax_map`, ∂q and ∂k [B, H, N, d], and ∂handed in the dtype ``handed`` if given.
+    """The backward of :func:`softmax_map`: ∂q and ∂k, [B, H, N, d], and ∂residual in the dtype ``residual`` if given.
 
     Args:
         q_BHNd, k_BHNd, scale, dropout, seed: as there.
@@ -231,7 +236,7 @@ def score_gradients(
         # What autograd adds up is dense: reading that two bytes at a time costs less than a copy.
         grad_BHNN, grad_stride = (grad_BHNN, stride) if lies_so(grad_BHNN) else (grad_BHNN.contiguous(), tokens)
     dq_BHNd, dk_BHNd = (x.new_empty(batch, heads, tokens, width) for x in (q_BHNd, k_BHNd))
-    d_handed_BHNN = None if handed is None else empty_stack(q_BHNd, dtype=handed)
+    d_residual_BHNN = None if residual is None else empty_stack(q_BHNd, dtype=residual)
     mean_BHN = torch.empty_like(lse_BHN)
     read = (q_BHNd, k_BHNd, lse_BHN, lse_BHN if grad_BHNN is None else grad_BHNN, out_BHNd, value_BHNd)
     numbers = (
@@ -243,26 +248,26 @@ def score_gradients(
     }  # fmt: skip
     launch(
         _query_gradients, (batch * heads, triton.cdiv(tokens, ROWS)), *read, dq_BHNd,
-        lse_BHN if d_handed_BHNN is None else d_handed_BHNN, mean_BHN, *numbers, STRIDE=stride,
-        HANDED=handed is not None, **constants,
+        lse_BHN if d_residual_BHNN is None else d_residual_BHNN, mean_BHN, *numbers, STRIDE=stride,
+        RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
     launch(
         _key_gradients, (batch * heads, triton.cdiv(tokens, KEYS)), *read, dk_BHNd, mean_BHN, *numbers, **constants,
     )  # fmt: skip
-    return dq_BHNd, dk_BHNd, d_handed_BHNN
+    return dq_BHNd, dk_BHNd, d_residual_BHNN
 
 
 class _MakeMap(torch.autograd.Function):
-    """(q, k, map handed on or None) to the map; keeps q, k and the log-sum-exps."""
+    """(q, k, residual map or None) to the map; keeps q, k and the log-sum-exps."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, handed_BHNN: Tensor | None, scale: float, dropout: float, seed: int
+        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int
     ) -> Tensor:
-        map_BHNN, lse_BHN = softmax_map(q_BHNd, k_BHNd, scale, handed_BHNN, dropout, seed)
+        map_BHNN, lse_BHN = softmax_map(q_BHNd, k_BHNd, scale, residual_BHNN, dropout, seed)
         ctx.save_for_backward(q_BHNd, k_BHNd, lse_BHN)
         ctx.how = scale, dropout, seed
-        ctx.handed = None if handed_BHNN is None else handed_BHNN.dtype
+        ctx.residual = None if residual_BHNN is None else residual_BHNN.dtype
         return map_BHNN
 
     @staticmethod
@@ -270,21 +275,21 @@ class _MakeMap(torch.autograd.Function):
     def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
         scale, dropout, seed = ctx.how
         q_BHNd, k_BHNd, lse_BHN = ctx.saved_tensors
-        grads = score_gradients(q_BHNd, k_BHNd, lse_BHN, scale, grad_BHNN, ctx.handed, dropout, seed)
+        grads = score_gradients(q_BHNd, k_BHNd, lse_BHN, scale, grad_BHNN, ctx.residual, dropout, seed)
         return *grads, None, None, None
 
 
-def make_map(scores: Scores, handed_BHNN: Tensor | None = None) -> Tensor:
-    """As ``composed.make_map``, [B, H, N, N] in the queries' dtype, keeping q, k and the log-sum-exps for backward.
+def make_map(scores: DeferredMap, residual_BHNN: Tensor | None = None) -> Tensor:
+    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, keeping q, k and the log-sum-exps for backward.
 
     Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it; with probability 1
     nothing is left of the map.
     """
     if scores.dropout >= 1:
-        return make_map(scores._replace(dropout=0.0), handed_BHNN) * 0
-    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, handed_BHNN, scores.scale, scores.dropout, seed_of(scores))
+        return make_map(scores._replace(dropout=0.0), residual_BHNN) * 0
+    return _MakeMap.apply(scores.q_BHNd, scores.k_BHNd, residual_BHNN, scores.scale, scores.dropout, seed_of(scores))
 
 
-def seed_of(scores: Scores) -> int:
+def seed_of(scores: DeferredMap) -> int:
     """What a map's dropout is drawn from; itself drawn, where there is dropout, from torch's global CPU generator."""
     return int(torch.randint(2**30, ())) if scores.dropout else 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refiner_ds.attention import lean
 from refiner_ds.attention.norms import Norm
-from refiner_ds.attention.parameters import BottleneckRefiner, LinearRefiner, LocalKernels, Scores
+from refiner_ds.attention.weights import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels
 
 __all__ = ["fault"]
 
@@ -27,7 +27,7 @@ def fault(kernels: ModuleType, device: torch.device, tokens: int = 50) -> str | 
     """What is wrong with kernels on this device, as the end of "the kernels …", or ``None``.
 
     Args:
-        kernels: the way "fused", or what should be tried in its place.
+        kernels: the way "triton", or what should be tried in its place.
         tokens: of the two images that it is tried on.
     """
     truth = _results(lean, device, torch.float32, tokens)
@@ -44,7 +44,7 @@ def fault(kernels: ModuleType, device: torch.device, tokens: int = 50) -> str | 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _results(way: ModuleType, device: torch.device, dtype: torch.dtype, tokens: int) -> list[Tensor]:
+def _results(backend: ModuleType, device: torch.device, dtype: torch.dtype, tokens: int) -> list[Tensor]:
     """Outputs and gradients of a map multiplied with and refined, and of a linear refiner; a bottleneck evaluating."""
     generator = torch.Generator().manual_seed(0)
 
@@ -56,21 +56,21 @@ def _results(way: ModuleType, device: torch.device, dtype: torch.dtype, tokens: 
     expand_EH, kernel_E1kk, project_HE = draw(wide, HEADS), draw(wide, 1, 3, 3), draw(HEADS, wide)
     leaves, local = [*vectors, expand_EH, kernel_E1kk, project_HE], LocalKernels((kernel_E1kk,), "none", (1, 1))
     q_BHNd, k_BHNd, v_BHNd = (x.to(dtype) for x in vectors)
-    scores = Scores(q_BHNd, k_BHNd, WIDTH**-0.5)
+    scores = DeferredMap(q_BHNd, k_BHNd, WIDTH**-0.5)
 
-    def bottleneck(training: bool) -> BottleneckRefiner:
+    def bottleneck(training: bool) -> BottleneckWeights:
         first, second, third, last = (_norm(count, device, training) for count in (wide, wide, HEADS, HEADS))
-        return BottleneckRefiner(expand_EH, first, local, second, project_HE, third, last)
+        return BottleneckWeights(expand_EH, first, local, second, project_HE, third, last)
 
-    attended_BHNd, map_BHNN = way.attend(scores, v_BHNd, way.make_map(scores))
+    attended_BHNd, map_BHNN = backend.attend(scores, v_BHNd, backend.make_map(scores))
     found = []
     for attn, refiner in (
-        (map_BHNN, bottleneck(training=True)), (scores, LinearRefiner(expand_EH, local, project_HE))
+        (map_BHNN, bottleneck(training=True)), (scores, LinearWeights(expand_EH, local, project_HE))
     ):  # fmt: skip
-        out = way.refine(attn, v_BHNd, refiner, 1.0, "stacks").float() + attended_BHNd
+        out = backend.refine(attn, v_BHNd, refiner, 1.0, "activations").float() + attended_BHNd
         found += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)]
     with torch.no_grad():
-        found.append(way.refine(map_BHNN, v_BHNd, bottleneck(training=False), 1.0, "stacks").float())
+        found.append(backend.refine(map_BHNN, v_BHNd, bottleneck(training=False), 1.0, "activations").float())
     return found
 
 

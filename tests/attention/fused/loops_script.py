@@ -70,6 +70,6 @@ with launching.compile_only(90):
                 _go(layer, case, dtype, training)
         attn = torch.rand(1, 12, 50, 50, dtype=dtype).requires_grad_()
         layer.train()
-        out = attention.refine(attn, layer.inputs[0][:1].to(dtype), layer.refiner("bottleneck"), 1.0, "fused", "map")
+        out = attention.refine(attn, layer.inputs[0][:1].to(dtype), layer.refiner("bottleneck"), 1.0, "triton", "map")
         out.sum().backward()
 print(json.dumps({"kernels": sorted(kernels), "lost": sorted(lost)}))

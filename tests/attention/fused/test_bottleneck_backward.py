@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds import attention
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from refiner_ds.attention.bottleneck_algebra import Algebra
 from refiner_ds.attention.fused import bottleneck_backward, bottleneck_backward_first
 from refiner_ds.attention.fused.bottleneck_backward import last_sums, second, through_statistics
@@ -91,7 +91,7 @@ def test_back_through_projection_and_second_norm(shape, dtype, device, monkeypat
     gain, on_narrow, on_map, level = (columns(x_H) for x_H in to_narrow)
     dh3_BHNN = gain * dt_BHNN + on_narrow * narrow_BHNN + on_map * map_BHNN + level
     before_BENN = columns(gain_E) * local_BENN.double() + columns(shift_E)
-    m2_BENN = reference.expand(dh3_BHNN, project_HE.double().T) * ((before_BENN > 0) & (before_BENN < 6))
+    m2_BENN = equations.expand(dh3_BHNN, project_HE.double().T) * ((before_BENN > 0) & (before_BENN < 6))
     product = project_tolerance(dtype)
     assert ours[0].dtype == dtype
     assert close(ours[0], m2_BENN, product + STORING[dtype])
@@ -130,13 +130,13 @@ def test_back_through_local_kernels_and_expansion(shape, dtype, keys, device, mo
     norm2 = gain2_E, slope_E, level_E
     ours = first(map_BHNN, local_BENN, m2_BENN, folded_EH, shift1_E, kernel_E1kk, *norm2, mean_H)
     folded_EH, kernel_E1kk = folded_EH.double(), kernel_E1kk.double().requires_grad_()
-    before_BENN = (reference.expand(map_BHNN.double(), folded_EH) + columns(shift1_E)).requires_grad_()
-    behind_BENN = reference.distributed_local_attention(before_BENN.clamp(0, 6), kernel_E1kk)
+    before_BENN = (equations.expand(map_BHNN.double(), folded_EH) + columns(shift1_E)).requires_grad_()
+    behind_BENN = equations.distributed_local_attention(before_BENN.clamp(0, 6), kernel_E1kk)
     dh2_BENN = columns(gain2_E) * m2_BENN.double() + columns(slope_E) * local_BENN.double() + columns(level_E)
     m1_BENN, d_kernel_E1kk = torch.autograd.grad(behind_BENN, (before_BENN, kernel_E1kk), dh2_BENN)
     product = project_tolerance(dtype)
     assert ours[0].dtype == dtype
-    assert close(ours[0], reference.expand(m1_BENN, folded_EH.T), product + STORING[dtype])
+    assert close(ours[0], equations.expand(m1_BENN, folded_EH.T), product + STORING[dtype])
     assert close(ours[1], d_kernel_E1kk, SUMS[dtype])
     assert close(ours[2], m1_BENN.sum((0, 2, 3)), SUMS[dtype])
     centred_BHNN = map_BHNN.double() - columns(mean_H)
@@ -150,7 +150,7 @@ def test_back_through_the_statistics_of_the_first_norm(batch, heads, tokens, dty
     map_BHNN, narrow_BHNN, dt_BHNN, share_BHNN = stored(4, batch, heads, tokens, tokens, dtype=dtype, device=device)
     to_map = torch.randn(4, heads, device=device).double()
     pull_HH, level_H = torch.randn(heads, heads, device=device).double(), torch.randn(heads, device=device).double()
-    truth = reference.expand(map_BHNN.double(), pull_HH) + columns(level_H) + share_BHNN.double()
+    truth = equations.expand(map_BHNN.double(), pull_HH) + columns(level_H) + share_BHNN.double()
     for factor_H, part in zip(to_map, (dt_BHNN, narrow_BHNN, map_BHNN, torch.ones_like(map_BHNN)), strict=True):
         truth += columns(factor_H) * part.double()
     share_BHNN = laid_out(share_BHNN)
@@ -167,12 +167,12 @@ def chained(attn: Tensor, value: Tensor, refiner, direction: Tensor) -> list[Ten
     flat_HL = exact.transpose(0, 1).flatten(1)
     algebra.first_norm(flat_HL.mean(1), flat_HL.cov(correction=0))
     kernel_E1kk, project_HE = refiner.local.kernels[0].detach(), refiner.project_HE.detach()
-    wide = (reference.expand(exact, algebra.folded_EH) + columns(algebra.shift1_E)).clamp(0, 6)
-    local = reference.distributed_local_attention(wide, kernel_E1kk.double())
+    wide = (equations.expand(exact, algebra.folded_EH) + columns(algebra.shift1_E)).clamp(0, 6)
+    local = equations.distributed_local_attention(wide, kernel_E1kk.double())
     algebra.second_norm(local.mean(batch_dims), local.var(batch_dims, correction=0))
     local = local.to(dtype)
     clipped = (columns(algebra.gain2_E) * local.double() + columns(algebra.shift2_E)).clamp(0, 6)
-    narrow = reference.reduce(clipped, project_HE.double())
+    narrow = equations.reduce(clipped, project_HE.double())
     both_H2L = torch.stack((narrow, exact)).permute(2, 0, 1, 3, 4).flatten(2)
     joint_22H = torch.stack([both_2L.cov(correction=0) for both_2L in both_H2L], -1)
     algebra.last_norms(narrow.mean(batch_dims), joint_22H)
@@ -193,9 +193,9 @@ def chained(attn: Tensor, value: Tensor, refiner, direction: Tensor) -> list[Ten
     return [d_map, d_value, algebra.d_expand_EH, d_kernel_E1kk, d_project_HE, *algebra.norm_gradients()]
 
 
-def gradients(attn: Tensor, value: Tensor, refiner, direction: Tensor, way: str) -> list[Tensor]:
+def gradients(attn: Tensor, value: Tensor, refiner, direction: Tensor, backend: str) -> list[Tensor]:
     """Every gradient, in the order the passes have them."""
-    out = attention.refine(attn, value, refiner, SCALE, way=way)
+    out = attention.refine(attn, value, refiner, SCALE, backend=backend)
     norms = [x for one in (refiner.norm1_E, refiner.norm2_E, refiner.norm3_H, refiner.adapt_H) for x in one[:2]]
     weights = refiner.expand_EH, refiner.local.kernels[0], refiner.project_HE
     return list(torch.autograd.grad(out, (attn, value, *weights, *norms), direction.to(out.dtype)))
@@ -212,7 +212,7 @@ def test_the_four_passes_give_every_gradient_of_the_plain_composition(heads, rat
     small_pieces(monkeypatch)
     attn, value, refiner = maps(2, heads, 6), leaf(2, heads, 6, 5), bottleneck(heads, ratio)
     attn, value, direction = (_like(x, torch.float32) for x in (attn, value, torch.randn(2, heads, 6, 5)))
-    truth = gradients(attn, value, refiner, direction, "reference")
+    truth = gradients(attn, value, refiner, direction, "eager")
     attn, value, direction = (x.detach().float().to(device) for x in (attn, value, direction))
     ours = chained(attn, value, refiner, direction)
     assert max(lost(ours, truth)) < 1e-5
@@ -221,14 +221,14 @@ def test_the_four_passes_give_every_gradient_of_the_plain_composition(heads, rat
 def test_in_half_precision_they_lose_no_more_than_the_lean_way(device, monkeypatch):
     """Averaged over draws: in one draw a gate that flips can decide either way. The interpreter rounds float16."""
     small_pieces(monkeypatch)
-    errors = {"fused": torch.zeros(12), "lean": torch.zeros(12)}
+    errors = {"triton": torch.zeros(12), "tiled": torch.zeros(12)}
     for _ in range(3):
         attn, value = _like(maps(2, 3, 9), torch.float16), _like(leaf(2, 3, 9, 8), torch.float16)
         refiner, direction = bottleneck(3, 2), torch.randn(2, 3, 9, 8).half()
-        truth = gradients(attn, value, refiner, direction.double(), "reference")
+        truth = gradients(attn, value, refiner, direction.double(), "eager")
         attn, value = _like(attn, to=torch.float16), _like(value, to=torch.float16)
-        lean = gradients(attn, value, refiner, direction, "lean")
+        lean = gradients(attn, value, refiner, direction, "tiled")
         fused = chained(attn.to(device), value.to(device), refiner, direction.to(device))
-        for way, ours in (("fused", fused), ("lean", lean)):
-            errors[way] += torch.tensor(lost(ours, truth)) / 3
-    assert (errors["fused"] < 1.25 * errors["lean"]).all(), errors["fused"] / errors["lean"]
+        for backend, ours in (("triton", fused), ("tiled", lean)):
+            errors[backend] += torch.tensor(lost(ours, truth)) / 3
+    assert (errors["triton"] < 1.25 * errors["tiled"]).all(), errors["triton"] / errors["tiled"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from refiner_ds.attention.fused import bottleneck_forward
 from refiner_ds.attention.fused.bottleneck_forward import expand_local, output, project
 from refiner_ds.attention.fused.bottleneck_narrow import expand_local_project
@@ -38,14 +38,14 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> di
 
 def expanded(map_BHNN: Tensor, folded_EH: Tensor, shift1_E: Tensor, kernel_E1kk: Tensor) -> Tensor:
     """h2 in float64."""
-    wide_BENN = reference.expand(map_BHNN.double(), folded_EH.double()) + shift1_E.double()[:, None, None]
-    return reference.distributed_local_attention(wide_BENN.clamp(0, 6), kernel_E1kk.double())
+    wide_BENN = equations.expand(map_BHNN.double(), folded_EH.double()) + shift1_E.double()[:, None, None]
+    return equations.distributed_local_attention(wide_BENN.clamp(0, 6), kernel_E1kk.double())
 
 
 def projected(local_BENN: Tensor, gain2_E: Tensor, shift2_E: Tensor, project_HE: Tensor) -> Tensor:
     """h3 in float64."""
     normed_BENN = local_BENN.double() * gain2_E.double()[:, None, None] + shift2_E.double()[:, None, None]
-    return reference.reduce(normed_BENN.clamp(0, 6), project_HE.double())
+    return equations.reduce(normed_BENN.clamp(0, 6), project_HE.double())
 
 
 def joint(narrow_BHNN: Tensor, map_BHNN: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_output_rounds_nothing_but_itself(batch, heads, tokens, width, dtype, de
     value_BHNd = torch.randn(batch, tokens, heads, width).to(device, dtype).transpose(1, 2)
     affine = torch.randn(3, heads, device=device)
     alpha, beta, gamma = affine.double()[:, :, None, None]
-    truth = reference.attend(alpha * maps[0].double() + beta * maps[1].double() + gamma, value_BHNd.double())
+    truth = equations.attend(alpha * maps[0].double() + beta * maps[1].double() + gamma, value_BHNd.double())
     out_BHNd = output(maps[0], maps[1], *affine, value_BHNd)
     assert out_BHNd.dtype == dtype
     assert out_BHNd.is_contiguous()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refiner_ds import attention
-from refiner_ds.attention import FoldedRefiner
+from refiner_ds.attention import FoldedWeights
 from refiner_ds.attention.fused.inference import refine_folded
 from tests.attention.cases import SCALE, bottleneck, leaf, maps
 
@@ -14,11 +14,11 @@ from tests.attention.cases import SCALE, bottleneck, leaf, maps
 ERRORS = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6}
 
 
-def moved(refiner: FoldedRefiner, device: torch.device, dtype: torch.dtype) -> FoldedRefiner:
+def moved(refiner: FoldedWeights, device: torch.device, dtype: torch.dtype) -> FoldedWeights:
     """The refiner on another device."""
     local = refiner.local._replace(kernels=(refiner.local.kernels[0].detach().to(device, dtype),))
     tensors = [x.detach().to(device, dtype) if isinstance(x, torch.Tensor) else x for x in refiner]
-    return FoldedRefiner(*tensors)._replace(local=local)
+    return FoldedWeights(*tensors)._replace(local=local)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_inference_equals_the_equations(batch, heads, tokens, ratio, side, dtype
     attn = maps(batch, heads, tokens).detach().to(dtype)
     value = leaf(batch, tokens, heads, 5).detach().to(dtype).transpose(1, 2)
     with torch.no_grad():
-        truth = attention.refine(attn.double(), value.double(), refiner, SCALE, way="reference")
+        truth = attention.refine(attn.double(), value.double(), refiner, SCALE, backend="eager")
         folded = attention.fold_refiner(refiner, SCALE)
     ours = refine_folded(attn.to(device), value.to(device), moved(folded, device, torch.float64)).cpu()
     assert ours.dtype == dtype

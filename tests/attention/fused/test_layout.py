@@ -54,9 +54,11 @@ def test_entries_are_counted_without_the_zeros():
         assert entries_of_parts(tokens, length, torch.device("cpu")).tolist() == parts
 
 
-@pytest.mark.parametrize("keep", ["map", "stacks"])
+@pytest.mark.parametrize("save_for_backward", ["map", "activations"])
 @pytest.mark.parametrize("tokens", [7, 8])
-def test_whatever_lies_behind_rows_before_is_zero_after(tokens, keep, device, memory_full_of_nan, monkeypatch):
+def test_whatever_lies_behind_rows_before_is_zero_after(
+    tokens, save_for_backward, device, memory_full_of_nan, monkeypatch
+):
     written: list[Tensor] = []
 
     def noted(*args, **options) -> Tensor:
@@ -68,13 +70,13 @@ def test_whatever_lies_behind_rows_before_is_zero_after(tokens, keep, device, me
     refiner = on(device, bottleneck(3, 3))
     attn = torch.rand(2, 3, tokens, tokens, device=device).requires_grad_()
     value = torch.randn(2, 3, tokens, 4, device=device).requires_grad_()
-    out = attention.refine(attn, value, refiner, SCALE, "fused", keep)
+    out = attention.refine(attn, value, refiner, SCALE, "triton", save_for_backward)
     wanted = [attn, value, *leaves(refiner)]
     grads = torch.autograd.grad(out.square().sum(), wanted)
     with torch.no_grad():
         evaluating = on(device, bottleneck(3, 3, training=False))
-        evaluated = attention.refine(attn, value, evaluating, SCALE, "fused")
+        evaluated = attention.refine(attn, value, evaluating, SCALE, "triton")
     assert all(x.isfinite().all() for x in (out, evaluated, *grads))
     # A laid out, h2 and h3, and for the way back A again, with A alone kept both others too, ∂T, m2 and ∂A; A and T.
-    assert len(written) == (9 if keep == "stacks" else 11)
+    assert len(written) == (9 if save_for_backward == "activations" else 11)
     assert all(not behind_rows(stack).any() for stack in written)

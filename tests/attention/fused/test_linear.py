@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refiner_ds.attention import Scores, composed, reference
+from refiner_ds.attention import DeferredMap, eager, equations
 from refiner_ds.attention.fused import linear, linear_backward, linear_forward
 from refiner_ds.attention.fused.layout import laid_out
 from refiner_ds.benchmark.measure import kept_bytes
@@ -49,8 +49,8 @@ def results(out: torch.Tensor, inputs: list[torch.Tensor], direction: torch.Tens
 def check(attn, value, refiner, dtype, device) -> None:
     """Compare values and every gradient with float64, on what is stored."""
     truth_of = [converted(part, torch.float64, device) for part in (attn, value, refiner)]
-    map_BHNN = composed.make_map(truth_of[0]) if isinstance(attn, Scores) else truth_of[0]
-    truth_out = composed.refine(map_BHNN, *truth_of[1:], 0.7)[0]
+    map_BHNN = eager.make_map(truth_of[0]) if isinstance(attn, DeferredMap) else truth_of[0]
+    truth_out = eager.refine(map_BHNN, *truth_of[1:], 0.7)[0]
     out = linear.refine_linear(attn, value, refiner, 0.7)
     assert out.shape == truth_out.shape and out.dtype == dtype
     direction = torch.randn_like(out.transpose(1, 2).flatten(2))
@@ -76,7 +76,7 @@ def check(attn, value, refiner, dtype, device) -> None:
 def test_values_and_gradients_equal_the_plain_composition(shape, ratio, kernel_size, steps, dtype, device):
     q, k, v = projected(*shape, dtype, device)
     refiner = converted(refiner_of(shape[1], ratio, kernel_size, **steps), torch.float32, device)
-    check(Scores(q, k, SCALE), v, refiner, dtype, device)
+    check(DeferredMap(q, k, SCALE), v, refiner, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -91,7 +91,7 @@ def test_wide_heads_are_worked_in_slices(device, monkeypatch):
     monkeypatch.setattr(linear_backward, "WIDEST", {2: 16, 4: 16})
     q, k, v = projected(1, 3, 9, 35, torch.bfloat16, device)
     refiner = converted(refiner_of(3, 2), torch.float32, device)
-    check(Scores(q, k, SCALE), v, refiner, torch.bfloat16, device)
+    check(DeferredMap(q, k, SCALE), v, refiner, torch.bfloat16, device)
 
 
 def test_maps_may_lie_anywhere(device):
@@ -123,7 +123,9 @@ def test_the_gradient_of_maps_lies_with_zeros_behind_rows(tokens, maps, device, 
 
 def test_joining_heads_copies_nothing(device):
     q, k, v = projected(2, 3, 7, 5, torch.float32, device)
-    out = linear.refine_linear(Scores(q, k, SCALE), v, converted(refiner_of(3, 1), torch.float32, device), 1.0).detach()
+    out = linear.refine_linear(
+        DeferredMap(q, k, SCALE), v, converted(refiner_of(3, 1), torch.float32, device), 1.0
+    ).detach()
     joined = out.transpose(1, 2).reshape(2, 7, 15)
     assert joined.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
 
@@ -135,7 +137,7 @@ def test_no_map_is_kept(device):
     def forward(batch):
         q, k, v = projected(batch, heads, tokens, width, torch.bfloat16, device)
         with torch.autocast(device.type, torch.bfloat16):
-            return linear.refine_linear(Scores(q, k, SCALE), v, refiner, 1.0)
+            return linear.refine_linear(DeferredMap(q, k, SCALE), v, refiner, 1.0)
 
     kept = [kept_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2)]
     assert kept[1] - kept[0] == 3 * 2 * heads * tokens * width + 4 * heads * tokens
@@ -146,7 +148,7 @@ def test_dropout_drops_entries_of_the_map_and_repeats_them_in_backward(device):
     q, k = projected(2, 3, 9, 5, torch.float32, device)[:2]
     refiner = converted(refiner_of(3, 1, 1, expand=False), torch.float32, device)
     value = torch.eye(9, device=device).expand(2, 3, 9, 9).clone().requires_grad_()
-    refined = linear.refine_linear(Scores(q, k, SCALE, 0.5), value, refiner, 1.0)  # times identity: the map itself
+    refined = linear.refine_linear(DeferredMap(q, k, SCALE, 0.5), value, refiner, 1.0)  # times identity: the map itself
     assert 0.3 < (refined == 0).double().mean() < 0.7
     direction = torch.randn_like(refined)
     (gradient,) = torch.autograd.grad(refined, value, direction)
@@ -165,6 +167,6 @@ def test_the_kernel_is_composed_exactly_under_autocast(device):
 def test_weights_lose_no_digits_beside_maps_in_half_precision(device):
     map_BHNN = torch.rand(1, 3, 9, 9, device=device).bfloat16()
     value, kernel = torch.randn(1, 3, 9, 5, device=device), torch.randn(3, 3, 3, 3, device=device)
-    truth = reference.refined_by_shifts(map_BHNN.double(), kernel.double(), value.double())
+    truth = equations.refined_by_shifts(map_BHNN.double(), kernel.double(), value.double())
     out = linear_forward.refined_attend(map_BHNN, value, kernel)
     assert ((out.double() - truth).norm() / truth.norm()).item() < 2e-5

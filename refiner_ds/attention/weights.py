@@ -1,8 +1,8 @@
 """What a refiner is made of, as plain tensors: the arguments of ``attention.refine``.
 
-    LinearRefiner      expand ─ local ─ reduce                      the paper's, linear in the maps
-    BottleneckRefiner  expand ─ norm ─ local ─ norm ─ project ─ norm (+ identity) ─ norm      the released one
-    FoldedRefiner      the released one for inference, its four norms folded into weights and biases
+    LinearWeights      expand ─ local ─ reduce                      the paper's, linear in the maps
+    BottleneckWeights  expand ─ norm ─ local ─ norm ─ project ─ norm (+ identity) ─ norm      the released one
+    FoldedWeights      the released one for inference, its four norms folded into weights and biases
 
 Axes: B batch, H heads, E expanded maps, N tokens (class token first), d head width, h×w the patch grid.
 """
@@ -17,19 +17,19 @@ from refiner_ds.attention.norms import Norm
 
 __all__ = [
     "CONSTRAINTS",
-    "BottleneckRefiner",
-    "FoldedRefiner",
-    "LinearRefiner",
+    "BottleneckWeights",
+    "FoldedWeights",
+    "LinearWeights",
     "LocalKernels",
-    "Refiner",
-    "Scores",
+    "RefinerWeights",
+    "DeferredMap",
     "kernel_shapes",
 ]
 
 CONSTRAINTS = ("none", "spatial", "row+col")
 
 
-class Scores(NamedTuple):
+class DeferredMap(NamedTuple):
     """An attention map that has not been computed: softmax(scale · Q Kᵀ), with dropout on it.
 
     Args:
@@ -60,7 +60,7 @@ class LocalKernels(NamedTuple):
     grid: tuple[int, int]
 
 
-class LinearRefiner(NamedTuple):
+class LinearWeights(NamedTuple):
     """The paper's refiner (section 3): expansion, distributed local attention, reduction.
 
     Args:
@@ -74,7 +74,7 @@ class LinearRefiner(NamedTuple):
     reduce_HE: Tensor | None
 
 
-class BottleneckRefiner(NamedTuple):
+class BottleneckWeights(NamedTuple):
     """The released models' refiner: an inverted bottleneck with an identity, and a norm behind it.
 
     Args:
@@ -93,8 +93,8 @@ class BottleneckRefiner(NamedTuple):
     adapt_H: Norm
 
 
-class FoldedRefiner(NamedTuple):
-    """A :class:`BottleneckRefiner` with running statistics, every norm folded into its neighbour.
+class FoldedWeights(NamedTuple):
+    """A :class:`BottleneckWeights` with running statistics, every norm folded into its neighbour.
 
     The refined map is project·relu6(gain2·local(relu6(expand·A + bias1)) + bias2) + gain·A + shift.
 
@@ -115,7 +115,7 @@ class FoldedRefiner(NamedTuple):
     shift_H: Tensor
 
 
-Refiner = LinearRefiner | BottleneckRefiner | FoldedRefiner
+RefinerWeights = LinearWeights | BottleneckWeights | FoldedWeights
 
 
 def kernel_shapes(constraint: str, kernel_size: int) -> dict[str, tuple[int, int]]:

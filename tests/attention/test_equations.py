@@ -1,4 +1,4 @@
-"""Each equation of reference.py equals loops over single indices, in float64."""
+"""Each equation of equations.py equals loops over single indices, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refiner_ds.attention import reference
+from refiner_ds.attention import equations
 from tests.attention import naive
 
 B, H, E, GRID, WIDTH = 2, 2, 6, (2, 3), 3
@@ -33,30 +33,30 @@ def numpy(*tensors: Tensor) -> list[np.ndarray]:
 
 def test_attention_map_is_the_softmax_over_keys():
     q, k = random(B, H, N, WIDTH), random(B, H, N, WIDTH)
-    assert_equal(reference.attention_map(q, k, SCALE), naive.attention_map(*numpy(q, k), SCALE))
+    assert_equal(equations.attention_map(q, k, SCALE), naive.attention_map(*numpy(q, k), SCALE))
 
 
 def test_attention_map_of_half_precision_scores_is_fp32():
     q = random(B, H, N, WIDTH).bfloat16()
-    assert reference.attention_map(q, q, SCALE).dtype == torch.float32
+    assert equations.attention_map(q, q, SCALE).dtype == torch.float32
 
 
 def test_handed_on_maps_accumulate():
-    own, handed = maps(), maps()
-    assert_equal(reference.accumulate(own, handed, SCALE), naive.accumulate(*numpy(own, handed), SCALE))
+    own, residual = maps(), maps()
+    assert_equal(equations.accumulate(own, residual, SCALE), naive.accumulate(*numpy(own, residual), SCALE))
 
 
 def test_expansion_and_reduction_mix_maps():
     attn, up, down = maps(), random(E, H), random(H, E)
-    wide = reference.expand(attn, up)
+    wide = equations.expand(attn, up)
     assert_equal(wide, naive.mix(*numpy(attn, up)))
-    assert_equal(reference.reduce(wide, down), naive.mix(*numpy(wide, down)))
+    assert_equal(equations.reduce(wide, down), naive.mix(*numpy(wide, down)))
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_local_attention_convolves_each_map_with_its_own_kernel(kernel_size):
     wide, kernel = maps(E), random(E, 1, kernel_size, kernel_size)
-    assert_equal(reference.distributed_local_attention(wide, kernel), naive.local(*numpy(wide, kernel)))
+    assert_equal(equations.distributed_local_attention(wide, kernel), naive.local(*numpy(wide, kernel)))
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
@@ -64,25 +64,25 @@ def test_linear_refiner_equals_its_composed_kernel_and_its_shifts(kernel_size):
     attn, value = maps(), random(B, H, N, WIDTH)
     up, kernel, down = random(E, H), random(E, 1, kernel_size, kernel_size), random(H, E)
     loops = naive.mix(naive.local(naive.mix(*numpy(attn, up)), kernel.numpy()), down.numpy())
-    assert_equal(reference.linear_refiner(attn, up, kernel, down), loops)
-    composed = reference.compose_kernel(up, kernel, down)
-    assert_equal(reference.dense_refiner(attn, composed), naive.dense(*numpy(attn, composed)))
-    assert_equal(reference.dense_refiner(attn, composed), loops)
-    shifted = reference.refined_by_shifts(attn, composed, value)
+    assert_equal(equations.linear_refiner(attn, up, kernel, down), loops)
+    eager = equations.compose_kernel(up, kernel, down)
+    assert_equal(equations.dense_refiner(attn, eager), naive.dense(*numpy(attn, eager)))
+    assert_equal(equations.dense_refiner(attn, eager), loops)
+    shifted = equations.refined_by_shifts(attn, eager, value)
     assert_equal(shifted, naive.attend(loops, value.numpy()))
 
 
 def test_values_are_shared_by_the_maps_of_a_head_when_nothing_is_reduced():
     wide, value = maps(E), random(B, H, N, WIDTH)
-    assert_equal(reference.attend(wide, value), naive.attend(*numpy(wide, value)))
+    assert_equal(equations.attend(wide, value), naive.attend(*numpy(wide, value)))
 
 
 def test_batch_moments_and_normalising():
     wide, weight, bias = maps(E), random(E), random(E)
-    mean, variance = reference.batch_moments(wide)
+    mean, variance = equations.batch_moments(wide)
     for ours, loops in zip((mean, variance), naive.moments(wide.numpy()), strict=True):
         assert_equal(ours, loops)
-    ours = reference.normalise(wide, weight, bias, (mean, variance), eps=1e-5)
+    ours = equations.normalise(wide, weight, bias, (mean, variance), eps=1e-5)
     assert_equal(ours, naive.normalise(*numpy(wide, weight, bias, mean, variance), 1e-5))
 
 
@@ -92,7 +92,7 @@ def test_bottleneck_with_batch_and_with_running_statistics(statistics):
     widths = (E, E, H, H)
     affines = [(random(width), random(width)) for width in widths]
     running = [(random(width) / N, random(width).abs() / N) for width in widths]
-    ours, used = reference.bottleneck(
+    ours, used = equations.bottleneck(
         attn, up, kernel, down, affines, running if statistics == "running" else None, eps=1e-5
     )
 
@@ -114,14 +114,14 @@ def test_bottleneck_with_batch_and_with_running_statistics(statistics):
 def test_local_attention_over_the_patch_grid_of_one_axis(axis, classes):
     tokens = classes + GRID[0] * GRID[1]
     wide, kernel = random(B, E, tokens, tokens), random(E, 1, 3, 3)
-    ours = reference.local_over_grid(wide, kernel, GRID, axis)
+    ours = equations.local_over_grid(wide, kernel, GRID, axis)
     assert_equal(ours, naive.over_grid(*numpy(wide, kernel), GRID, axis))
 
 
 def test_spatial_constraint_runs_over_keys_then_queries():
     wide, keys, queries = maps(E), random(E, 1, 3, 3), random(E, 1, 3, 3)
     loops = naive.over_grid(naive.over_grid(*numpy(wide, keys), GRID, "keys"), queries.numpy(), GRID, "queries")
-    assert_equal(reference.spatial_local_attention(wide, keys, queries, GRID), loops)
+    assert_equal(equations.spatial_local_attention(wide, keys, queries, GRID), loops)
 
 
 def test_row_and_column_constraint_runs_along_the_grid():
@@ -130,4 +130,4 @@ def test_row_and_column_constraint_runs_along_the_grid():
     loops = wide.numpy()
     for kernel, axis in zip(kernels, ("keys", "keys", "queries", "queries"), strict=True):
         loops = naive.over_grid(loops, kernel.numpy(), GRID, axis)
-    assert_equal(reference.row_and_column_local_attention(wide, kernels, GRID), loops)
+    assert_equal(equations.row_and_column_local_attention(wide, kernels, GRID), loops)

@@ -1,8 +1,8 @@
-"""The way "fused": which cases it knows, and what computes each.
+"""The way "triton": which cases it knows, and what computes each.
 
-    BottleneckRefiner in training                  bottleneck.py     keeps A, and two stacks if told to
-    LinearRefiner                                  linear.py         keeps q, k, v and a row statistic, or A and v
-    FoldedRefiner, BottleneckRefiner evaluating    inference.py      keeps nothing
+    BottleneckWeights in training                  bottleneck.py     keeps A, and two stacks if told to
+    LinearWeights                                  linear.py         keeps q, k, v and a row statistic, or A and v
+    FoldedWeights, BottleneckWeights evaluating    inference.py      keeps nothing
     a freshly made map                             maps.py           keeps q, k and a row statistic
     a map made and multiplied with                 attend.py         keeps v and the map besides
 
@@ -23,7 +23,7 @@ from refiner_ds.attention.fused.inference import refine_folded
 from refiner_ds.attention.fused.launching import runs_on
 from refiner_ds.attention.fused.linear import refine_linear
 from refiner_ds.attention.fused.maps import make_map
-from refiner_ds.attention.parameters import Refiner, Scores
+from refiner_ds.attention.weights import DeferredMap, RefinerWeights
 
 __all__ = ["attend", "knows", "knows_maps", "make_map", "refine", "runs_on"]
 
@@ -31,12 +31,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_SIZES = (1, 3)
 
 
-def knows_maps(scores: Scores) -> bool:
+def knows_maps(scores: DeferredMap) -> bool:
     """Whether this map can be made by a kernel."""
     return scores.q_BHNd.dtype in DTYPES and runs_on(scores.q_BHNd.device)
 
 
-def knows(attn: Tensor | Scores, value_BHNd: Tensor, refiner: Refiner) -> bool:
+def knows(attn: Tensor | DeferredMap, value_BHNd: Tensor, refiner: RefinerWeights) -> bool:
     """Whether :func:`refine` computes this case."""
     if value_BHNd.dtype not in DTYPES or not runs_on(value_BHNd.device):
         return False

@@ -46,9 +46,9 @@ def attention_map(q_BHNd: Tensor, k_BHNd: Tensor, scale: float) -> Tensor:
     return logits_BHNN.to(statistics_dtype(logits_BHNN.dtype)).softmax(-1)
 
 
-def accumulate(map_BHNN: Tensor, handed_BHNN: Tensor, scale: float) -> Tensor:
+def accumulate(map_BHNN: Tensor, residual_BHNN: Tensor, scale: float) -> Tensor:
     """Residual attention maps (released): the block's own map plus scale times the one handed on to it."""
-    return map_BHNN + scale * handed_BHNN
+    return map_BHNN + scale * residual_BHNN
 
 
 def expand(map_BHNN: Tensor, weight_EH: Tensor) -> Tensor:
