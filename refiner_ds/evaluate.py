@@ -60,7 +60,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from refiner_ds.training.build import build_model, choose_attention
     from refiner_ds.training.engine import evaluates_in_bf16
     from refiner_ds.training.evaluation import evaluate
-    from refiner_ds.training.preparation import load_index
+    from refiner_ds.training.preparation import load_index, refuse_missing_files
     from refiner_ds.training.world import init, shutdown
 
     checkpoint = find_checkpoint(options.place)
@@ -75,6 +75,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint}: does not fit the model of its own config.json: {error}") from None
     world = init()
+    refuse_missing_files(run, [index], world)
     choose_attention(run, world.device)
     data = run.refiner.data
     view = EvalSettings(run.refiner.model.img_size, options.crop_ratio or data.eval_crop_ratio)

@@ -93,9 +93,10 @@ def check(run: RunFile, world_size: int) -> int:
 
 def ready_to_start(run: RunFile, world_size: int) -> int:
     """Check a run, its data and its run folder as ``world_size`` processes would at their start; submit asks this."""
-    from refiner_ds.training.preparation import prepare
+    from refiner_ds.training.preparation import prepare, refuse_missing_files
 
     ready = prepare(run, world_size)
+    refuse_missing_files(run, ready.sets)
     if (finished := ready.finished()) is not None:
         raise ConfigError(finished)
     print(f"{run.path}: ready; {ready.train.describe()}")

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "kernels": "refiner_ds.benchmark.kernels",
     "loader": "refiner_ds.benchmark.loader",
     "model": "refiner_ds.benchmark.model",
+    "scale": "refiner_ds.benchmark.scale",
 }
 
 

@@ -81,8 +81,8 @@ class ShardIndex:
 
         Args:
             folder: holds ``index.json``, ``members.npy`` and the tars.
-            check_files: also compare every tar's size with the index. A run that may skip damaged samples does
-                without; among many ranks one need check.
+            check_files: also compare every tar's size with the index. Training leaves it to the first process of
+                each node (`training.preparation.refuse_missing_files`).
         Raises:
             DataError: there is no usable set; says what is wrong and what would be right.
         """
@@ -183,9 +183,11 @@ def maps_folder(images: Path) -> Path:
     return images.with_name(images.name + MAPS_SUFFIX)
 
 
-def find_maps(images: ShardIndex) -> ShardIndex:
+def find_maps(images: ShardIndex, check_files: bool = True) -> ShardIndex:
     """The set that holds the score maps of ``images``: itself, or the set of maps ``<folder>.maps`` beside it.
 
+    Args:
+        check_files: as in `ShardIndex.load`.
     Raises:
         DataError: there is neither, or the set of maps belongs to other images.
     """
@@ -193,7 +195,7 @@ def find_maps(images: ShardIndex) -> ShardIndex:
     if images.has_maps or not beside.exists():
         maps = images
     else:
-        maps = ShardIndex.load(beside)
+        maps = ShardIndex.load(beside, check_files)
     maps.map_format_for(images)
     return maps
 

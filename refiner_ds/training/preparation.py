@@ -17,6 +17,7 @@ from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model
 from refiner_ds.training.schedule import Schedule
+from refiner_ds.training.world import World
 
 # What may not change between the processes that train one run: another value would be another run under its name.
 FIXED = (
@@ -41,6 +42,11 @@ class Preparation:
     def num_classes(self) -> int:
         """Outputs of the model's heads."""
         return self.run.refiner.model.num_classes or len(self.train.classes)
+
+    @property
+    def sets(self) -> list[ShardIndex]:
+        """Every shard set that the run reads, once each."""
+        return [index for index in (self.train, None if self.maps is self.train else self.maps, self.val) if index]
 
     def finished(self) -> str | None:
         """What to tell a person whose run is complete already; None where there is something left to train."""
@@ -69,7 +75,7 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     refuse_unwritable(run.folder)
     refuse_another_run(run)
     train = load_index(run.refiner.data.train, run)
-    maps = find_maps(train) if run.refiner.data.score_maps else None
+    maps = find_maps(train, check_files=False) if run.refiner.data.score_maps else None
     val = load_index(run.refiner.data.val, run) if run.refiner.data.val else None
     _refuse_disagreement(run, train, val)
     ready = Preparation(run, batch, train, maps, val, Schedule(run.refiner.recipe, batch, train.count))
@@ -79,10 +85,26 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
 
 
 def load_index(place: str, run: RunFile) -> ShardIndex:
-    """The index of a folder or of a ``package:`` set, which is made on first use."""
-    # A run that skips damaged samples starts with a shard missing, too, and counts what it held.
-    checks = run.refiner.data.on_bad_sample == "error"
-    return ShardIndex.load(locate(place, run.refiner.data.cache), check_files=checks)
+    """The index of a folder or of a ``package:`` set, which is made on first use; its files are not looked at."""
+    return ShardIndex.load(locate(place, run.refiner.data.cache), check_files=False)
+
+
+def refuse_missing_files(run: RunFile, sets: list[ShardIndex], world: World | None = None) -> None:
+    """Compare the size of every shard with the index, once on each node; all processes are refused together.
+
+    A run that skips damaged samples starts with a shard missing, too, and counts what it held.
+
+    Args:
+        world: the open process group, every process of which must call this; None: this process alone.
+    Raises:
+        DataError: a shard is missing or not as long as the index says, here or on another node.
+    """
+    looks = run.refiner.data.on_bad_sample == "error" and (world is None or world.local_rank == 0)
+    error = next((error for index in sets for error in index.file_errors()), None) if looks else None
+    if world is not None:
+        error = world.first(error)
+    if error is not None:
+        raise DataError(error)
 
 
 def _refuse_disagreement(run: RunFile, train: ShardIndex, val: ShardIndex | None) -> None:

@@ -17,7 +17,7 @@ from refiner_ds.training.build import choose_attention
 from refiner_ds.training.console import Console, log
 from refiner_ds.training.logs import write_logs
 from refiner_ds.training.loop import Trainer
-from refiner_ds.training.preparation import Preparation
+from refiner_ds.training.preparation import Preparation, refuse_missing_files
 from refiner_ds.training.signals import stop_flag
 from refiner_ds.training.world import World, init, shutdown
 
@@ -27,9 +27,11 @@ def run_training(ready: Preparation) -> int:
 
     Raises:
         ConfigError: refined attention cannot be computed here as the run file says.
+        DataError: a shard is missing on one of the nodes.
     """
     with stop_flag() as stop:
         world = init()
+        refuse_missing_files(ready.run, ready.sets, world)
         choose_attention(ready.run, world.device)
         write_logs(RunFolder(ready.run.folder), world.rank)
         log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)

@@ -38,6 +38,12 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def first(self, value: T | None) -> T | None:
+        """The ``value`` of the lowest rank that has one, on every process; None where none has."""
+        gathered: list[T | None] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return next((one for one in gathered if one is not None), None)
+
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over processes, in place."""
         dist.all_reduce(values)

@@ -54,6 +54,7 @@ def test_benchmark_tells_costs_sizes_and_scaling(folder: Path, capsys: pytest.Ca
     assert float(difference[1]) == pytest.approx(100 * (costs["shards"] / costs["loose files"] - 1), abs=30)
     scaled = re.findall(rf"^(\d) workers?: {FIGURES} images/s elapsed, (\d+) CPU µs/image in", told, re.M)
     assert [row[0] for row in scaled] == ["0", "1"]
+    assert re.search(r"^decoding a score map: \d+\.\d \(\d+\.\d to \d+\.\d\) CPU µs$", told, re.M)
 
 
 def test_report_is_middle_lowest_and_highest_and_pairs_what_ran_in_one_round(folder: Path, tmp_path: Path) -> None:
@@ -62,12 +63,13 @@ def test_report_is_middle_lowest_and_highest_and_pairs_what_ran_in_one_round(fol
         "shards": [110.0, 190.0, 99.0], "loose files": [100.0, 200.0, 110.0], "usual": [400.0, 800.0, 330.0],
         "decoding": [60.0, 61.0, 62.0], "entropy": [50.0, 55.0, 60.0],
     }  # fmt: skip
-    told = report(photographs, costs, {0: [(7.0, 5.0), (9.0, 3.0)], 1: [(10.0, 4.0)]}).splitlines()
+    told = report(photographs, costs, [17.0, 16.0, 18.5], {0: [(7.0, 5.0), (9.0, 3.0)], 1: [(10.0, 4.0)]}).splitlines()
     assert told[3].split() == "shards 110 (99 to 190) 9091 3.64".split()
     assert told[4].split() == "loose files 110 (100 to 200) 9091 4.00".split()
     assert told[8:] == [
         "shards against loose files: -5.0 (-10.0 to +10.0) %",
         "above the floor: 2.00 times entropy decoding",
+        "decoding a score map: 17.0 (16.0 to 18.5) CPU µs",
         "0 workers: 8 (7 to 9) images/s elapsed, 4 CPU µs/image in all processes",
         "1 worker: 10 (10 to 10) images/s elapsed, 4 CPU µs/image in all processes",
     ]

@@ -1,22 +1,18 @@
 """The index and the sampler at the scale of docs/data.md: 1.28 million and a billion samples, 1,024 ranks.
 
-The members table of the billion is a sparse file of its true length: reading it costs what reading the real one would,
-but the disk holds nothing.
+What each step costs in time is printed by ``python -m refiner_ds.benchmark scale``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from refiner_ds.data.index import FORMAT, INDEX_NAME, MEMBERS_NAME, VERSION
-from refiner_ds.data.tar_format import MEMBER
+from refiner_ds.benchmark.scale import make_index
 
 LOOK = """
 import json, sys, tracemalloc
@@ -39,31 +35,6 @@ sampler[9 * sampler.steps_per_epoch]
 print(json.dumps({"count": index.count, "memory": memory, "samples": far, "shards": shards, "offsets": offsets,
     "permutation": tracemalloc.get_traced_memory()[1] / 2**20}))
 """
-
-
-def make_index(folder: Path, count: int, shards: int) -> None:
-    """An index of ``count`` samples, with a sparse members table."""
-    each = count // shards
-    entries = [
-        {
-            "name": f"shard-{n:06d}.tar",
-            "count": each,
-            "bytes": each * 110_000,
-            "sha256": "0" * 64,
-            "keys_sha256": "0" * 64,
-        }
-        for n in range(shards)
-    ]
-    described = {
-        "format": FORMAT, "version": VERSION, "count": count, "maps": None, "members_sha256": "", "shards": entries,
-        "classes": [f"n{number:08d}" for number in range(1000)],
-    }  # fmt: skip
-    with open(folder / MEMBERS_NAME, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": MEMBER.descr, "fortran_order": False, "shape": (count,)})
-        file.truncate(file.tell() + count * MEMBER.itemsize)
-    if count < 10**7:
-        described["members_sha256"] = hashlib.sha256((folder / MEMBERS_NAME).read_bytes()).hexdigest()
-    (folder / INDEX_NAME).write_text(json.dumps(described))
 
 
 @pytest.mark.parametrize("count, shards, mebibytes", [(1_281_000, 1_281, 12), (1_000_000_000, 100_000, 160)])

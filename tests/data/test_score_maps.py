@@ -10,21 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from refiner_ds.benchmark.loader import smooth_score_map
 from refiner_ds.data.index import MapFormat
 from refiner_ds.data.score_maps import ScoreMap, decode, encode, read_published
 from refiner_ds.errors import DataError
 
 
 def annotated(rows: int = 18, columns: int = 18, k: int = 5) -> ScoreMap:
-    """Smooth random logits as a network's are: 40 broad blobs of 40 classes, and the best k kept."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:rows, :columns] / rows
-    logits = rng.normal(0, 0.5, (1000, rows, columns))
-    for number in rng.integers(0, 1000, 40):
-        centre = rng.random(2)
-        logits[number] += 8 * np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 0.05)
-    classes = np.argsort(-logits, 0)[:k]
-    return ScoreMap(np.take_along_axis(logits, classes, 0).astype(np.float16), classes.astype(np.int16), 17)
+    """The top left corner of a smooth map, so that grids need not be square."""
+    whole = smooth_score_map(max(rows, columns), k)
+    return ScoreMap(whole.values_Khw[:, :rows, :columns], whole.classes_Khw[:, :rows, :columns], 17)
 
 
 @pytest.mark.parametrize("shape", [(18, 18, 5), (7, 9, 5), (1, 1, 1), (12, 20, 10)])
