@@ -66,6 +66,19 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
     return model
 
 
+def set_recompute(run: RunFile, model: RefinedViT) -> None:
+    """Let backward recompute what ``refiner.model.checkpointing`` names, by DeepSpeed's means where those are asked."""
+    unit = run.refiner.model.checkpointing
+    if unit == "none":
+        return
+    checkpoint = None
+    if run.keys.activation_checkpointing is not None:
+        from deepspeed import checkpointing
+
+        checkpoint = checkpointing.checkpoint
+    model.set_grad_checkpointing(True, unit=unit, checkpoint=checkpoint)
+
+
 def parameter_count(model: nn.Module) -> int:
     """Trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

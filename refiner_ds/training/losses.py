@@ -10,11 +10,19 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """The loss and its parts, fp32 scalars."""
+    """The loss of a micro-batch and its parts, fp32 scalars.
+
+    Attributes:
+        total: what backward starts from, and what is logged and checked as ``loss``.
+        parts: by name, before weighting; logged as ``loss_<name>``.
+    """
 
     total: Tensor
-    classes: Tensor
-    patches: Tensor
+    parts: dict[str, Tensor]
+
+    def plus(self, name: str, penalty: Tensor) -> Losses:
+        """With a penalty that is weighted already."""
+        return Losses(self.total + penalty, {**self.parts, name: penalty})
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -31,6 +39,5 @@ def token_label_loss(
         logits_BC, logits_BPC: the model's two training outputs.
         target_BC, target_BPC: distributions over classes; P may be 1 in the latter, one label for all patches.
     """
-    classes = soft_cross_entropy(logits_BC, target_BC)
-    patches = soft_cross_entropy(logits_BPC, target_BPC)
-    return Losses(cls_weight * classes + dense_weight * patches, classes, patches)
+    cls, patch = soft_cross_entropy(logits_BC, target_BC), soft_cross_entropy(logits_BPC, target_BPC)
+    return Losses(cls_weight * cls + dense_weight * patch, {"cls": cls, "patch": patch})

@@ -83,9 +83,9 @@ def test_the_loss_is_the_weighted_sum_of_class_and_mean_patch_cross_entropy() ->
     losses = token_label_loss(cls_BC, patch_BPC, target_BC, target_BPC, 0.9, 0.5)
     by_hand = [-(target_BC[b] * cls_BC[b].log_softmax(-1)).sum() for b in range(3)]
     patches = [-(target_BPC[b, p] * patch_BPC[b, p].log_softmax(-1)).sum() for b in range(3) for p in range(7)]
-    torch.testing.assert_close(losses.classes, sum(by_hand) / 3)
-    torch.testing.assert_close(losses.patches, sum(patches) / 21)
-    torch.testing.assert_close(losses.total, 0.9 * losses.classes + 0.5 * losses.patches)
+    torch.testing.assert_close(losses.parts["cls"], sum(by_hand) / 3)
+    torch.testing.assert_close(losses.parts["patch"], sum(patches) / 21)
+    torch.testing.assert_close(losses.total, 0.9 * losses.parts["cls"] + 0.5 * losses.parts["patch"])
 
 
 def test_losses_are_computed_in_fp32() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +20,17 @@ from refiner_ds.data.locate import locate
 from refiner_ds.errors import CheckpointError, DataError
 from refiner_ds.exit_codes import DIVERGED, FINISHED
 from refiner_ds.run_folder import RunFolder, State
-from refiner_ds.training import loop, session
+from refiner_ds.training import session, validation
+from refiner_ds.training.build import build_model
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import evaluates_in_bf16
-from refiner_ds.training.loop import Outcome, Trainer
+from refiner_ds.training.interval import Interval
+from refiner_ds.training.loop import Trainer
+from refiner_ds.training.losses import Losses
 from refiner_ds.training.signals import StopFlag
+from refiner_ds.training.step import OptimizerStep, Outcome
+from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
 
 T = TypeVar("T")
@@ -47,53 +53,50 @@ ALONE = Alone(0, 1, 0, torch.device("cpu"))
 class Course(Trainer):
     """The course of a run whose steps are given: their losses. Notes what it does."""
 
-    def __init__(self, losses: list[float], *overrides: str, whole: bool = True) -> None:
-        self.run_file = load(None, ["refiner.run.log_steps=4", "refiner.run.checkpoint_epochs=0.5", *overrides])
-        self.keys, self.folder, self.world = self.run_file.refiner, RunFolder(self.run_file.folder), ALONE
-        self.schedule: Any = SimpleNamespace(total_steps=len(losses), steps_an_epoch=4)
-        self.batch: Any = SimpleNamespace(global_batch=48)
+    def __init__(self, losses: list[float], *overrides: str, finite: bool = True) -> None:
+        run = load(None, ["refiner.run.log_steps=4", "refiner.run.checkpoint_epochs=0.5", *overrides])
+        schedule = SimpleNamespace(total_steps=len(losses), steps_an_epoch=4)
+        self.ready: Any = SimpleNamespace(run=run, schedule=schedule, batch=SimpleNamespace(global_batch=48))
+        self.folder, self.world = RunFolder(run.folder), ALONE
         self.console = Console(False)
-        self.step, self.losses, self.whole, self.done = 0, losses, whole, ""
+        self.take_step: Any = lambda step, batches: Outcome({"loss": losses[step], "loss_cls": 0.5}, False)
+        self.progress: Any = SimpleNamespace(after=lambda *_: None, write=self._write)
+        self.validation: Any = SimpleNamespace(evaluate=lambda step: None, picture=lambda step: None)
+        self.step, self.finite, self.done = 0, finite, ""
 
-    def _train_batches(self, position: int) -> Any:
+    def _batches(self) -> Any:
         return None
 
-    def _one_step(self, batches: Any) -> Outcome:
-        self._steps += 1
-        return Outcome(self.losses[self.step], False)
-
-    def _log(self) -> None:
-        self._numbers = {"loss_cls": 0.0, "loss_patch": 0.0, "lr": 0.0, "grad_norm": 0.0}
-        self._steps, self.done = 0, f"{self.done} logged {self.step}"
+    def _write(self, step: int) -> dict[str, float]:
+        return {"loss_cls": 0.5, "lr": 0.0, "grad_norm": 0.0}
 
     def _save(self) -> bool:
-        self.done += f" saved {self.step}" * self.whole
-        return self.whole
-
-    def _show(self, trained: int, logged: bool) -> None: ...
-
-    def _evaluate(self) -> None: ...
-
-    def _picture(self) -> None: ...
+        self.done += f" saved {self.step}" * self.finite
+        return self.finite
 
     def _finish(self) -> None: ...
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved() -> None:
     sound = Course([1.0] * 8)
-    assert sound.run() == FINISHED and sound.done == " saved 2 logged 4 saved 4 saved 6 logged 8 saved 8"
+    assert sound.run() == FINISHED and sound.done == " saved 2 saved 4 saved 6 saved 8"
     lost = Course([1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), float("nan"), float("nan")])
-    assert lost.run() == DIVERGED and lost.done == " saved 2 logged 4 saved 4 logged 6"
+    assert lost.run() == DIVERGED and lost.done == " saved 2 saved 4"
 
 
 def test_weights_that_are_not_finite_end_the_run_though_the_loss_still_was() -> None:
-    lost = Course([1.0] * 8, whole=False)
-    assert lost.run() == DIVERGED and lost.done == " logged 2"
+    lost = Course([1.0] * 8, finite=False)
+    assert lost.run() == DIVERGED and lost.done == ""
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_run_that_ends_so_names_the_last_good_state(saved: bool, tmp_path: Path) -> None:
-    lost, said = Course([float("nan")], f"refiner.run.output={tmp_path}"), []
+@pytest.mark.parametrize(
+    "clips, advice", [("null", "or set gradient_clipping"), ("2.0", "gradient_clipping, which is")]
+)
+def test_a_run_that_ends_so_names_the_last_good_state_and_what_is_not_set_already(
+    saved: bool, clips: str, advice: str, tmp_path: Path
+) -> None:
+    lost, said = Course([float("nan")], f"refiner.run.output={tmp_path}", f"gradient_clipping={clips}"), []
     lost.folder.path.mkdir()
     if saved:
         lost.folder.latest_file.write_text("step_00000007\n")
@@ -101,6 +104,7 @@ def test_a_run_that_ends_so_names_the_last_good_state(saved: bool, tmp_path: Pat
     assert lost.run() == DIVERGED and len(said) == 1
     good = f"the last good state is {lost.folder}/checkpoints/step_00000007: lower"
     assert (good if saved else "; nothing has been saved yet: lower") in said[0]
+    assert "(loss_cls 0.5," in said[0] and advice in said[0]
 
 
 class Weights:
@@ -181,26 +185,50 @@ def test_a_run_of_nothing_but_damaged_checkpoints_does_not_begin_anew_by_itself(
         checkpoints.newest()
 
 
-def test_a_steps_time_is_that_of_the_device_not_of_telling_it() -> None:
+def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     class Late:
-        """Losses and wishes that the device has not come to yet."""
+        """Numbers that the device has not come to yet."""
 
-        def __getitem__(self, part: slice) -> torch.Tensor:
-            return torch.ones(3)
+        def __init__(self, numbers: torch.Tensor) -> None:
+            self.numbers = numbers
 
         def tolist(self) -> list[float]:
             time.sleep(0.1)
-            return [1.0, 1.0, 1.0, 0.25]
+            return self.numbers.tolist()
 
-    course = Course([1.0])
-    course.batch = SimpleNamespace(global_batch=48, accumulation=0)
-    course.schedule.lr = lambda samples: 0.1
-    course.engine = SimpleNamespace(set_lr=lambda lr: None, stepped=False)  # type: ignore[assignment]
-    course.exchange = SimpleNamespace(finish=lambda wish: Late())  # type: ignore[assignment]
-    course.stop = StopFlag()
-    course._reset_interval()
-    assert Trainer._one_step(course, iter(())) == Outcome(1.0, True)
-    assert course._seconds >= 0.1
+    step = OptimizerStep.__new__(OptimizerStep)
+    step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
+    step._keys = load().refiner
+    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=lambda samples: 0.1))  # type: ignore[assignment]
+    step._world, step._stop = ALONE, StopFlag()
+    step._stop.raise_flag(signal.SIGTERM, None)
+    engine: Any = SimpleNamespace(set_lr=lambda lr: None, stepped=False, backward_and_step=lambda loss: None)
+    step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
+    losses = iter([(1.0, 2.0), (3.0, 6.0)])
+
+    def forward(batch: Any, seed: int) -> Losses:
+        total, part = next(losses)
+        return Losses(torch.tensor(total), {"new": torch.tensor(part)})
+
+    step._forward = forward  # type: ignore[method-assign]
+    batch: Any = SimpleNamespace(bad=1)
+    outcome = step(0, iter([batch, batch]))
+    assert outcome.losses == {"loss": 2.0, "loss_new": 4.0} and outcome.stopping
+    assert outcome.seconds >= 0.1 and outcome.bad_samples == 2
+
+
+def test_an_interval_is_the_mean_of_its_steps() -> None:
+    class Sums(Alone):
+        def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values * 2  # two ranks
+
+    interval = Interval()
+    interval.add(Outcome({"loss": 1.0, "loss_cls": 4.0}, False, 1.0, 0.25, 1))
+    interval.add(Outcome({"loss": 2.0, "loss_cls": 0.0}, False, 3.0, 0.75, 2))
+    assert interval.numbers(48, Sums(0, 2, 0, torch.device("cpu"))) == {
+        "loss": 1.5, "loss_cls": 2.0, "images_per_second": 24.0, "step_seconds": 2.0, "data_wait_seconds": 0.5,
+        "bad_samples": 6,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("rank, said", [(0, ""), (3, "error: rank 3: shard 7: damaged\n")])
@@ -227,18 +255,18 @@ def test_a_picture_skips_a_damaged_image_where_the_run_does(tmp_path: Path, monk
     tar = val.folder / val.shards[0].name
     tar.write_bytes(b"?" * 2048 + tar.read_bytes()[2048:])
     drawn = []
-    monkeypatch.setattr(loop, "attention_picture", lambda model, image, pixels: drawn.append(pixels.shape))
+    monkeypatch.setattr(validation, "attention_picture", lambda model, image, pixels: drawn.append(pixels.shape))
     for bad in ("skip", "error"):
-        course = Course([1.0], f"refiner.data.on_bad_sample={bad}")
-        course.ready = SimpleNamespace(val=val)  # type: ignore[assignment]
-        course.ema = SimpleNamespace(state_dict=dict)  # type: ignore[assignment]
-        course.evaluated = torch.nn.Identity()  # type: ignore[assignment]
-        course.metrics = SimpleNamespace(picture=lambda *_: None)  # type: ignore[assignment]
+        run = load(None, [f"refiner.data.on_bad_sample={bad}"])
+        ready: Any = SimpleNamespace(run=run, num_classes=10, val=val)
+        ema: Any = SimpleNamespace(state_dict=build_model(run, 10).state_dict)
+        metrics: Any = SimpleNamespace(picture=lambda *_: None)
+        sees = Validation(ready, ALONE, None, ema, metrics, Console(False))  # type: ignore[arg-type]
         if bad == "error":
             with pytest.raises(DataError):
-                Trainer._picture(course)
+                sees.picture(1)
         else:
-            Trainer._picture(course)
+            sees.picture(1)
     assert drawn == [(28, 28, 3)]
 
 

@@ -1,0 +1,71 @@
+"""What is known of a run between two metric lines: means of its steps, throughput, and the device's use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from refiner_ds.config import RunFile
+from refiner_ds.training.build import peak_flops, training_flops
+from refiner_ds.training.step import Outcome
+from refiner_ds.training.world import World
+
+
+class Interval:
+    """Sums over the optimizer steps since the last metric line."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._losses: dict[str, Tensor] = {}
+        self._seconds = self._waited = 0.0
+        self._bad = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a step."""
+        self.steps += 1
+        for name, loss in outcome.losses.items():
+            self._losses[name] = self._losses.get(name, torch.zeros(())) + loss
+        self._seconds += outcome.seconds
+        self._waited += outcome.data_wait_seconds
+        self._bad += outcome.bad_samples
+
+    def numbers(self, global_batch: int, world: World) -> dict[str, float]:
+        """Means a step, by the keys of metrics.jsonl; damaged samples are summed over ranks. Every rank must call it.
+
+        Args:
+            global_batch: images an optimizer step, over all ranks.
+        """
+        bad = int(world.all_reduce_sum(torch.tensor([self._bad], device=world.device)))
+        return {
+            **{name: float(total / self.steps) for name, total in self._losses.items()},
+            "images_per_second": self.steps * global_batch / self._seconds,
+            "step_seconds": self._seconds / self.steps,
+            "data_wait_seconds": self._waited / self.steps,
+            "bad_samples": bad,
+        }
+
+
+class Utilisation:
+    """Model FLOP/s utilisation (Chowdhery et al., 2022, appendix B): recomputation does not count.
+
+    Args:
+        num_classes: outputs of the model's heads.
+    """
+
+    def __init__(self, run: RunFile, num_classes: int, world: World) -> None:
+        peak = peak_flops(world.device)
+        self._peak = None if peak is None else peak * world.size
+        self._flops = training_flops(run, num_classes) if peak else 0
+
+    def mfu(self, images_per_second: float) -> float | None:
+        """Share of all devices' dense bf16 peak; None where the peak is not known."""
+        return None if self._peak is None else images_per_second * self._flops / self._peak
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Allocated on a GPU, or resident on a CPU machine, at most since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes

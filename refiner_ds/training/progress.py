@@ -1,0 +1,72 @@
+"""What a run tells while it trains: a line of metrics an interval, and the progress line of the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.console import Console
+from refiner_ds.training.engine import Engine
+from refiner_ds.training.interval import Interval, Utilisation, peak_memory_gib
+from refiner_ds.training.metrics import Metrics
+from refiner_ds.training.preparation import Preparation
+from refiner_ds.training.step import Outcome
+from refiner_ds.training.world import World
+
+
+class Progress:
+    """Collects the outcomes of steps and tells of them.
+
+    Args:
+        step: optimizer steps already trained.
+    """
+
+    def __init__(self, ready: Preparation, world: World, engine: Engine, console: Console, step: int) -> None:
+        self._schedule, self._batch = ready.schedule, ready.batch
+        self._world, self._engine, self._console = world, engine, console
+        self._every = ready.run.refiner.run.log_steps
+        self._began_at = step
+        self._interval = Interval()
+        self._utilisation = Utilisation(ready.run, ready.num_classes, world)
+        self._numbers: dict[str, Any] = {}
+        self.metrics = Metrics(RunFolder(ready.run.folder) if world.is_main else None, step)
+
+    def after(self, step: int, outcome: Outcome) -> None:
+        """Take in the ``step``-th step, counted from 1; write its interval's numbers where that ends here."""
+        self._interval.add(outcome)
+        logged = step == self._schedule.total_steps or step % self._every == 0
+        if logged:
+            self.write(step)
+        if self._numbers:
+            self._console.progress(step, step - self._began_at, self._fields(step), logged)
+
+    def write(self, step: int) -> dict[str, Any]:
+        """Write the numbers of the interval that ends with ``step``; returns the last that were written."""
+        if self._interval.steps:
+            samples = step * self._batch.global_batch
+            numbers = self._interval.numbers(self._batch.global_batch, self._world)
+            self._numbers = {
+                **numbers,
+                "lr": self._schedule.lr(samples - self._batch.global_batch),
+                "grad_norm": self._engine.grad_norm,
+                "peak_memory_gib": peak_memory_gib(self._world.device),
+                "mfu": self._utilisation.mfu(numbers["images_per_second"]),
+                "skipped_steps": self._engine.skipped_steps,
+            }
+            self.metrics.write("train", step, self._schedule.epoch(samples), samples, **self._numbers)
+            self._interval = Interval()
+        return self._numbers
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self.metrics.close()
+
+    def _fields(self, step: int) -> dict[str, str]:
+        epochs = self._schedule.total_steps / self._schedule.steps_an_epoch
+        return {
+            "epoch": f"{step / self._schedule.steps_an_epoch:.1f}/{epochs:g}",
+            "step": f"{step}/{self._schedule.total_steps}",
+            "loss": f"{self._numbers['loss']:.4f}",
+            "lr": f"{self._numbers['lr']:.2e}",
+            "images/s": f"{self._numbers['images_per_second']:.0f}",
+        }

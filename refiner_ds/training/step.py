@@ -1,0 +1,95 @@
+"""One optimizer step: micro-batches forward and backward, the update, and what all ranks then know of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refiner_ds.data.batch import Batch
+from refiner_ds.training.ema import ModelEma
+from refiner_ds.training.engine import Engine
+from refiner_ds.training.exchange import StepExchange
+from refiner_ds.training.inputs import InputMaker, derived_seed
+from refiner_ds.training.losses import Losses, token_label_loss
+from refiner_ds.training.preparation import Preparation
+from refiner_ds.training.signals import StopFlag
+from refiner_ds.training.world import World
+
+
+class Outcome(NamedTuple):
+    """An optimizer step in numbers.
+
+    Attributes:
+        losses: ``loss`` and its parts as they are logged, fp32; means over accumulation and ranks, equal on all ranks.
+        stopping: whether any rank was asked to stop, equal on all ranks.
+        seconds: this rank's step, the device's part included.
+        data_wait_seconds: of these, waiting for the loader.
+        bad_samples: damaged samples this rank skipped.
+    """
+
+    losses: dict[str, float]
+    stopping: bool
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    bad_samples: int = 0
+
+
+class OptimizerStep:
+    """Takes one rank's part in optimizer steps.
+
+    Everything random in a step is a function of (seed, step, micro-batch, rank), so that a run stopped anywhere and
+    started again takes the same course.
+    """
+
+    def __init__(self, ready: Preparation, world: World, engine: Engine, ema: ModelEma, stop: StopFlag) -> None:
+        self._ready, self._world, self._stop = ready, world, stop
+        self._keys, self._batch = ready.run.refiner, ready.batch
+        self._engine, self._ema = engine, ema
+        self._exchange = StepExchange(engine.statistics(), world)
+        dtype = torch.bfloat16 if engine.bf16 else torch.float32
+        self._inputs = InputMaker(self._keys, ready.num_classes, engine.module.patch_grid, dtype)
+
+    def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
+        """Train on the next micro-batches of ``batches``.
+
+        Args:
+            step: optimizer steps before this one.
+        """
+        began, waited, bad = time.perf_counter(), 0.0, 0
+        sums: dict[str, Tensor] = {}
+        self._engine.set_lr(self._ready.schedule.lr(step * self._batch.global_batch))
+        for micro in range(self._batch.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - waiting
+            bad += batch.bad
+            losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank))
+            for name, loss in _logged(losses).items():
+                part = loss.detach() * (1 / self._batch.accumulation)
+                sums[name] = sums[name] + part if name in sums else part
+            self._engine.backward_and_step(losses.total)
+        stop = torch.tensor(float(bool(self._stop)), device=self._world.device)
+        means = self._exchange.mean(torch.stack([*sums.values(), stop]))
+        if self._engine.stepped:
+            self._ema.update(step)
+        *values, stopping = means.tolist()  # waits for the device: only now the step has taken its time
+        seconds = time.perf_counter() - began
+        return Outcome(dict(zip(sums, values, strict=True)), stopping > 0, seconds, waited, bad)
+
+    def _forward(self, batch: Batch, seed: int) -> Losses:
+        recipe = self._keys.recipe
+        inputs = self._inputs(batch.to(self._world.device), seed)
+        torch.manual_seed(seed)  # dropout and drop-path: no generator state to save
+        cls_BC, patch_BPC, _ = self._engine(inputs.images_B3HW, mix_box=inputs.box)
+        losses = token_label_loss(
+            cls_BC, patch_BPC, inputs.target_BC, inputs.target_BPC, recipe.cls_weight, recipe.dense_weight
+        )
+        return losses.plus("cos", self._engine.module.cos_reg_loss()) if self._keys.model.cos_reg else losses
+
+
+def _logged(losses: Losses) -> dict[str, Tensor]:
+    return {"loss": losses.total, **{f"loss_{name}": part for name, part in losses.parts.items()}}
