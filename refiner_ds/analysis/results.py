@@ -1,0 +1,41 @@
+"""Results as a table anybody can read (CSV) and a picture of it (PNG); a file is there whole, or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from refiner_ds.files import write_atomically
+
+
+def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, Any]:
+    """A figure without a screen, and its axes as an array [rows, columns].
+
+    Args:
+        width, height: of one panel, inches.
+    """
+    figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def write_figure(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    write_atomically(file, buffer.getvalue())
+
+
+def write_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], file: Path) -> None:
+    """Write rows as CSV; numbers keep nine significant digits."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(columns)
+    for row in rows:
+        table.writerow([f"{row[name]:.9g}" if isinstance(row[name], float) else row[name] for name in columns])
+    write_atomically(file, buffer.getvalue())
