@@ -12,16 +12,16 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from refiner_ds.config.batch import BatchPlan, plan_batch
 from refiner_ds.config.deepspeed_keys import INSTEAD, RunFileKeys
-from refiner_ds.config.schema import RefinerKeys
-from refiner_ds.config.wording import written
+from refiner_ds.config.schema import RefinerKeys, Section
+from refiner_ds.config.sections import key_paths, section_in
+from refiner_ds.config.wording import type_in_words
 from refiner_ds.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -160,14 +160,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section a key holds, looking through ``Section | None``."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next(filter(None, map(section_in, get_args(annotation))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _refuse_unknown(section: type[BaseModel], keys: dict[str, Any], at: tuple[str, ...], layers: list[Layer]) -> None:
+def _refuse_unknown(section: type[Section], keys: dict[str, Any], at: tuple[str, ...], layers: list[Layer]) -> None:
     for key, value in keys.items():
         path = (*at, key)
         field = section.model_fields.get(key)
@@ -181,29 +174,18 @@ def _refuse_unknown(section: type[BaseModel], keys: dict[str, Any], at: tuple[st
             _refuse_unknown(inner, value, path, layers)
 
 
-def _suggestion(key: str, section: type[BaseModel], path: tuple[str, ...]) -> str:
+def _suggestion(key: str, section: type[Section], path: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(key, section.model_fields, 1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
-    elsewhere = [p for p in _all_paths(RunFileKeys) if p.rpartition(".")[2] == key]
+    elsewhere = [p for p in key_paths() if p.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    near_anywhere = difflib.get_close_matches(
-        key, [p.rpartition(".")[2] for p in _all_paths(RunFileKeys)], 1, cutoff=0.75
-    )
+    near_anywhere = difflib.get_close_matches(key, [p.rpartition(".")[2] for p in key_paths()], 1, cutoff=0.75)
     if near_anywhere:
-        return f"did you mean {next(p for p in _all_paths(RunFileKeys) if p.rpartition('.')[2] == near_anywhere[0])}?"
+        return f"did you mean {next(p for p in key_paths() if p.rpartition('.')[2] == near_anywhere[0])}?"
     where = ".".join(path[:-1]) or "the top level"
     return f"{where} knows {', '.join(sorted(section.model_fields))}"
-
-
-def _all_paths(section: type[BaseModel], at: str = "") -> list[str]:
-    paths = []
-    for key, field in section.model_fields.items():
-        paths.append(at + key)
-        inner = section_in(field.annotation)
-        paths += _all_paths(inner, f"{at}{key}.") if inner else []
-    return paths
 
 
 _ABSENT = object()
@@ -256,21 +238,21 @@ def _sentence(error: ValidationError, layers: list[Layer]) -> str:
     if value is _ABSENT:  # a default that does not go with what was given
         value = _field(loc).get_default()
     if len(loc) < len(first["loc"]) and isinstance(value, list):
-        problem = f"be a {written(_field(loc).annotation)}"
+        problem = f"be a {type_in_words(_field(loc).annotation)}"
     elif first["type"] in WORDS:
         problem = f"be {WORDS[first['type']]}"
     return f"{source}: {key} is {_shown(value)}; it must {problem.removeprefix('must ')}"
 
 
 def _field(loc: tuple[str, ...]) -> FieldInfo:
-    section: type[BaseModel] = RunFileKeys
+    section: type[Section] = RunFileKeys
     for part in loc[:-1]:
         section = section_in(section.model_fields[part].annotation) or section
     return section.model_fields[loc[-1]]
 
 
 def _known_names() -> set[str]:
-    return {name for path in _all_paths(RunFileKeys) for name in path.split(".")}
+    return {name for path in key_paths() for name in path.split(".")}
 
 
 def _shown(value: Any) -> str:

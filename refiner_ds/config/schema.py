@@ -7,7 +7,7 @@ The table of keys in the docs is printed from here (``python -m refiner_ds.confi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -26,36 +26,50 @@ Triple = tuple[float, float, float]
 
 
 class Section(BaseModel):
-    """One object of a run file; an unknown key is refused."""
+    """One object of a run file; an unknown key is refused.
 
+    A run folder is continued only with the values that it was begun with, apart from the keys in ``may_change``: those
+    that leave it the same run.
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelKeys(Section):
     """``refiner.model``: which network. Keys left null keep what the named model defines."""
 
+    may_change = frozenset(
+        {"drop_path", "drop", "attn_drop", "cos_reg", "attention", "save_for_backward", "checkpointing"}
+    )
+
     name: str = Field("refiner_vit_s", description="timm name of the model, e.g. refiner_vit_s, refined_vit")
     img_size: int = Field(224, gt=0, description="side of the square input, pixels")
     num_classes: int | None = Field(None, gt=0, description="classes; null: as many as the training set names")
-    drop_path: Fraction = Field(0.0, description="stochastic depth rate of the last block, rising linearly to it")
-    drop: Fraction = Field(0.0, description="dropout after projections and in MLPs")
-    attn_drop: Fraction = Field(0.0, description="dropout on attention maps of map-making blocks")
-    depth: int | None = Field(None, gt=0, description="blocks")
+    drop_path: Fraction = Field(0.0, description="stochastic depth rate of the last block; rises linearly from 0")
+    drop: Fraction = Field(0.0, description="dropout rate after projections and in MLPs")
+    attn_drop: Fraction = Field(0.0, description="dropout rate on the attention maps of blocks that compute their own")
+    depth: int | None = Field(None, gt=0, description="number of blocks")
     embed_dim: int | None = Field(None, gt=0, description="width D")
     num_heads: int | None = Field(None, gt=0, description="heads H")
-    mlp_ratio: float | None = Field(None, gt=0, description="hidden width of an MLP over D")
+    mlp_ratio: float | None = Field(None, gt=0, description="hidden width of an MLP, as a multiple of D")
     patch_size: int | None = Field(None, gt=0, description="side of a patch, pixels")
     stem_chs: tuple[int, int, int] | None = Field(None, description="channels of the stem's three convolutions")
     layout: Literal["released", "paper"] | None = Field(
         None,
-        description="released: blocks alternate between making and refining maps; paper: every block refines its own",
+        description="released: blocks compute and refine maps in turn; paper: every block refines its own",
     )
-    refiner: Literal["none", "linear", "bottleneck"] | None = Field(None, description="how maps are refined")
-    expansion_ratio: float | None = Field(None, gt=0, description="expanded maps over heads, r")
+    refiner: Literal["none", "linear", "bottleneck"] | None = Field(
+        None, description="how attention maps are refined; none: a plain ViT"
+    )
+    expansion_ratio: float | None = Field(None, gt=0, description="expansion ratio r: expanded maps per head")
     kernel_size: int | None = Field(None, gt=0, description="side k of the kernel of distributed local attention")
     expand: bool | None = Field(None, description="false: distributed local attention alone, without head expansion")
-    reduce: bool | None = Field(None, description="project expanded maps back to H before they meet the values")
-    constraint: Literal["none", "spatial", "row+col"] | None = Field(None, description="spatial constraint on kernels")
+    reduce: bool | None = Field(None, description="reduce expanded maps to H before they multiply the values")
+    constraint: Literal["none", "spatial", "row+col"] | None = Field(
+        None,
+        description="none: kernels over queries and keys; spatial: k×k over the patch grid; row+col: 1×k and k×1 there",
+    )
     cos_reg: float = Field(
         0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps; released: 0.1"
     )
@@ -76,34 +90,40 @@ class ModelKeys(Section):
 class DataKeys(Section):
     """``refiner.data``: where samples come from and how evaluation looks at them."""
 
+    may_change = frozenset({"images", "val", "workers", "cache", "eval_crop_ratio", "eval_batch", "on_bad_sample"})
+
     train: str = Field(..., description="folder of the training shards, or package:digits/train")
     images: int | None = Field(
-        None, gt=0, description="training images, for arithmetic where the shards are not at hand; the index must agree"
+        None, gt=0, description="number of training images, for --check without the shards; must agree with the index"
     )
     val: str | None = Field(None, description="folder of the validation shards; null: no evaluation")
     score_maps: bool = Field(False, description="train on the relabel score maps stored beside the images")
-    workers: int = Field(4, ge=0, description="loader processes a rank; 0 loads in the training process")
+    workers: int = Field(4, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache: str | None = Field(
-        None, description="folder for sets made or fetched; null: $REFINER_DS_CACHE, ~/.cache/refiner_ds"
+        None, description="folder for downloaded and generated sets; null: $REFINER_DS_CACHE, or ~/.cache/refiner_ds"
     )
-    eval_crop_ratio: float = Field(0.9, gt=0, description="centre crop over resized side in evaluation; above 1 pads")
-    eval_batch: int | None = Field(None, gt=0, description="images a process evaluates at once; null: the micro-batch")
+    eval_crop_ratio: float = Field(
+        0.9, gt=0, description="evaluation: side of the centre crop over side of the resized image; above 1 pads"
+    )
+    eval_batch: int | None = Field(
+        None, gt=0, description="images per rank and batch in evaluation; null: the micro-batch"
+    )
     mean: Triple = Field((0.5, 0.5, 0.5), description="channel means, images in [0, 1]")
     std: Triple = Field((0.5, 0.5, 0.5), description="channel standard deviations, images in [0, 1]")
     on_bad_sample: Literal["error", "skip"] = Field(
-        "error", description="a damaged sample ends the run, or is skipped and counted"
+        "error", description="what a damaged sample does: end the run, or be skipped and counted"
     )
 
 
 class OptimizerKeys(Section):
     """The part of ``refiner.recipe`` about optimisation."""
 
-    epochs: float = Field(300, gt=0, description="epochs of the schedule, warm-up included; the cool-down comes after")
+    epochs: float = Field(300, gt=0, description="epochs of the schedule, warm-up included; cooldown_epochs follow")
     lr: float = Field(5e-4, gt=0, description="peak learning rate for a global batch of lr_batch images")
     lr_batch: int | None = Field(
         512, gt=0, description="lr is scaled by global batch / lr_batch; null: lr as it stands"
     )
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="shape after warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after warm-up")
     min_lr: float = Field(
         1e-5, ge=0, description="learning rate at the end of the cosine and in the cool-down (not scaled)"
     )
@@ -111,12 +131,14 @@ class OptimizerKeys(Section):
     warmup_lr: float = Field(1e-6, ge=0, description="learning rate warm-up starts at (not scaled)")
     cooldown_epochs: float = Field(10, ge=0, description="epochs at min_lr at the end")
     weight_decay: float = Field(
-        0.05, ge=0, description="AdamW's, not on 1-D parameters, position embedding and class token"
+        0.05,
+        ge=0,
+        description="AdamW's decoupled weight decay; 1-D parameters, position embedding and class token have none",
     )
-    betas: Pair = Field((0.9, 0.999), description="AdamW's")
-    eps: float = Field(1e-8, gt=0, description="AdamW's")
+    betas: Pair = Field((0.9, 0.999), description="decay rates of AdamW's first and second moments")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator of AdamW's update")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99996, description="decay a step of the EMA weights; 0: no averaging"
+        0.99996, description="decay of the EMA weights at each step; 0: no EMA"
     )
     ema_warmup: bool = Field(
         True, description="decay of step n is at most (1+n)/(10+n), so that fresh weights and statistics are forgotten"
@@ -126,8 +148,10 @@ class OptimizerKeys(Section):
 class AugmentKeys(Section):
     """The part of ``refiner.recipe`` about one training view; `refiner_ds.data.augment` reads it as it is."""
 
-    crop_scale: Range = Field((0.08, 1.0), description="area range of random-resized-crop")
-    crop_ratio: Range = Field((3 / 4, 4 / 3), description="aspect range of random-resized-crop")
+    crop_scale: Range = Field(
+        (0.08, 1.0), description="range of the area of a random resized crop, as a share of the image"
+    )
+    crop_ratio: Range = Field((3 / 4, 4 / 3), description="range of the aspect ratio of a random resized crop")
     hflip: Fraction = Field(0.5, description="probability of a horizontal flip")
     auto_augment: str = Field("rand-m9-mstd0.5-inc1", description="timm's auto-augment string; empty: none")
     color_jitter: float = Field(0.4, ge=0, description="colour jitter, inactive when auto_augment is set")
@@ -136,7 +160,7 @@ class AugmentKeys(Section):
     )
     random_erasing: Fraction = Field(0.25, description="probability of random erasing")
     random_erasing_mode: Literal["const", "rand", "pixel"] = Field(
-        "pixel", description="what erased areas are filled with"
+        "pixel", description="fill of erased areas: the mean colour, one random colour, or random pixels"
     )
 
 
@@ -146,7 +170,7 @@ class MixKeys(Section):
     mixup: float = Field(0.8, ge=0, description="Beta parameter of mixup; 0: off")
     cutmix: float = Field(1.0, ge=0, description="Beta parameter of CutMix; 0: off")
     mix_probability: Fraction = Field(1.0, description="probability that a batch is mixed at all")
-    mix_switch: Fraction = Field(0.5, description="probability of CutMix where both are on")
+    mix_switch: Fraction = Field(0.5, description="probability of CutMix rather than mixup where both are on")
 
 
 class RecipeKeys(MixKeys, AugmentKeys, OptimizerKeys):
@@ -155,8 +179,10 @@ class RecipeKeys(MixKeys, AugmentKeys, OptimizerKeys):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="y·(1−ε+ε/C)+ε/C on dense targets, timm's on labels"
     )
-    mix_token: bool = Field(False, description="mix patch tokens of two images behind the stem, labels with them")
-    dense_weight: float = Field(0.5, ge=0, description="weight of the patch loss")
+    mix_token: bool = Field(
+        False, description="mix the patch tokens of two images after the stem, and their labels (MixToken)"
+    )
+    dense_weight: float = Field(0.5, ge=0, description="weight of the dense (patch) loss")
     cls_weight: float = Field(1.0, ge=0, description="weight of the class loss")
 
     @model_validator(mode="after")
@@ -169,18 +195,24 @@ class RecipeKeys(MixKeys, AugmentKeys, OptimizerKeys):
 class RunKeys(Section):
     """``refiner.run``: where results go and how often."""
 
+    may_change = frozenset(
+        {"output", "name", "log_steps", "eval_epochs", "checkpoint_epochs", "keep_checkpoints", "picture_epochs"}
+    )
+
     output: str = Field("runs", description="folder that holds run folders")
     name: str | None = Field(None, description="name of the run folder; null: the run file's own name")
-    seed: int = Field(42, ge=0, description="everything random is a function of it")
-    log_steps: int = Field(50, gt=0, description="optimizer steps between metric lines")
+    seed: int = Field(42, ge=0, description="seed of everything random")
+    log_steps: int = Field(50, gt=0, description="optimizer steps between lines of metrics.jsonl")
     eval_epochs: float = Field(1, gt=0, description="epochs between evaluations; the end is always evaluated")
     checkpoint_epochs: float = Field(1, gt=0, description="epochs between checkpoints; the end is always saved")
-    keep_checkpoints: int = Field(3, gt=0, description="newest checkpoints kept")
-    picture_epochs: float = Field(10, gt=0, description="epochs between pictures of attention maps in TensorBoard")
+    keep_checkpoints: int = Field(3, gt=0, description="number of newest checkpoints kept")
+    picture_epochs: float = Field(10, gt=0, description="epochs between attention maps in TensorBoard")
 
 
 class RefinerKeys(Section):
     """``refiner``: the project's own part of a run file."""
+
+    may_change = frozenset({"recipe"})
 
     model: ModelKeys = Field(default_factory=ModelKeys)
     data: DataKeys

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from refiner_ds.config import BatchPlan, RunFile
+from refiner_ds.config.sections import fixed_keys
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.locate import locate
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
@@ -19,12 +20,7 @@ from refiner_ds.training.build import build_model
 from refiner_ds.training.schedule import Schedule
 from refiner_ds.training.world import World
 
-# What may not change between the processes that train one run: another value would be another run under its name.
-FIXED = (
-    "train_batch_size", "refiner.run.seed", "refiner.data.train", "refiner.data.score_maps", "refiner.model.name",
-    "refiner.model.img_size", "refiner.model.depth", "refiner.model.embed_dim", "refiner.model.num_heads",
-    "refiner.model.patch_size", "refiner.model.layout", "refiner.model.refiner", "refiner.model.expansion_ratio",
-)  # fmt: skip
+ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -159,8 +155,9 @@ def refuse_another_run(run: RunFile) -> None:
     except ValueError:
         raise ConfigError(f"{file}: is not JSON; delete the run folder or choose another refiner.run.name") from None
     now = run.resolved()
-    for key in FIXED:
-        if (old := _at(before, key)) != (new := _at(now, key)):
+    for key in fixed_keys():
+        old, new = _at(before, key), _at(now, key)
+        if old is not ABSENT and old != new:  # absent: the key is younger than the run
             raise ConfigError(
                 f"{run.folder}: holds a run with {key} {json.dumps(old)}, not {json.dumps(new)};"
                 " choose another refiner.run.name to begin a new one"
@@ -169,5 +166,5 @@ def refuse_another_run(run: RunFile) -> None:
 
 def _at(keys: Any, dotted: str) -> Any:
     for key in dotted.split("."):
-        keys = keys.get(key) if isinstance(keys, dict) else None
+        keys = keys.get(key, ABSENT) if isinstance(keys, dict) else ABSENT
     return keys

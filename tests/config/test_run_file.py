@@ -10,7 +10,8 @@ import pytest
 from refiner_ds.config import ConfigError, load
 from refiner_ds.config.__main__ import key_table
 from refiner_ds.config.deepspeed_keys import RunFileKeys
-from refiner_ds.config.reading import QUICKSTART, section_in
+from refiner_ds.config.reading import QUICKSTART
+from refiner_ds.config.sections import fixed_keys, key_paths, section_in
 
 SMALL = {"refiner": {"data": {"train": "package:digits/train"}}, "train_batch_size": 48}
 ROOT = QUICKSTART.parents[1]
@@ -186,6 +187,54 @@ def test_declared_deepspeed_keys_are_the_installed_deepspeeds() -> None:
     assert declared() - {"extends", "refiner", "about"} <= words
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `eval_epochs` | number | `1` | may change | epochs between evaluations; the end is always evaluated |",
+        "| `stage` | 0 or 1 or 2 or 3 | `0` | may change | 0: nothing; 1: optimizer states; 2: and gradients;"
+        " 3: and parameters |",
+        "| `ema_decay` | number | `0.99996` | may change | decay of the EMA weights at each step; 0: no EMA |",
+        "| `train` | string | required | fixed | folder of the training shards, or package:digits/train |",
+        "| `mean` | list of 3 numbers | `[0.5, 0.5, 0.5]` | fixed | channel means, images in [0, 1] |",
+        '| `enabled` | true or false or "auto" | `"auto"` | may change |'
+        " auto: on where the accelerator computes bf16 natively (not on CPUs) |",
+        "| `score_maps` | true or false | `false` | fixed | train on the relabel score maps stored beside the images |",
+        "| `num_heads` | whole number or null | `null` | fixed | heads H |",
+        "| `min_lr` | number | `1e-05` | may change |"
+        " learning rate at the end of the cosine and in the cool-down (not scaled) |",
+        "| `prof_ops` | list of strings or null | `null` | may change |"
+        " names of the collectives to log, such as all_reduce |",
+    ],
+)
+def test_a_row_of_the_key_table_says_what_a_run_file_would_hold(row: str) -> None:
+    assert row in key_table().splitlines()
+
+
+def test_every_key_says_what_it_does() -> None:
+    rows = [row.split(" | ") for row in key_table().splitlines() if row.startswith("| `")]
+    assert len(rows) > 100
+    vague = [row for row in rows if len(row) != 5 or len(row[4].split()) < 3 and row[4] not in SHORT]
+    assert not vague
+
+
+SHORT = {"heads H |", "width D |"}  # meanings that a practitioner needs no more words for
+
+
 def test_the_documented_keys_are_the_schemas() -> None:
     page = (ROOT / "docs" / "run_file.md").read_text()
-    assert key_table().rstrip() in page, "docs/run_file.md is old: python -m refiner_ds.config > docs/run_file.md"
+    assert key_table().rstrip() in page, "docs/run_file.md is old: make docs"
+
+
+def test_a_key_is_fixed_unless_the_schema_marks_it() -> None:
+    fixed, all_keys = set(fixed_keys()), set(key_paths())
+    assert {f"refiner.model.{key}" for key in ("kernel_size", "constraint", "expand", "reduce", "mlp_ratio")} <= fixed
+    assert {"refiner.model.stem_chs", "refiner.model.num_classes", "refiner.run.seed", "train_batch_size"} <= fixed
+    assert not {"refiner.recipe.lr", "refiner.run.output", "zero_optimization.stage", "bf16.enabled"} & fixed
+    assert fixed < all_keys
+
+
+def test_marked_keys_exist() -> None:
+    sections = [RunFileKeys]
+    for section in sections:
+        assert section.may_change <= set(section.model_fields), section.__name__
+        sections += filter(None, (section_in(field.annotation) for field in section.model_fields.values()))
