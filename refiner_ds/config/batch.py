@@ -17,11 +17,6 @@ class BatchPlan:
     micro_batch: int
     accumulation: int
 
-    @property
-    def per_rank(self) -> int:
-        """Images of one process in one optimizer step."""
-        return self.micro_batch * self.accumulation
-
     def steps(self, images: int) -> int:
         """Optimizer steps of an epoch of so many images (the last batch is padded)."""
         return math.ceil(images / self.global_batch)
@@ -39,7 +34,8 @@ def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> B
     Args:
         micro_batch: images a process computes at once; None: its whole share.
     Raises:
-        ConfigError: it does not divide; the sentence names the nearest global batches and micro-batches that do.
+        ConfigError: it does not divide; the sentence names the nearest global batches, numbers of processes and
+            micro-batches that do.
     """
     unit = world_size * (micro_batch or 1)
     if global_batch % unit == 0:
@@ -49,8 +45,16 @@ def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> B
     nearest = f"the nearest that do are {below} and {above}" if below else f"the nearest that does is {above}"
     each = f" × {micro_batch} images at once" if micro_batch else ""
     sentence = f"train_batch_size {global_batch} does not divide over {world_size} processes{each}; {nearest}"
+    if worlds := _nearest_worlds(global_batch, micro_batch or 1, world_size):
+        sentence += f", or start {' or '.join(map(str, worlds))} processes"
     if micro_batch and global_batch % world_size == 0:
         share = global_batch // world_size
         fits = min((d for d in range(1, share + 1) if share % d == 0), key=lambda d: (abs(d - micro_batch), -d))
         sentence += f", or set train_micro_batch_size_per_gpu to {fits}"
     raise ConfigError(sentence)
+
+
+def _nearest_worlds(global_batch: int, micro_batch: int, world_size: int) -> list[int]:
+    """The numbers of processes on either side of ``world_size`` over which the batch divides."""
+    fits = [world for world in range(1, global_batch + 1) if global_batch % (world * micro_batch) == 0]
+    return [world for world in fits if world < world_size][-1:] + [world for world in fits if world > world_size][:1]

@@ -118,7 +118,8 @@ def train_batches(
         on_bad_sample: "error" raises when a damaged sample is met, "skip" fills its place and counts it.
         maps: where score maps come from: ``index`` itself, or the set that `find_maps` returns; None: no maps.
     Raises:
-        DataError: the batch does not divide, the position is not at a step, the maps are not those of the set, or
+        ConfigError: the batch does not divide.
+        DataError: the position is not at a step, the maps are not those of the set, or
             (while iterating) a sample is damaged.
     """
     if position % global_batch:

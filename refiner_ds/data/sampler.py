@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refiner_ds.config.batch import plan_batch
 from refiner_ds.data.permutation import samples_at
 from refiner_ds.errors import DataError
 
@@ -36,7 +37,8 @@ class TrainSampler:
     """The micro-batches of one rank in training, endless over epochs.
 
     Raises:
-        DataError: the set is empty, or the batch does not divide over ranks and micro-batches.
+        DataError: the set is empty.
+        ConfigError: the batch does not divide over ranks and micro-batches.
     """
 
     count: int
@@ -49,21 +51,17 @@ class TrainSampler:
     def __post_init__(self) -> None:
         if not self.count:
             raise DataError("the training set holds no samples")
-        if self.global_batch % (self.micro_batch * self.world_size):
-            raise DataError(
-                f"a global batch of {self.global_batch} does not divide into micro-batches of {self.micro_batch} "
-                f"on {self.world_size} ranks"
-            )
+        plan_batch(self.global_batch, self.micro_batch, self.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps an epoch; the last one may be padded."""
-        return -(-self.count // self.global_batch)
+        return plan_batch(self.global_batch, self.micro_batch, self.world_size).steps(self.count)
 
     @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches of this rank a step."""
-        return self.global_batch // (self.micro_batch * self.world_size)
+        return plan_batch(self.global_batch, self.micro_batch, self.world_size).accumulation
 
     def __getitem__(self, number: int) -> BatchIndices:
         """The ``number``-th micro-batch of this rank, counted from the beginning of the run."""

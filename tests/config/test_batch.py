@@ -21,7 +21,12 @@ def test_accumulation_follows_from_the_number_of_processes(
 
 @pytest.mark.parametrize(
     "world, micro, named",
-    [(5, None, "45 and 50"), (100, None, "is 100"), (2, 32, "is 64"), (2, 32, "train_micro_batch_size_per_gpu to 24")],
+    [
+        (5, None, "45 and 50, or start 4 or 6 processes"),
+        (100, None, "is 100, or start 48 processes"),
+        (2, 32, "is 64, or set train_micro_batch_size_per_gpu to 24"),
+        (4, 8, "or start 3 or 6 processes, or set train_micro_batch_size_per_gpu to 6"),
+    ],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(world: int, micro: int | None, named: str) -> None:
     with pytest.raises(ConfigError) as refusal:

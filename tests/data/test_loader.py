@@ -21,7 +21,7 @@ from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.permutation import samples_at
 from refiner_ds.data.shared_memory import NO_BUFFER, PackedBatch, PackingDataset, SharedBuffers, packed_size
-from refiner_ds.errors import DataError
+from refiner_ds.errors import ConfigError, DataError
 from tests.data.conftest import views
 from tests.data.small_disk import SmallDisk, on_small_disk
 
@@ -292,7 +292,7 @@ def test_damaged_sample_is_skipped_and_counted_where_the_run_allows_it(make_set:
 
 @pytest.mark.parametrize("micro, world", [(5, 1), (8, 2), (24, 2)])
 def test_batch_that_does_not_divide_is_refused(make_set: Callable[..., ShardIndex], micro: int, world: int) -> None:
-    with pytest.raises(DataError, match="does not divide"):
+    with pytest.raises(ConfigError, match="does not divide"):
         train_batches(make_set(30), PLAIN, global_batch=24, micro_batch=micro, rank=0, world_size=world, seed=0)
 
 
