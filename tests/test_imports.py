@@ -1,0 +1,61 @@
+"""Imports run one way, without circles, and what needs no tensor imports no torch."""
+
+from __future__ import annotations
+
+import graphlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.imports import GROUND, ROOT, import_graph, room_of, rooms
+
+LIBRARY = {"ground", "config", "attention", "models", "data", "checkpoint", "training"}
+MAY_IMPORT = {
+    "ground": set(),
+    "config": {"ground"},
+    "attention": {"ground"},
+    "models": {"ground", "attention"},
+    "data": {"ground", "config"},
+    "checkpoint": {"ground", "config", "models"},
+    "training": LIBRARY,
+    "plan": LIBRARY,
+    "analysis": LIBRARY,
+    "benchmark": LIBRARY,
+    "text": {"ground", "attention"},
+    "train": LIBRARY | {"plan"},
+    "evaluate": LIBRARY | {"analysis"},
+    "launch": {"ground", "config", "data", "train"},  # train: what a task of a job runs
+    "data_tools": {"ground", "config", "data"},
+}
+
+
+def test_rooms_import_only_what_lies_below_them() -> None:
+    graph = import_graph()
+    strangers = {room_of(module) for module in graph} - MAY_IMPORT.keys()
+    assert not strangers, f"say in MAY_IMPORT what {strangers} may import"
+    wrong = [
+        f"{module} imports {imported}"
+        for module, found in graph.items()
+        for imported in sorted(found)
+        if room_of(imported) not in MAY_IMPORT[room_of(module)] | {room_of(module)}
+    ]
+    assert not wrong
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = import_graph()
+    for picture in (graph, rooms(graph)):
+        order = list(graphlib.TopologicalSorter(picture).static_order())  # raises CycleError, naming the circle
+        assert len(order) >= len(picture)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [", ".join(sorted(GROUND)), "refiner_ds.config", "launch.submit"],
+    ids=["ground", "config", "launch"],
+)
+def test_what_knows_no_tensor_imports_no_torch(modules: str) -> None:
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run((sys.executable, "-c", program), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
