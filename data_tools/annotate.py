@@ -31,6 +31,7 @@ from refiner_ds.data.locate import locate
 from refiner_ds.data.normalise import normalise
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import MAX_CLASSES, MAX_TOP_K, ScoreMap, encode
+from refiner_ds.data.tar_format import split_name
 from refiner_ds.data.writer import FinishedShard, ShardWriter
 from refiner_ds.errors import DataError, report_errors
 
@@ -135,7 +136,7 @@ class Worker:
 
 
 def _add(writer: ShardWriter, raw: RawSample, record: bytes, beside: bool) -> None:
-    key, _, ending = raw.name.partition(".")
+    key, ending = raw.key, split_name(raw.name)[1]
     if beside:
         writer.add(key, bytes(raw.image), ending, raw.label, record)
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from refiner_ds.data.locate import locate
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
-from refiner_ds.data.tar_format import BLOCK, padded
+from refiner_ds.data.tar_format import read_members, split_name
 from refiner_ds.errors import DataError, report_errors
 
 from .staging import interruptible, parallel_map
@@ -44,7 +45,7 @@ class ShardReport:
 
 def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
     """Compare one tar with the index, byte by byte and sample by sample."""
-    shard, path = index.shards[number], index.folder / index.shards[number].name
+    shard, path = index.shards[number], index.shard_path(number)
     try:
         errors, keys = _check_file(fetch_shard(index, number), shard.sha256)
     except DataError as error:
@@ -53,7 +54,7 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
         return ShardReport([f"{path}: cannot be read ({error.strerror})"], np.zeros(0, np.uint64))
     if len(keys) != shard.count:
         errors.append(f"{path}: {len(keys)} samples where the index says {shard.count}")
-    elif hashlib.sha256("\n".join(keys).encode()).hexdigest() != shard.keys_sha256:
+    elif hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest() != shard.keys_sha256:
         errors.append(f"{path}: its keys are not those the index was written with")
     reader = SampleReader(index)
     for sample in range(int(index.starts[number]), int(index.starts[number + 1])):
@@ -67,7 +68,9 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
                 errors += _map_errors(raw, index)
         except DataError as error:
             errors.append(str(error))
-    return ShardReport(errors, np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
+    return ShardReport(
+        errors, np.array([xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape")) for key in keys], np.uint64)
+    )
 
 
 def _map_errors(raw: RawSample, index: ShardIndex) -> list[str]:
@@ -88,20 +91,13 @@ def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
     data = path.read_bytes()
     errors = [] if hashlib.sha256(data).hexdigest() == sha256 else [f"{path}: checksum differs from the index"]
     keys: list[str] = []
-    place = 0
-    while place + BLOCK <= len(data) and data[place] != 0:
-        header = data[place : place + BLOCK]
-        try:
-            size = int(header[124:135], 8)
-        except ValueError:
-            errors.append(f"{path}: no tar header at byte {place}, where one should be")
-            break
-        key = header[:100].partition(b"\0")[0].decode("ascii", "replace").partition(".")[0]
-        if not keys or keys[-1] != key:
-            keys.append(key)
-        place += BLOCK + padded(size)
-    if data[place : place + 2 * BLOCK] != bytes(2 * BLOCK):
-        errors.append(f"{path}: does not end as a tar does; it was cut")
+    try:
+        for member in read_members(io.BytesIO(data)):
+            key, _ = split_name(member.name)
+            if key and (not keys or keys[-1] != key):
+                keys.append(key)
+    except ValueError as error:
+        errors.append(f"{path}: {error}")
     return errors, keys
 
 

@@ -2,6 +2,7 @@
 
 index.py          what a shard set is, and why a folder is not one      (no torch)
 tar_format.py     how a sample lies in a tar: headers, span, checksum   (no torch)
+webdataset_index.py  an index for WebDataset tars that exist already (no torch)
 writer.py         reproducible tars, members table, index               (no torch)
 locate.py         from a run file's word for a set to its folder        (no torch)
 packaged.py       sets made from installed packages                     (no torch)

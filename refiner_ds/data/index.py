@@ -5,6 +5,9 @@
       members.npy          one MEMBER record a sample, in the order of the tars; read through the page cache
       index.json           format, version, classes, and name, count, size and checksums of every shard
 
+Existing WebDataset tars need no copy: their index (`webdataset_index`) may lie in another folder, whose ``index.json``
+then says under ``tars`` where they are, from that folder or from the root.
+
 The members table is mapped, not loaded: a rank's own memory does not grow with the number of samples. ``index.json`` is
 written last, so a set without one is not a set. Nothing here needs torch.
 """
@@ -55,7 +58,8 @@ class ShardIndex:
     """A shard set, opened for reading.
 
     Attributes:
-        folder: where the set lies.
+        folder: where the index lies.
+        tars: folder of the tars; ``folder`` itself but for existing WebDataset tars that are indexed elsewhere.
         shards: its tars, in order.
         classes: class names; a label is a position in this list.
         maps: the format of its score maps, or None.
@@ -65,9 +69,16 @@ class ShardIndex:
     """
 
     def __init__(
-        self, folder: Path, shards: list[Shard], classes: list[str], maps: MapFormat | None, members: np.ndarray
+        self,
+        folder: Path,
+        shards: list[Shard],
+        classes: list[str],
+        maps: MapFormat | None,
+        members: np.ndarray,
+        tars: str = ".",
     ) -> None:
         self.folder = folder
+        self.tars = folder / tars
         self.shards = shards
         self.classes = classes
         self.maps = maps
@@ -92,11 +103,12 @@ class ShardIndex:
             shards = [Shard(**entry) for entry in stored["shards"]]
             classes = list(stored["classes"])
             maps = MapFormat(**stored["maps"]) if stored["maps"] else None
+            tars = str(stored.get("tars", "."))
             members_sha256 = stored["members_sha256"]
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / INDEX_NAME}: not a complete index ({error}); make the set again") from None
         members = _map_members(folder / MEMBERS_NAME, sum(shard.count for shard in shards), members_sha256)
-        index = cls(folder, shards, classes, maps, members)
+        index = cls(folder, shards, classes, maps, members, tars)
         if check_files:
             for sentence in index.file_errors():
                 raise DataError(sentence)
@@ -141,11 +153,15 @@ class ShardIndex:
         """Number of the shard that holds sample number ``sample``."""
         return int(self.starts.searchsorted(sample, "right")) - 1
 
+    def shard_path(self, number: int) -> Path:
+        """Where shard ``number`` lies, or will lie once it is fetched."""
+        return self.tars / self.shards[number].name
+
     def file_errors(self) -> list[str]:
         """One sentence for every tar that is missing or not as long as the index says."""
         errors = []
-        for shard in self.shards:
-            path = self.folder / shard.name
+        for number, shard in enumerate(self.shards):
+            path = self.shard_path(number)
             try:
                 found = path.stat().st_size
             except OSError:

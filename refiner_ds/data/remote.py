@@ -97,7 +97,7 @@ def fetch_shard(index: ShardIndex, number: int) -> Path:
         DataError: it cannot be had, arrives damaged, or the cache's disk is full; names shard and source.
     """
     shard = index.shards[number]
-    path = index.folder / shard.name
+    path = index.shard_path(number)
     if index.source is None or path.is_file():
         return path
 

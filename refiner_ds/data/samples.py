@@ -19,7 +19,7 @@ from PIL import Image
 
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.remote import fetch_shard
-from refiner_ds.data.tar_format import BLOCK, checksum, padded, span_bytes
+from refiner_ds.data.tar_format import BLOCK, NAME_BYTES, checksum, header_name, padded, span_bytes, split_name
 from refiner_ds.errors import DataError
 
 MAX_OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limit of 1,024
@@ -42,6 +42,20 @@ class RawSample(NamedTuple):
     name: str
     shard: str
     number: int
+
+    @property
+    def key(self) -> str:
+        """What the sample's files are called, without their endings.
+
+        Raises:
+            DataError: existing tars alone: it is not ASCII, or longer than a tar header can hold.
+        """
+        if not self.name.isascii() or len(self.name) >= NAME_BYTES:
+            raise DataError(
+                f"{self.location}: its name is not ASCII or has {NAME_BYTES} bytes and more; "
+                "make a set with data_tools/shard.py, which names samples anew"
+            )
+        return split_name(self.name)[0]
 
     @property
     def location(self) -> str:
@@ -107,7 +121,7 @@ class SampleReader:
             raise self._error(sample, f"cannot be read ({error.strerror})") from None
         except DataError as error:
             raise self._error(sample, f"is not here: {error}") from None
-        name = span[:100].partition(b"\0")[0].decode("ascii", "replace")
+        name = header_name(span[:BLOCK])
         if len(span) < wanted:
             raise self._error(sample, "is cut off; copy the shard here again")
         if checksum(span) != check:
@@ -126,7 +140,7 @@ class SampleReader:
     def _error(self, sample: int, reason: str, found: str = "") -> DataError:
         shard = self.index.shard_of(sample)
         number = sample - int(self.index.starts[shard])
-        path = self.index.folder / self.index.shards[shard].name
+        path = self.index.shard_path(shard)
         return DataError(f"{path}: sample {number} (number {sample} of the set{found}) {reason}")
 
 

@@ -153,10 +153,16 @@ class ShardWriter:
 
 
 def write_index(
-    folder: Path, shards: Sequence[FinishedShard], classes: Sequence[str], maps: MapFormat | None = None
+    folder: Path,
+    shards: Sequence[FinishedShard],
+    classes: Sequence[str],
+    maps: MapFormat | None = None,
+    tars: str | None = None,
 ) -> None:
     """Write the members table and, last, the index that makes the tars in ``folder`` a set.
 
+    Args:
+        tars: the folder of the tars, where it is not ``folder``: absolute, or relative to ``folder``.
     Raises:
         DataError: the folder cannot be written, or the disk is full.
     """
@@ -172,6 +178,7 @@ def write_index(
         "maps": asdict(maps) if maps else None,
         "members_sha256": hashlib.sha256(table).hexdigest(),
         "classes": list(classes),
+        **({"tars": tars} if tars else {}),
         "shards": [asdict(finished.shard) for finished in shards],
     }
     write_whole(folder / INDEX_NAME, (json.dumps(stored, indent=1) + "\n").encode())
