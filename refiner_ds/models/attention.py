@@ -1,10 +1,11 @@
-"""The four kinds of attention a block can have; all take (x, residual map) and give (out, map to hand on).
+"""The four kinds of attention a block can have; all take (x, residual map) and give (out, the map for the next block).
 
-    MapAttention      makes a map from Q, K and the one handed on, uses it, hands it on       released, even blocks
-    SharedAttention   has V alone; refines the residual map, uses that, hands on the original   released, odd blocks
-    RefinedAttention  makes its own map, refines it, uses that; hands nothing on               the paper's
-    PlainAttention    softmax attention by PyTorch's fused kernels; hands nothing on             a plain ViT
+    MapAttention      makes a map from Q, K and the residual map, uses it, passes it on        released, even blocks
+    SharedAttention   has V alone; refines the residual map, uses that, passes on the original   released, odd blocks
+    RefinedAttention  makes its own map, refines it, uses that                                   the paper's
+    PlainAttention    softmax attention by PyTorch's fused kernels                               a plain ViT
 
+The last two pass a map on only where ``passes_map`` is set (cos-reg compares those).
 Axes: B batch, H heads, E maps that multiply values (H unless reduction is off), N tokens, D width, d head width.
 """
 
@@ -53,7 +54,13 @@ class AttentionOptions:
 
 
 class _Attention(nn.Module):
-    """The frame: projections in and out, and heads split and joined."""
+    """The frame: projections in and out, and heads split and joined.
+
+    Attributes:
+        passes_map: whether a block that has no need to hands its map to the next block all the same.
+    """
+
+    passes_map = False
 
     def __init__(self, options: AttentionOptions, projections: int, maps_per_head: int = 1) -> None:
         super().__init__()
@@ -64,6 +71,11 @@ class _Attention(nn.Module):
         self.attn_drop = options.attn_drop
         self.proj = nn.Linear(maps_per_head * options.dim, options.dim)
         self.proj_drop = nn.Dropout(options.proj_drop)
+
+    @property
+    def makes_map(self) -> bool:
+        """Whether ``forward`` returns a map of its own."""
+        return self.passes_map
 
     def _heads(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """One [B, H, N, d] for each projection that ``qkv`` makes."""
@@ -85,25 +97,33 @@ class PlainAttention(_Attention):
         super().__init__(options, projections=3)
 
     def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
-        """[B, N, D] and nothing to hand on."""
+        """[B, N, D], and no map unless ``passes_map``."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        if self.passes_map:
+            out_BHNd, map_BHNN = attention.attend(self._deferred_map(q_BHNd, k_BHNd), v_BHNd)
+            return self._join(out_BHNd), map_BHNN
         return self._join(attention.plain_attention(self._deferred_map(q_BHNd, k_BHNd), v_BHNd)), None
 
     def forward_with_map(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap, Tensor]:
         """As ``forward``, and the map that multiplied the values."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
         map_BHNN = attention.make_map(self._deferred_map(q_BHNd, k_BHNd))
-        return self._join(equations.attend(map_BHNN, v_BHNd)), None, map_BHNN
+        return self._join(equations.attend(map_BHNN, v_BHNd)), map_BHNN if self.passes_map else None, map_BHNN
 
 
 class MapAttention(_Attention):
-    """Attention with residual maps: softmax(QKᵀ/√d) + A_before/√d, which it uses and hands on (released models)."""
+    """Attention with residual maps: softmax(QKᵀ/√d) + A_before/√d, which it uses and passes on (released models)."""
 
     def __init__(self, options: AttentionOptions) -> None:
         super().__init__(options, projections=3)
 
+    @property
+    def makes_map(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
-        """[B, N, D], and the map [B, H, N, N] to hand on."""
+        """[B, N, D], and the map [B, H, N, N] for the next block."""
         out_BND, map_BHNN, _ = self.forward_with_map(x_BND, residual_BHNN)
         return out_BND, map_BHNN
 
@@ -128,18 +148,28 @@ class _Refining(_Attention):
         # A checkpoint function for the refiner alone, set by set_grad_checkpointing(unit="refiner").
         self.checkpoint: Callable[..., Any] | None = None
 
-    def _refiner(self) -> RefinerWeights:
+    def weights(self) -> RefinerWeights | None:
+        """The refiner as ``attention.refine`` takes it; ``None`` where its modules have to be called one by one."""
         if hasattr(self, "refiner"):
-            return self.refiner.tensors(self.grid)
+            return self.refiner.weights(self.grid)
         if isinstance(self.DLA, FoldedDLA):
-            return self.DLA.tensors(self.grid)
-        return self.DLA.tensors(self.grid, self.adapt_bn)
+            return self.DLA.weights(self.grid)
+        return self.DLA.weights(self.grid, self.adapt_bn)
+
+    def _call_refiner(self, map_BHNN: Tensor) -> Tensor:
+        """The refined map, every module of the refiner called."""
+        if hasattr(self, "refiner"):
+            return self.refiner(map_BHNN, self.grid) * self.refined_scale
+        return self.adapt_bn(self.DLA(map_BHNN, self.grid)) * self.refined_scale
 
     def _refine(self, *tensors: Tensor) -> Tensor:
         """Map and values, or queries, keys and values, to refined maps times values."""
         *sources, v_BHNd = tensors
         source = sources[0] if len(sources) == 1 else self._deferred_map(*sources)
-        return attention.refine(source, v_BHNd, self._refiner(), self.refined_scale)
+        if (weights := self.weights()) is not None:
+            return attention.refine(source, v_BHNd, weights, self.refined_scale)
+        map_BHNN = attention.make_map(source) if isinstance(source, DeferredMap) else source.to(v_BHNd.dtype)
+        return equations.attend(self._call_refiner(map_BHNN), v_BHNd)
 
     def _refine_or_recompute(self, *tensors: Tensor) -> Tensor:
         if self.checkpoint is None or not (self.training and torch.is_grad_enabled()):
@@ -147,11 +177,13 @@ class _Refining(_Attention):
         return self.checkpoint(attention.recompute_aware(self._refine), *tensors)
 
     def _refined_map(self, map_BHNN: Tensor) -> Tensor:
-        return attention.refined_map(map_BHNN, self._refiner(), self.refined_scale)
+        if (weights := self.weights()) is not None:
+            return attention.refined_map(map_BHNN, weights, self.refined_scale)
+        return self._call_refiner(map_BHNN)
 
 
 class SharedAttention(_Refining):
-    """Values alone: refines the map of the block before and hands that map on unrefined (released models)."""
+    """Values alone: refines the map of the block before and passes that map on unrefined (released models)."""
 
     def __init__(self, options: AttentionOptions) -> None:
         super().__init__(options, projections=1)
@@ -177,15 +209,19 @@ class RefinedAttention(_Refining):
         super().__init__(options, projections=3)
 
     def forward(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap]:
-        """[B, N, D] and nothing to hand on."""
+        """[B, N, D], and no map unless ``passes_map``: then its own, unrefined."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
+        if self.passes_map:
+            map_BHNN = attention.make_map(self._deferred_map(q_BHNd, k_BHNd))
+            return self._join(self._refine_or_recompute(map_BHNN, v_BHNd)), map_BHNN
         return self._join(self._refine_or_recompute(q_BHNd, k_BHNd, v_BHNd)), None
 
     def forward_with_map(self, x_BND: Tensor, residual_BHNN: ResidualMap) -> tuple[Tensor, ResidualMap, Tensor]:
         """As ``forward``, and the refined map that multiplied the values."""
         q_BHNd, k_BHNd, v_BHNd = self._heads(x_BND)
-        map_BENN = self._refined_map(attention.make_map(self._deferred_map(q_BHNd, k_BHNd)))
-        return self._join(equations.attend(map_BENN, v_BHNd)), None, map_BENN
+        map_BHNN = attention.make_map(self._deferred_map(q_BHNd, k_BHNd))
+        map_BENN = self._refined_map(map_BHNN)
+        return self._join(equations.attend(map_BENN, v_BHNd)), map_BHNN if self.passes_map else None, map_BENN
 
 
 def _build_refiner(options: AttentionOptions) -> tuple[DLA | MapRefiner, int]:

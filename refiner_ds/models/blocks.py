@@ -1,49 +1,31 @@
-"""One transformer block: attention, then an MLP, each behind a layer norm and a residual path.
+"""Transformer blocks, one and in a row.
 
     x ── x + gain·drop_path(attn(norm(x / gain))) ── x + gain·drop_path(mlp(norm(x / gain))) ──>
 
 The released models have gain 2 and a learned scale behind the MLP, a plain ViT gain 1 and none.
-Axes: B batch, H heads, E maps that multiply values, N tokens, D width, M hidden width of the MLP.
+Axes: B batch, H heads, E maps that multiply values, N tokens, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.utils.checkpoint
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from refiner_ds.models.lean_mlp import gelu_linear_scale, norm_linear
+from refiner_ds.attention import recompute_aware
+from refiner_ds.models.mlp import ScaledMlp
 
-__all__ = ["Block", "ScaledMlp"]
+__all__ = ["UNITS", "Block", "BlockStack", "Checkpoint"]
 
+Checkpoint = Callable[..., Any]
 
-class ScaledMlp(nn.Module):
-    """Two linear layers with GELU between; the output is multiplied, channel by channel, with a learned scale.
-
-    Args:
-        dim, hidden: widths outside and inside.
-        drop: dropout behind each layer, the second one behind the scale.
-        init_values: where the scale starts; ``None`` leaves the scale out.
-    """
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, init_values: float | None = 1e-5) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(drop)
-        self.scale_channel = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
-
-    def forward(self, x_BND: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """The MLP of norm(x), [B, N, D] to [B, N, D]."""
-        dropping = self.training and self.drop.p > 0
-        if torch.is_grad_enabled() and not dropping and not torch.compiler.is_compiling():
-            hidden_BNM = norm_linear(x_BND, norm, self.fc1)
-            return gelu_linear_scale(hidden_BNM, self.fc2.weight, self.fc2.bias, self.scale_channel)
-        x_BND = self.fc2(self.drop(F.gelu(self.fc1(norm(x_BND)))))
-        return self.drop(x_BND if self.scale_channel is None else x_BND * self.scale_channel)
+# How many blocks one activation checkpoint covers; that of a refiner is set on the attention itself.
+UNITS = {"pair": 2, "block": 1, "refiner": 0}
 
 
 class Block(nn.Module):
@@ -53,8 +35,8 @@ class Block(nn.Module):
         attn: the attention, one of ``refiner_ds.models.attention``.
         mlp: the MLP.
         dim: width.
-        drop_path: the probability with which a sample skips each branch.
-        gain: what the stream is divided by before each norm and each branch multiplied by after.
+        drop_path: probability with which a sample skips each branch.
+        gain: the stream is divided by it before each norm, and each branch multiplied with it.
     """
 
     attn: Any  # one of the four kinds; nn.Module would hide forward_with_map from a type checker
@@ -68,16 +50,81 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.gain = gain
 
-    def forward(
-        self, x_BND: Tensor, residual_BHNN: Tensor | None = None, keep_map: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The stream [B, N, D], the map to hand on, and with ``keep_map`` the one that multiplied the values."""
-        used_BENN = None
-        norm_BND = self.norm1(x_BND / self.gain)
-        if keep_map:
-            out_BND, residual_BHNN, used_BENN = self.attn.forward_with_map(norm_BND, residual_BHNN)
-        else:
-            out_BND, residual_BHNN = self.attn(norm_BND, residual_BHNN)
-        x_BND = x_BND + self.drop_path(out_BND) * self.gain
-        x_BND = x_BND + self.drop_path(self.mlp(x_BND / self.gain, self.norm2)) * self.gain
-        return x_BND, residual_BHNN, used_BENN
+    def forward(self, x_BND: Tensor, residual_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The stream [B, N, D], and the map for the next block."""
+        out_BND, residual_BHNN = self.attn(self.norm1(x_BND / self.gain), residual_BHNN)
+        return self._add_branches(x_BND, out_BND), residual_BHNN
+
+    def forward_with_map(
+        self, x_BND: Tensor, residual_BHNN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As ``forward``, and the map [B, E, N, N] that multiplied the values."""
+        out_BND, residual_BHNN, map_BENN = self.attn.forward_with_map(self.norm1(x_BND / self.gain), residual_BHNN)
+        return self._add_branches(x_BND, out_BND), residual_BHNN, map_BENN
+
+    def _add_branches(self, x_BND: Tensor, attention_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.drop_path(attention_BND) * self.gain
+        return x_BND + self.drop_path(self.mlp(x_BND / self.gain, self.norm2)) * self.gain
+
+
+class BlockStack(nn.ModuleList):
+    """The blocks of a model, and how many of them one activation checkpoint covers."""
+
+    def __init__(self, blocks: Iterable[nn.Module] | None = None) -> None:
+        super().__init__(blocks)
+        self._checkpoint: Checkpoint | None = None
+        self._blocks_per_checkpoint = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return super().__iter__()
+
+    def set_passes_map(self, passes_map: bool) -> None:
+        """Let every block pass its map to the next, also where the next has no use for it, or only those that must."""
+        for block in self:
+            block.attn.passes_map = passes_map
+
+    def set_checkpointing(self, unit: str | None, checkpoint: Checkpoint | None = None) -> None:
+        """Recompute activations in backward, ``unit`` by unit (a key of :data:`UNITS`); ``None`` keeps them all.
+
+        Args:
+            checkpoint: called as ``checkpoint(function, *tensors)``; ``None`` is torch's, non-reentrant.
+        """
+        self._checkpoint = None if unit is None else checkpoint or _non_reentrant
+        self._blocks_per_checkpoint = 0 if unit is None else UNITS[unit]
+        for block in self:
+            if hasattr(block.attn, "checkpoint"):
+                block.attn.checkpoint = self._checkpoint if unit == "refiner" else None
+
+    def forward(self, x_BND: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The stream behind the last block, and the maps that blocks made for the next, in order."""
+        recompute = self._blocks_per_checkpoint if self.training and torch.is_grad_enabled() else 0
+        stride = recompute or 1
+        stream: tuple[Tensor, ...] = (x_BND,)
+        maps: list[Tensor] = []
+        for first in range(0, len(self), stride):
+            blocks = list(self)[first : first + stride]
+            stage = partial(_run_stage, blocks)
+            if recompute and self._checkpoint is not None:
+                out = self._checkpoint(recompute_aware(stage), *stream)
+                out = out if isinstance(out, tuple) else (out,)
+            else:
+                out = stage(*stream)
+            stream = out[:2]
+            made = sum(block.attn.makes_map for block in blocks)
+            maps += [*out[2:], *([out[1]] if made else [])]
+        return stream[0], maps
+
+
+def _run_stage(blocks: list[Any], *stream: Tensor) -> tuple[Tensor, ...]:
+    """Some blocks on (x) or (x, map): the same again, and behind them the maps made before that last one."""
+    x_BND, residual_BHNN = stream if len(stream) == 2 else (stream[0], None)
+    made: list[Tensor] = []
+    for block in blocks:
+        x_BND, residual_BHNN = block(x_BND, residual_BHNN)
+        made += [residual_BHNN] if block.attn.makes_map else []
+    return (x_BND, *(() if residual_BHNN is None else (residual_BHNN,)), *made[:-1])
+
+
+def _non_reentrant(function: Callable[..., Any], *tensors: Any) -> Any:
+    """``torch.utils.checkpoint.checkpoint`` in its non-reentrant form, which hooks and partial backwards survive."""
+    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)

@@ -9,24 +9,47 @@ Folding is computed in float64 and stored in the weights' own precision.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from refiner_ds.attention import BatchNorm, fold_refiner, running_affine, scaled
+from refiner_ds.attention import Norm, fold_refiner, running_affine, scaled
 from refiner_ds.models.blocks import Block
+from refiner_ds.models.direct import batch_norm_tensors, can_read
 from refiner_ds.models.refiners import DLA, FoldedDLA
 from refiner_ds.models.stem import ConvStem
 
-__all__ = ["fuse_block", "fuse_stem"]
+__all__ = ["fuse_block", "fuse_stem", "refuse_unfoldable"]
+
+
+def refuse_unfoldable(stem: ConvStem, blocks: Iterable[Block]) -> None:
+    """Refuse layers that compute more than their weights say, before anything is changed.
+
+    Raises:
+        ValueError: an adapter, a hook, or a norm without running statistics of its own; one sentence.
+    """
+    layers = {f"patch_embed.conv{index}": can_read(getattr(stem, f"conv{index}"), nn.Conv2d) for index in (1, 2, 3)}
+    for index in (1, 2, 3):
+        norm = getattr(stem, f"bn{index}")
+        layers[f"patch_embed.bn{index}"] = isinstance(norm, nn.Identity) or batch_norm_tensors(norm) is not None
+    for index, block in enumerate(blocks):
+        layers[f"blocks.{index}.mlp.fc2"] = block.mlp.scale_channel is None or can_read(block.mlp.fc2, nn.Linear)
+        layers[f"blocks.{index}.attn"] = not hasattr(block.attn, "weights") or block.attn.weights() is not None
+    if unfoldable := [name for name, foldable in layers.items() if not foldable]:
+        raise ValueError(
+            f"{', '.join(unfoldable)} cannot be folded: they compute more than their weights say;"
+            " merge adapters and remove hooks first"
+        )
 
 
 @torch.no_grad()
 def fuse_stem(stem: ConvStem) -> None:
     """Fold the stem's norms into its convolutions, in place; twice is the same as once."""
     for index in (1, 2, 3):
-        norm = getattr(stem, f"bn{index}")
-        if isinstance(norm, BatchNorm):
-            setattr(stem, f"conv{index}", _fold_conv(getattr(stem, f"conv{index}"), norm))
+        tensors = batch_norm_tensors(getattr(stem, f"bn{index}"))
+        if tensors is not None:
+            _fold_conv(getattr(stem, f"conv{index}"), tensors)
             setattr(stem, f"bn{index}", nn.Identity())
 
 
@@ -36,18 +59,15 @@ def fuse_block(block: Block) -> None:
     if (scale := block.mlp.scale_channel) is not None:
         _scale_outputs(block.mlp.fc2, scale.double())
         block.mlp.scale_channel = None
-    dla = getattr(block.attn, "DLA", None)
-    if isinstance(dla, DLA):
-        tensors = dla.tensors(block.attn.grid, block.attn.adapt_bn)
-        block.attn.DLA = FoldedDLA(fold_refiner(tensors, block.attn.refined_scale))
+    if isinstance(getattr(block.attn, "DLA", None), DLA):
+        block.attn.DLA = FoldedDLA(fold_refiner(block.attn.weights(), block.attn.refined_scale))
         block.attn.adapt_bn = nn.Identity()
 
 
-def _fold_conv(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
-    gain, shift = running_affine(norm.as_norm())
+def _fold_conv(conv: nn.Conv2d, norm: Norm) -> None:
+    gain, shift = running_affine(norm)
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype))
     conv.weight = nn.Parameter(scaled(conv.weight, gain).to(conv.weight.dtype))
-    return conv
 
 
 def _scale_outputs(linear: nn.Linear, scale: Tensor) -> None:

@@ -1,17 +1,16 @@
-"""Refined-ViT: the released layout, the paper's, and the plain twin of both.
+"""Refined-ViT: the released layout, the paper's, and the plain ViT with the same skeleton.
 
-    picture ─ stem ─ mix-token ─ class token, positions ─ blocks ─ norm ─┬─ head (class token)
-                                                                         └─ aux_head (every patch)
+    image ─ stem ─ mix-token ─ class token, positions ─ blocks ─ norm ─┬─ head (class token)
+                                                                       └─ aux_head (every patch)
 
-Released layout: even blocks make maps, odd blocks refine the one handed on. Paper: every block refines its own.
-Axes: B batch, H heads, E maps that multiply values, N tokens (class token first), P patches, D width, C classes,
+Released layout: even blocks make maps, odd blocks refine the map of the block before. Paper: every block refines its
+own. Axes: B batch, H heads, E maps that multiply values, N tokens (class token first), P patches, D width, C classes,
 h×w the patch grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +18,6 @@ from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from refiner_ds.attention import recompute_aware
 from refiner_ds.models.attention import (
     AttentionOptions,
     MapAttention,
@@ -27,34 +25,40 @@ from refiner_ds.models.attention import (
     RefinedAttention,
     SharedAttention,
 )
-from refiner_ds.models.blocks import Block, ScaledMlp
-from refiner_ds.models.checkpointing import UNITS, Checkpoint, non_reentrant
-from refiner_ds.models.cos_reg import neighbour_similarity
-from refiner_ds.models.fuse import fuse_block, fuse_stem
-from refiner_ds.models.mixing import NO_BOX, Box, draw_mix_box, swap_in_box
-from refiner_ds.models.options import check_options
+from refiner_ds.models.blocks import UNITS, Block, BlockStack, Checkpoint
+from refiner_ds.models.cos_reg import OneTimeLoss, neighbour_similarity
+from refiner_ds.models.fuse import fuse_block, fuse_stem, refuse_unfoldable
+from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box, swap_in_box
+from refiner_ds.models.mlp import ScaledMlp
+from refiner_ds.models.options import check_box, check_options
 from refiner_ds.models.stem import ConvStem, grid_of
 
 __all__ = ["RefinedViT"]
+
+GRID = "pos_embed_grid"  # rows and columns of a grid that is not square, saved with the weights
 
 
 class RefinedViT(nn.Module):
     """Vision transformer with refined attention (arXiv 2106.03714).
 
     Args:
-        img_size, patch_size, in_chans, stem_chs: the picture in pixels, the patch, its channels, and the stem's.
-        num_classes: outputs of both heads; 0 takes the heads away.
+        img_size, patch_size, in_chans, stem_chs: image and patch side in pixels, channels of the image and of the stem.
+        num_classes: outputs of both heads; 0 leaves the heads out.
+        global_pool: "token", the only one: the class token is read.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the transformer.
         layout: "released" (blocks alternate, residual maps, gain 2, scaled MLP) or "paper" (a plain pre-norm ViT
             whose every block refines its own map).
-        refiner: "bottleneck" (released), "linear" (paper) or "none" (the plain twin, by fused attention).
+        refiner: "bottleneck" (released), "linear" (paper) or "none" (a plain ViT, by PyTorch's fused attention).
         expansion_ratio, kernel_size, constraint: expanded maps a head, kernel of local attention, and "none",
             "spatial" or "row+col".
-        expand, reduce: off, they leave out expansion (local attention alone) or reduction (every expanded map then
+        expand, reduce: False leaves out expansion (local attention alone) or reduction (every expanded map then
             multiplies its head's values and the output projection is that much wider); linear refiner only.
+        return_dense: False leaves out the auxiliary head: the model returns class logits alone, always.
         mix_token: mix patches in training.
-        cos_reg: weight of the penalty on the similarity of neighbouring maps (released: 0.1); see ``cos_reg_loss``.
-        init_values: start of the MLP's learned scale, ``None`` for no scale; "layout" is 1e-5 when released.
+        cos_reg: weight of the penalty on the similarity of neighbouring blocks' maps (released: 0.1), 0 for none;
+            see ``cos_reg_loss``.
+        cos_reg_pairs: how many neighbouring pairs it compares, from the first block on; ``None`` for all of them.
+        init_values: initial value of the MLP's learned scale, ``None`` for no scale; "layout" is 1e-5 when released.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the heads, on the
             embedded tokens, in projections and MLPs, on maps, and of whole branches (growing linearly with depth).
     Raises:
@@ -67,6 +71,7 @@ class RefinedViT(nn.Module):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: Literal["token"] = "token",
         embed_dim: int = 384,
         depth: int = 16,
         num_heads: int = 12,
@@ -80,8 +85,10 @@ class RefinedViT(nn.Module):
         expand: bool = True,
         reduce: bool = True,
         stem_chs: tuple[int, int, int] = (32, 64, 128),
+        return_dense: bool = True,
         mix_token: bool = False,
         cos_reg: float = 0.0,
+        cos_reg_pairs: int | None = None,
         init_values: float | None | Literal["layout"] = "layout",
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -89,18 +96,19 @@ class RefinedViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        check_options({name: value for name, value in locals().items() if name not in ("self", "__class__")})
         super().__init__()
-        check_options(embed_dim, num_heads, depth, layout, refiner, expand, reduce)
-        self.num_classes, self.patch_size, self.in_chans = num_classes, patch_size, in_chans
+        self.num_classes, self.patch_size, self.in_chans, self.global_pool = num_classes, patch_size, in_chans, "token"
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.patch_grid = grid_of(img_size, patch_size)
-        self.mix_token, self.cos_reg = mix_token, cos_reg
+        self.num_prefix_tokens = 1
+        self.return_dense, self.mix_token = return_dense, mix_token
+        self.cos_reg = cos_reg
+        self.cos_reg_pairs = depth - 1 if cos_reg_pairs is None else cos_reg_pairs
         self.layout, self.refiner = layout, refiner
-        self._checkpoint: Checkpoint | None = None
-        self._blocks_a_checkpoint = 0
-        self._cos_reg_loss: Tensor | None = None
+        self._cos_reg_loss = OneTimeLoss()
         self._fused = False
 
+        self._set_grid(grid_of(img_size, patch_size))
         self.patch_embed = ConvStem(patch_size, in_chans, stem_chs, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_grid[0] * self.patch_grid[1], embed_dim))
@@ -114,7 +122,7 @@ class RefinedViT(nn.Module):
         gain, scale = (2.0, 1e-5) if layout == "released" else (1.0, None)
         scale = scale if isinstance(init_values, str) else init_values
         hidden = int(embed_dim * mlp_ratio)
-        self.blocks = nn.ModuleList(
+        self.blocks = BlockStack(
             Block(
                 _attention_kind(layout, refiner, index)(options),
                 ScaledMlp(embed_dim, hidden, proj_drop_rate, scale),
@@ -124,13 +132,15 @@ class RefinedViT(nn.Module):
             )
             for index, drop_path in enumerate(cast(list[float], calculate_drop_path_rates(drop_path_rate, depth)))
         )
+        self.blocks.set_passes_map(cos_reg > 0)
         self.feature_info = [
             {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": patch_size} for index in range(depth)
         ]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.aux_head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if return_dense:
+            self.aux_head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -145,18 +155,22 @@ class RefinedViT(nn.Module):
         """Logits; in training also those of every patch, and the box that was mixed.
 
         Args:
-            x_B3HW: pictures.
+            x_B3HW: images.
             mix_box: (y0, x0, y1, x1) in patch cells, for training; ``None`` draws one if ``mix_token`` is on.
         Returns:
             In training class logits [B, C], patch logits [B, P, C] (flipped back inside the box) and the box;
-            in evaluation head + ½·max over patches of aux_head, [B, C].
+            in evaluation head + ½·max over patches of aux_head, [B, C]. Without ``return_dense`` class logits, always.
         Raises:
-            ValueError: the picture's size is not the model's.
+            ValueError: the images' size is not the model's, or the box lies outside the patch grid.
         """
         if not self.training:
             return self.forward_head(self.forward_features(x_B3HW))
         if mix_box is None:
             mix_box = draw_mix_box(self.patch_grid) if self.mix_token else NO_BOX
+        if not self.return_dense:
+            if mix_box != NO_BOX:
+                raise ValueError("mix_box mixes the labels of patches, which return_dense=False leaves out")
+            return self.forward_head(self.forward_features(x_B3HW))
         x_BND = self.head_drop(self.forward_features(x_B3HW, mix_box))
         aux_BPC = self.aux_head(x_BND[:, 1:])
         aux_BhwC = aux_BPC.unflatten(1, self.patch_grid)
@@ -164,10 +178,12 @@ class RefinedViT(nn.Module):
 
     def forward_features(self, x_B3HW: Tensor, mix_box: Box = NO_BOX) -> Tensor:
         """The tokens behind the final norm, [B, N, D]."""
-        x_BND = self._embed(x_B3HW, mix_box)
-        keep_maps = bool(self.cos_reg) and self.training
-        x_BND, maps = self._run_blocks(x_BND, keep_maps)
-        self._cos_reg_loss = self.cos_reg * neighbour_similarity(maps) if keep_maps else None
+        x_BND, maps = self.blocks(self._embed(x_B3HW, mix_box))
+        penalty = None
+        if self.cos_reg and self.training:
+            makes_map = [block.attn.makes_map for block in self.blocks]
+            penalty = self.cos_reg * neighbour_similarity(maps, makes_map, self.cos_reg_pairs)
+        self._cos_reg_loss.put(penalty)
         return self.norm(x_BND)
 
     def forward_head(self, x_BND: Tensor, pre_logits: bool = False) -> Tensor:
@@ -175,47 +191,34 @@ class RefinedViT(nn.Module):
         x_BND = self.head_drop(x_BND)
         if pre_logits or not self.num_classes:
             return x_BND[:, 0]
-        return self.head(x_BND[:, 0]) + 0.5 * self.aux_head(x_BND[:, 1:]).amax(1)
+        class_BC = self.head(x_BND[:, 0])
+        return class_BC + 0.5 * self.aux_head(x_BND[:, 1:]).amax(1) if self.return_dense else class_BC
 
     def cos_reg_loss(self) -> Tensor:
-        """The penalty of the last training forward, a scalar to be added to the loss: weight · mean cosine similarity.
+        """The cos-reg penalty of the last training forward, a scalar in fp32 to be added to the loss.
 
-        It is handed over once, so that the model never holds on to a graph.
+        ``cos_reg`` times the mean, over the first ``cos_reg_pairs`` pairs of neighbouring blocks, of the cosine
+        similarity of their maps along the heads axis; see ``cos_reg.py``. It is given out once, so that the model
+        never holds on to a graph.
 
         Raises:
             ValueError: ``cos_reg`` is 0, or no training forward has run since the last call.
         """
-        penalty, self._cos_reg_loss = self._cos_reg_loss, None
-        if penalty is None:
-            raise ValueError("there is no cos-reg penalty: create the model with cos_reg=0.1 and run it in training")
-        return penalty
+        return self._cos_reg_loss.take()
 
     def _embed(self, x_B3HW: Tensor, mix_box: Box) -> Tensor:
         height, width = (cells * self.patch_size for cells in self.patch_grid)
-        if tuple(x_B3HW.shape[2:]) != (height, width):
-            got = "x".join(str(side) for side in x_B3HW.shape[2:])
-            raise ValueError(f"pictures are {got}, but the model was made for {height}x{width}; see set_input_size")
+        if tuple(x_B3HW.shape[1:]) != (self.in_chans, height, width):
+            got = "x".join(str(side) for side in x_B3HW.shape[1:])
+            raise ValueError(
+                f"images are {got}, but the model takes {self.in_chans}x{height}x{width}; set_input_size changes that"
+            )
+        if not torch.compiler.is_compiling():  # a check of numbers that change every step would compile it every step
+            check_box(mix_box, self.patch_grid)
         patches_BDhw = self.patch_embed(x_B3HW.to(self.patch_embed.conv1.weight.dtype))
         patches_BPD = swap_in_box(patches_BDhw, mix_box, grid_axis=2).flatten(2).mT
         x_BND = torch.cat((self.cls_token.expand(x_B3HW.shape[0], -1, -1).to(patches_BPD.dtype), patches_BPD), 1)
         return self.pos_drop(x_BND + self.pos_embed)
-
-    def _run_blocks(self, x_BND: Tensor, keep_maps: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """The stream behind all blocks, and with ``keep_maps`` the maps that multiplied the values."""
-        recompute = self._blocks_a_checkpoint if self.training and torch.is_grad_enabled() else 0
-        stride = recompute or 1
-        stream: tuple[Tensor, ...] = (x_BND,)
-        maps: list[Tensor] = []
-        for first in range(0, len(self.blocks), stride):
-            stage = partial(_run_stage, self.blocks[first : first + stride], keep_maps)
-            if recompute and self._checkpoint is not None:
-                out = self._checkpoint(recompute_aware(stage), *stream)
-                out = out if isinstance(out, tuple) else (out,)
-            else:
-                out = stage(*stream)
-            kept = min(stride, len(self.blocks) - first) if keep_maps else 0
-            stream, maps = out[: len(out) - kept], maps + list(out[len(out) - kept :])
-        return stream[0], maps
 
     @torch.no_grad()
     def attention_maps(self, x_B3HW: Tensor) -> list[Tensor]:
@@ -226,7 +229,11 @@ class RefinedViT(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            return [map_BENN.float() for map_BENN in self._run_blocks(self._embed(x_B3HW, NO_BOX), True)[1]]
+            x_BND, residual_BHNN, maps = self._embed(x_B3HW, NO_BOX), None, []
+            for block in self.blocks:
+                x_BND, residual_BHNN, map_BENN = block.forward_with_map(x_BND, residual_BHNN)
+                maps.append(map_BENN.float())
+            return maps
         finally:
             for module, training in modes:
                 module.training = training
@@ -253,8 +260,8 @@ class RefinedViT(nn.Module):
         take, last = feature_take_indices(len(self.blocks), indices)
         x_BND = self._embed(x, NO_BOX)
         taken, residual_BHNN = [], None
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x_BND, residual_BHNN, _ = block(x_BND, residual_BHNN)
+        for index, block in enumerate(list(self.blocks)[: last + 1] if stop_early else self.blocks):
+            x_BND, residual_BHNN = block(x_BND, residual_BHNN)
             if index in take:
                 taken.append(self.norm(x_BND) if norm else x_BND)
         prefixes = [tokens_BND[:, :1] for tokens_BND in taken]
@@ -267,9 +274,10 @@ class RefinedViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Take away the blocks behind the last one asked for, and the heads; returns the indices kept."""
+        """Remove the blocks behind the last one asked for, and the heads; returns the indices kept."""
         take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
+        del self.blocks[last + 1 :]
+        self.cos_reg_pairs = min(self.cos_reg_pairs, last)
         if prune_norm:
             self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_head:
@@ -277,7 +285,7 @@ class RefinedViT(nn.Module):
         return take
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for ``num_classes`` classes; 0 takes them away.
+        """Fresh heads for ``num_classes`` classes; 0 removes them.
 
         Raises:
             ValueError: ``global_pool`` is not the class token's.
@@ -285,7 +293,7 @@ class RefinedViT(nn.Module):
         if global_pool not in (None, "token"):
             raise ValueError(f"global_pool is {global_pool!r}; these models read the class token: use 'token'")
         self.num_classes = num_classes
-        for name in ("head", "aux_head"):
+        for name in ("head", "aux_head") if self.return_dense else ("head",):
             layer = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
             setattr(self, name, layer.apply(_init_linear).to(self.cls_token.device, self.cls_token.dtype))
 
@@ -293,18 +301,54 @@ class RefinedViT(nn.Module):
         """The class token's head."""
         return self.head
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take pictures of another size from now on: the position embedding is resized, its class entry kept.
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images, or patches, of another size from now on; what is frozen stays frozen.
+
+        The position embedding is resized, its class entry kept; another patch size resamples the patch embedding.
 
         Raises:
-            ValueError: the size is not a multiple of the patch size.
+            ValueError: the size is not a multiple of the patch size, or patches are not square.
         """
-        grid, before = grid_of(img_size, self.patch_size), self.patch_grid
-        resized = resample_abs_pos_embed(self.pos_embed.detach(), list(grid), list(before), num_prefix_tokens=1)
-        self.pos_embed = nn.Parameter(resized.contiguous())
+        if isinstance(patch_size, tuple | list):
+            if len(set(patch_size)) != 1:
+                raise ValueError(f"patch_size is {tuple(patch_size)}; patches are square here: give one number")
+            patch_size = patch_size[0]
+        patch_size = patch_size or self.patch_size
+        if img_size is None:
+            img_size = (self.patch_grid[0] * self.patch_size, self.patch_grid[1] * self.patch_size)
+        grid, before = grid_of(img_size, patch_size), self.patch_grid
+        if patch_size != self.patch_size:
+            self.patch_embed.set_patch_size(patch_size)
+            self.patch_size = patch_size
+            self.feature_info = [{**block, "reduction": patch_size} for block in self.feature_info]
+        if grid != before:
+            resized = resample_abs_pos_embed(self.pos_embed.detach(), list(grid), list(before), num_prefix_tokens=1)
+            self.pos_embed = nn.Parameter(resized.contiguous(), requires_grad=self.pos_embed.requires_grad)
+        self._set_grid(grid)
+        for block in self.blocks:
+            block.attn.grid = grid
+
+    def _set_grid(self, grid: tuple[int, int]) -> None:
         self.patch_grid = grid
-        for attn in self._attentions():
-            attn.grid = grid
+        if grid[0] == grid[1]:
+            self._buffers.pop(GRID, None)  # a square one follows from its number of patches, as in released weights
+        else:
+            self.register_buffer(GRID, torch.tensor(grid))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Positions of another grid with as many patches would be copied without a word.
+        saved = state_dict.get(prefix + GRID)
+        grid = None if saved is None else tuple(saved.tolist())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if grid is not None and grid != self.patch_grid and prefix + "pos_embed" in state_dict:
+            errors: list[str] = args[-1]
+            theirs, ours = ("x".join(map(str, sides)) for sides in (grid, self.patch_grid))
+            errors.append(
+                f"pos_embed is of a {theirs} patch grid, the model's is {ours}; load_released_weights resizes it"
+            )
+            self._set_grid(self.patch_grid)
 
     def set_grad_checkpointing(
         self,
@@ -312,7 +356,7 @@ class RefinedViT(nn.Module):
         unit: Literal["pair", "block", "refiner"] = "pair",
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Recompute activations in backward instead of keeping them; results stay the same to the bit.
+        """Recompute activations in backward instead of saving them; results stay the same to the bit.
 
         Args:
             enable: on or off.
@@ -324,15 +368,7 @@ class RefinedViT(nn.Module):
         """
         if unit not in UNITS:
             raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(UNITS)}")
-        function = (checkpoint or non_reentrant) if enable else None
-        self._checkpoint = function
-        self._blocks_a_checkpoint = UNITS[unit] if enable else 0
-        for attn in self._attentions():
-            if isinstance(attn, RefinedAttention | SharedAttention):
-                attn.checkpoint = function if unit == "refiner" else None
-
-    def _attentions(self) -> list[Any]:
-        return [block.attn for block in self.blocks]
+        self.blocks.set_checkpointing(unit if enable else None, checkpoint)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that optimizers should not decay (beside biases and gains)."""
@@ -350,7 +386,10 @@ class RefinedViT(nn.Module):
 
         Returns:
             The model itself, in evaluation mode.
+        Raises:
+            ValueError: a layer that cannot be folded (an adapter, a hook); nothing has been changed.
         """
+        refuse_unfoldable(self.patch_embed, cast(Iterable[Block], self.blocks))
         self.eval()
         fuse_stem(self.patch_embed)
         for block in self.blocks:
@@ -375,16 +414,6 @@ def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[Attentio
     if layout == "paper":
         return RefinedAttention
     return SharedAttention if index % 2 else MapAttention
-
-
-def _run_stage(blocks: nn.ModuleList, keep_maps: bool, *stream: Tensor) -> tuple[Tensor, ...]:
-    """Some blocks on (x) or (x, residual map): the same again, and behind them the maps used, if they are kept."""
-    x_BND, residual_BHNN = stream if len(stream) == 2 else (stream[0], None)
-    used: list[Tensor] = []
-    for block in blocks:
-        x_BND, residual_BHNN, used_BENN = block(x_BND, residual_BHNN, keep_maps)
-        used += [used_BENN] if keep_maps else []
-    return (x_BND, *(() if residual_BHNN is None else (residual_BHNN,)), *used)
 
 
 def _init_linear(module: nn.Module) -> None:

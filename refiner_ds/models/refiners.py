@@ -1,10 +1,12 @@
-"""The refiners as modules: they hold the weights under their released names and hand them to ``attention.refine``.
+"""The refiners as modules: they hold the weights under their released names and give them to ``attention.refine``.
 
     MapRefiner (linear)      conv_exp ─ depth_sep_conv ─ conv_pro
     DLA (bottleneck)         conv_exp ─ bn1 ─ depth_sep_conv ─ bn2 ─ conv_pro ─ bn3, and adapt_bn outside
     FoldedDLA                the bottleneck for inference, norms folded
 
-Axes: H heads, E expanded maps.
+``weights`` gives what the operator reads; where a layer is more than its weights (an adapter, a hook, a norm over
+ranks; see ``direct.py``) it is ``None``, and calling the module computes the refined map layer by layer instead.
+Axes: B batch, H heads, E expanded maps, N tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from refiner_ds.attention import (
     BatchNorm,
@@ -21,7 +24,9 @@ from refiner_ds.attention import (
     LinearWeights,
     LocalKernels,
     kernel_shapes,
+    refined_map,
 )
+from refiner_ds.models.direct import batch_norm_tensors, can_read
 
 __all__ = ["DLA", "FoldedDLA", "LocalConv", "MapRefiner", "expanded_maps"]
 
@@ -60,6 +65,14 @@ class LocalConv(nn.Module):
         """The kernels as the operator takes them."""
         return LocalKernels(tuple(getattr(self, name) for name in self.names), self.constraint, grid)
 
+    def forward(self, map_BENN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Local attention on its own, [B, E, N, N] to the same."""
+        return refined_map(map_BENN, LinearWeights(None, self.kernels(grid), None), 1.0)
+
+
+def _all_readable(layers: list[nn.Module]) -> bool:
+    return all(can_read(layer, nn.Conv2d, LocalConv) for layer in layers)
+
 
 def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, bias=False)
@@ -80,11 +93,20 @@ class MapRefiner(nn.Module):
         self.depth_sep_conv = LocalConv(maps, kernel_size, constraint)
         self.conv_pro = _conv1x1(maps, num_heads) if reduce and expand else None
 
-    def tensors(self, grid: tuple[int, int]) -> LinearWeights:
-        """The weights as ``attention.refine`` takes them."""
+    def weights(self, grid: tuple[int, int]) -> LinearWeights | None:
+        """The weights as ``attention.refine`` takes them; ``None`` where the layers have to be called."""
+        layers = [self.conv_exp, self.depth_sep_conv, self.conv_pro]
+        if not _all_readable([layer for layer in layers if layer is not None]):
+            return None
         expand_EH = None if self.conv_exp is None else self.conv_exp.weight.flatten(1)
         reduce_HE = None if self.conv_pro is None else self.conv_pro.weight.flatten(1)
         return LinearWeights(expand_EH, self.depth_sep_conv.kernels(grid), reduce_HE)
+
+    def forward(self, map_BHNN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The refined map, [B, H, N, N] to [B, maps_out, N, N], layer by layer."""
+        map_BENN = map_BHNN if self.conv_exp is None else self.conv_exp(map_BHNN)
+        map_BENN = self.depth_sep_conv(map_BENN, grid)
+        return map_BENN if self.conv_pro is None else self.conv_pro(map_BENN)
 
 
 class DLA(nn.Module):
@@ -101,17 +123,24 @@ class DLA(nn.Module):
         self.conv_pro = _conv1x1(maps, num_heads)
         self.bn3 = BatchNorm(num_heads)
 
-    def tensors(self, grid: tuple[int, int], adapt_bn: BatchNorm) -> BottleneckWeights:
-        """The weights and norms as ``attention.refine`` takes them."""
+    def weights(self, grid: tuple[int, int], adapt_bn: nn.Module) -> BottleneckWeights | None:
+        """The weights and norms as ``attention.refine`` takes them; ``None`` where the layers have to be called."""
+        if not _all_readable([self.conv_exp, self.depth_sep_conv, self.conv_pro]):
+            return None
+        norms = [batch_norm_tensors(norm) for norm in (self.bn1, self.bn2, self.bn3, adapt_bn)]
+        norm1_E, norm2_E, norm3_H, adapt_H = norms
+        if norm1_E is None or norm2_E is None or norm3_H is None or adapt_H is None:
+            return None
+        expand_EH, project_HE = self.conv_exp.weight.flatten(1), self.conv_pro.weight.flatten(1)
         return BottleneckWeights(
-            self.conv_exp.weight.flatten(1),
-            self.bn1.as_norm(),
-            self.depth_sep_conv.kernels(grid),
-            self.bn2.as_norm(),
-            self.conv_pro.weight.flatten(1),
-            self.bn3.as_norm(),
-            adapt_bn.as_norm(),
+            expand_EH, norm1_E, self.depth_sep_conv.kernels(grid), norm2_E, project_HE, norm3_H, adapt_H
         )
+
+    def forward(self, map_BHNN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The bottleneck and its identity, [B, H, N, N] to the same, layer by layer; ``adapt_bn`` comes behind."""
+        map_BENN = F.relu6(self.bn1(self.conv_exp(map_BHNN)))
+        map_BENN = F.relu6(self.bn2(self.depth_sep_conv(map_BENN, grid)))
+        return self.bn3(self.conv_pro(map_BENN)) + map_BHNN
 
 
 class FoldedDLA(nn.Module):
@@ -126,7 +155,7 @@ class FoldedDLA(nn.Module):
         for index, kernel in enumerate(folded.local.kernels):
             self.register_buffer(f"kernel{index}", kernel)
 
-    def tensors(self, grid: tuple[int, int]) -> FoldedWeights:
+    def weights(self, grid: tuple[int, int]) -> FoldedWeights:
         """The weights as ``attention.refine`` takes them."""
         kernels = tuple(kernel for name, kernel in self.named_buffers() if name.startswith("kernel"))
         folded = {name: getattr(self, name) for name in FoldedWeights._fields if name != "local"}

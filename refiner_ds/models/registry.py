@@ -6,14 +6,16 @@ refined_vit                                    the same skeleton with every opti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
 
 from refiner_ds.models.refined_vit import RefinedViT
 from refiner_ds.models.released import fit_to
 
-__all__ = ["refined_vit", "refiner_vit_l", "refiner_vit_m", "refiner_vit_s"]
+__all__ = ["checkpoint_filter_fn", "refined_vit", "refiner_vit_l", "refiner_vit_m", "refiner_vit_s"]
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:
@@ -21,6 +23,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
         "url": "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
+        "fixed_input_size": True,
         "pool_size": None,
         "crop_pct": 0.9,
         "interpolation": "bicubic",
@@ -36,22 +39,30 @@ default_cfgs = generate_default_cfgs(
     {
         "refiner_vit_s": _cfg(),
         "refiner_vit_m": _cfg(),
-        # The released evaluation of the large model resizes the picture to 1/1.13 of the crop and pads.
+        # The released evaluation of the large model resizes the image to 1/1.13 of the crop and pads.
         "refiner_vit_l": _cfg(crop_pct=1.13),
         "refined_vit": _cfg(),
     }
 )
 
 
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: RefinedViT) -> dict[str, Tensor]:
+    """timm's filter between a checkpoint and ``model``: unwrapped, fitted to image size, channels and classes."""
+    return fit_to(model, state_dict)[0]
+
+
 def _create(name: str, pretrained: bool, **options: Any) -> RefinedViT:
-    return build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         RefinedViT,
         name,
         pretrained,
-        pretrained_filter_fn=lambda state, model: fit_to(model, state)[0],
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
         **options,
     )
+    if not options.get("return_dense", True):
+        model.default_cfg["classifier"] = "head"  # a copy of this model's own, pretrained_cfg by another name
+    return model
 
 
 def _released(name: str, pretrained: bool, sizes: dict[str, int], options: dict[str, Any]) -> RefinedViT:

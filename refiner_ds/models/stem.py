@@ -1,4 +1,4 @@
-"""The three-convolution stem, from pixels to a grid of patch vectors.
+"""The three-convolution stem, from pixels to a grid of patch embeddings.
 
     [B,3,H,W] ─ 7×7/2 ─ 3×3 ─ 3×3 (each with norm and ReLU) ─ (p/2)×(p/2)/(p/2) ──> [B,D,H/p,W/p]
 
@@ -7,6 +7,7 @@ Axes: B batch, D width; p is the patch size in pixels.
 
 from __future__ import annotations
 
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from refiner_ds.attention import BatchNorm
@@ -15,14 +16,17 @@ __all__ = ["ConvStem", "grid_of"]
 
 
 def grid_of(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches in a picture.
+    """Rows and columns of patches in an image.
 
     Raises:
-        ValueError: the patch size is odd, or a side of the picture is not a multiple of it.
+        ValueError: the patch size is odd, or a side of the image is not a multiple of it.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if patch_size < 2 or patch_size % 2:
-        raise ValueError(f"patch_size is {patch_size}; the stem halves the picture first, so it must be even")
+    if not isinstance(patch_size, int) or patch_size < 2 or patch_size % 2:
+        raise ValueError(f"patch_size is {patch_size!r}; the stem halves the image first, so it must be an even number")
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"img_size is {img_size!r}; it must be one whole number or two, (height, width)")
+    height, width = sides
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
         lower, upper = (max(height // patch_size, 1) * patch_size, (height // patch_size + 1) * patch_size)
         raise ValueError(
@@ -32,7 +36,7 @@ def grid_of(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]
 
 
 class ConvStem(nn.Module):
-    """Pixels to patch vectors (released models; the convolutions keep PyTorch's initialisation)."""
+    """Pixels to patch embeddings (released models; the convolutions keep PyTorch's initialisation)."""
 
     def __init__(self, patch_size: int, in_chans: int, stem_chs: tuple[int, int, int], embed_dim: int) -> None:
         super().__init__()
@@ -53,3 +57,12 @@ class ConvStem(nn.Module):
         x = self.act(self.bn2(self.conv2(x)))
         x = self.act(self.bn3(self.conv3(x)))
         return self.proj(x)
+
+    def set_patch_size(self, patch_size: int) -> None:
+        """Another patch size from now on: the weights of ``proj`` are resampled, as timm's patch embeddings are."""
+        side = patch_size // 2
+        proj = nn.Conv2d(self.proj.in_channels, self.proj.out_channels, side, stride=side, device="meta")
+        weight = resample_patch_embed(self.proj.weight.detach(), [side, side])
+        proj.weight = nn.Parameter(weight.to(self.proj.weight.dtype), requires_grad=self.proj.weight.requires_grad)
+        proj.bias = self.proj.bias
+        self.proj, self.patch_size = proj, patch_size

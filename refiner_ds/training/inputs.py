@@ -16,7 +16,7 @@ from refiner_ds.data.batch import Batch
 from refiner_ds.data.mixing import draw_mix, mix_images, mix_targets
 from refiner_ds.data.normalise import normalise
 from refiner_ds.data.targets import label_targets, map_targets
-from refiner_ds.models.mixing import NO_BOX, Box, draw_mix_box
+from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box
 
 
 class Inputs(NamedTuple):

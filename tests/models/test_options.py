@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import timm
 import torch
@@ -41,7 +39,9 @@ def test_attention_maps_are_those_that_multiply_the_values(variant):
     joined = attn.proj((maps[0] @ value_BHNd).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attn(x_BND, None)[0], joined, rtol=1e-5, atol=1e-5)
     # Further on, what a block hands on and puts out must not depend on whether its map is kept.
-    tokens_BND, _ = model._run_blocks(model._embed(pictures(), NO_BOX), keep_maps=True)
+    tokens_BND, residual_BHNN = model._embed(pictures(), NO_BOX), None
+    for block in model.blocks:
+        tokens_BND, residual_BHNN, _ = block.forward_with_map(tokens_BND, residual_BHNN)
     torch.testing.assert_close(model.norm(tokens_BND), model.forward_features(pictures()), rtol=1e-5, atol=1e-5)
 
 
@@ -93,22 +93,6 @@ def test_mix_boxes_lie_in_the_grid_and_take_the_area_they_should():
     assert boxes == [draw_mix_box((14, 10), again) for _ in range(4000)]
 
 
-def test_cos_reg_is_the_mean_similarity_of_neighbouring_maps():
-    model = small_model(**PAPER, cos_reg=0.1)
-    model.train().patch_embed.eval()
-    model(pictures())
-    maps = model.attention_maps(pictures())  # nothing but the stem computes otherwise in training than here
-    similar = [torch.cosine_similarity(one, two, dim=-1).mean() for one, two in zip(maps[:-1], maps[1:], strict=True)]
-    penalty = model.cos_reg_loss()
-    torch.testing.assert_close(penalty, 0.1 * sum(similar) / 3, rtol=1e-4, atol=1e-7)
-    penalty.backward()
-    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-    for without in (model, small_model(**PAPER)):  # it is handed over once
-        with pytest.raises(ValueError, match="there is no cos-reg penalty"):
-            without.cos_reg_loss()
-    assert copy.deepcopy(model).cos_reg == 0.1
-
-
 def test_small_pictures_and_patches_work():
     model = timm.create_model("refined_vit", img_size=28, patch_size=4, stem_chs=(8, 16, 16), embed_dim=24,
                               num_heads=2, depth=2, num_classes=10)  # fmt: skip
@@ -136,11 +120,16 @@ def test_paper_ablation_sizes():
     ("options", "sentence"),
     [
         ({"img_size": 30}, "img_size 30x30 is not a multiple of patch_size 8; near are 24 and 32"),
-        ({"patch_size": 7}, "patch_size is 7; the stem halves the picture first, so it must be even"),
+        ({"img_size": (32, 32, 32)}, "img_size is (32, 32, 32); it must be one whole number or two, (height, width)"),
+        ({"patch_size": 7}, "patch_size is 7; the stem halves the image first, so it must be an even number"),
+        ({"patch_size": (8, 8)}, "patch_size is (8, 8); the stem halves the image first, so it must be an even number"),
         ({"num_heads": 5}, "embed_dim 24 is not divisible by num_heads 5; 20 would be"),
+        ({"num_heads": 0}, "num_heads is 0; it must be a whole number of at least 1"),
         ({"kernel_size": 2}, "kernel_size is 2; it must be odd, such as 1, 3 or 5"),
+        ({"kernel_size": (3, 3)}, "kernel_size is (3, 3); it must be a whole number of at least 1"),
         ({"constraint": "grid"}, "constraint is 'grid'; it must be one of none, spatial, row+col"),
         ({"expansion_ratio": 0.5}, "expansion_ratio is 0.5; it must be 1 or more"),
+        ({"expansion_ratio": "3"}, "expansion_ratio is '3'; it must be a number above 0"),
         ({"expansion_ratio": 1.3}, "expansion_ratio 1.3 makes 2.6 maps of 2 heads, no whole number"),
         (
             {"expansion_ratio": 1.5, "reduce": False},
@@ -148,10 +137,28 @@ def test_paper_ablation_sizes():
         ),
         ({"refiner": "deep"}, "refiner is 'deep'; it must be one of none, linear, bottleneck"),
         ({"layout": "mine"}, "layout is 'mine'; it must be one of released, paper"),
-        ({"depth": 0}, "depth is 0; a model needs at least one block"),
+        ({"depth": 0}, "depth is 0; it must be a whole number of at least 1"),
+        ({"depth": 2.0}, "depth is 2.0; it must be a whole number of at least 1"),
+        ({"in_chans": 0}, "in_chans is 0; it must be a whole number of at least 1"),
+        ({"num_classes": -1}, "num_classes is -1; it must be a whole number of at least 0"),
+        ({"mlp_ratio": -2}, "mlp_ratio is -2; it must be a number above 0"),
+        ({"stem_chs": (4, 8)}, "stem_chs is (4, 8); it must be three whole numbers above 0, such as (32, 64, 128)"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate is 1.5; it must be at least 0 and below 1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0; it must be at least 0 and below 1"),
+        ({"attn_drop_rate": -1}, "attn_drop_rate is -1; it must be at least 0 and below 1"),
+        ({"proj_drop_rate": float("nan")}, "proj_drop_rate is nan; it must be at least 0 and below 1"),
+        ({"drop_rate": "0.1"}, "drop_rate is '0.1'; it must be at least 0 and below 1"),
+        ({"global_pool": "avg"}, "global_pool is 'avg'; it must be token"),
+        ({"cos_reg": -0.1}, "cos_reg is -0.1; it must be a number of at least 0"),
+        ({"cos_reg": 0.1, "cos_reg_pairs": 4}, "cos_reg_pairs is 4; 4 blocks have 1 to 3 neighbouring pairs"),
+        ({"cos_reg": 0.1, "depth": 1}, "cos_reg compares neighbouring blocks, but the model has only one"),
         (
             {"refiner": "bottleneck", "expand": False},
             "expand and reduce can be switched off with refiner 'linear' only, not with 'bottleneck'",
+        ),
+        (
+            {"mix_token": True, "return_dense": False},
+            "mix_token mixes the labels of patches, which return_dense=False leaves out; switch one off",
         ),
     ],
 )
@@ -161,6 +168,35 @@ def test_options_that_cannot_be_are_refused_in_one_sentence(options, sentence):
     assert str(refusal.value) == sentence
 
 
-def test_pictures_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="^pictures are 40x32, but the model was made for 32x32; see set_input_size$"):
-        small_model(**PAPER).eval()(torch.randn(1, 3, 40, 32))
+@pytest.mark.parametrize("shape", [(3, 40, 32), (1, 32, 32), (32, 32)])
+def test_images_of_another_size_or_number_of_channels_are_refused(shape):
+    got = "x".join(map(str, shape))
+    with pytest.raises(
+        ValueError, match=f"^images are {got}, but the model takes 3x32x32; set_input_size changes that$"
+    ):
+        small_model(**PAPER).eval()(torch.randn(1, *shape))
+
+
+@pytest.mark.parametrize("box", [(0, 0, 5, 4), (-1, 0, 2, 2), (2, 0, 1, 4), (0, 0, 2)])
+def test_boxes_outside_the_grid_are_refused(box):
+    with pytest.raises(ValueError) as refusal:
+        small_model(**PAPER).train()(pictures(), box)
+    assert str(refusal.value).startswith(f"mix_box is {box}; it must be (y0, x0, y1, x1) within the 4x4 patch grid")
+
+
+@pytest.mark.parametrize("variant", ["released", "paper", "plain"])
+def test_without_the_auxiliary_head_class_logits_come_alone_in_training_and_evaluation(variant):
+    model = small_model(**VARIANTS[variant], return_dense=False)
+    assert not any("aux_head" in name for name in model.state_dict())
+    for mode in (True, False):
+        logits = model.train(mode)(pictures())
+        assert isinstance(logits, torch.Tensor) and logits.shape == (4, CLASSES)
+    torch.nn.functional.cross_entropy(model.train()(pictures()), torch.tensor([0, 1, 2, 3])).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # DDP demands it
+    dense = small_model(**VARIANTS[variant])
+    dense.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        tokens = dense.eval().forward_features(pictures())
+        torch.testing.assert_close(model.eval()(pictures()), dense.head(tokens[:, 0]))
+    with pytest.raises(ValueError, match="return_dense=False leaves out"):
+        model.train()(pictures(), BOX)

@@ -1,4 +1,4 @@
-"""Mix-token: a box of patches taken from the batch in reverse order, and flipped back where it matters.
+"""Mix-token: a box of patches exchanged with the batch in reverse order, and flipped back in the patch logits.
 
     [B,D,h,w] of the stem ── swap inside the box with the flipped batch ── … ── [B,P,C] patch logits ── swap back
 

@@ -1,7 +1,7 @@
-"""An MLP behind its norm in two halves, each keeping its input alone for backward.
+"""An MLP behind its layer norm, in two halves that each save only their input for backward.
 
-    x ─ norm ─ linear ──> h                      backward: norm(x) again
-    h ─ gelu ─ linear ─ · scale ──> out          backward: gelu(h) again; ∂scale from ∂weight, row by row
+    x ─ norm ─ fc1 ──> h                       backward: computes norm(x) again
+    h ─ gelu ─ fc2 ─ · scale ──> out           backward: computes gelu(h) again; ∂scale from ∂weight, row by row
 
 With z = gᵀ·gelu(h), where g is the gradient of out, ∂weight = scale·z and ∂scale = Σ weight·z + bias·Σ g: the output
 before the scale is not needed.
@@ -17,7 +17,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["gelu_linear_scale", "norm_linear"]
+from refiner_ds.models.direct import can_read
+
+__all__ = ["ScaledMlp"]
+
+
+class ScaledMlp(nn.Module):
+    """Two linear layers with GELU between; the output is multiplied channel by channel with a learned scale.
+
+    Args:
+        dim, hidden: widths outside and inside.
+        drop: dropout behind each layer, the second one behind the scale.
+        init_values: initial value of the scale; ``None`` leaves the scale out.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, init_values: float | None = 1e-5) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+        self.scale_channel = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x_BND: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The MLP of norm(x), [B, N, D] to [B, N, D].
+
+        With gradients on, plain layers are computed by this file's two functions. Dropout, compilation, ``torch.func``
+        or a layer that is more than its weights (see ``direct.py``) calls the modules one by one.
+        """
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if torch.is_grad_enabled() and not traced and self._is_plain(norm):
+            hidden_BNM = norm_linear(x_BND, norm, self.fc1)
+            return gelu_linear_scale(hidden_BNM, self.fc2.weight, self.fc2.bias, self.scale_channel)
+        x_BND = self.fc2(self.drop(F.gelu(self.fc1(norm(x_BND)))))
+        return self.drop(x_BND if self.scale_channel is None else x_BND * self.scale_channel)
+
+    def _is_plain(self, norm: nn.LayerNorm) -> bool:
+        if not (can_read(self.drop, nn.Dropout) and can_read(norm, nn.LayerNorm)) or self.training and self.drop.p > 0:
+            return False
+        layers = (norm, self.fc1, self.fc2)
+        linears = can_read(self.fc1, nn.Linear) and can_read(self.fc2, nn.Linear)
+        return linears and all(layer.weight is not None and layer.bias is not None for layer in layers)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -46,11 +85,11 @@ class _NormLinear(torch.autograd.Function):
 
 
 def norm_linear(x_BND: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """``linear(norm(x))``, keeping ``x`` and weights for backward; what lies between is made again.
+    """``linear(norm(x))``; saves ``x`` and the weights for backward, which computes norm(x) again.
 
     Args:
         x_BND: [..., D].
-        norm, linear: their weights and biases are used, the modules not called.
+        norm, linear: an ``nn.LayerNorm`` and an ``nn.Linear``; their weights are read, the modules not called.
     Returns:
         [..., M], under autocast in its dtype.
     """
@@ -89,7 +128,7 @@ class _GeluLinearScale(torch.autograd.Function):
 
 
 def gelu_linear_scale(hidden_BNM: Tensor, weight_DM: Tensor, bias_D: Tensor, scale_D: Tensor | None) -> Tensor:
-    """``linear(gelu(hidden), weight, bias) * scale``, keeping ``hidden`` and weights for backward.
+    """``linear(gelu(hidden), weight, bias) * scale``; saves ``hidden`` and the weights for backward.
 
     Args:
         hidden_BNM: what the first layer gives, [..., M]; the linear layer runs in its dtype, as under autocast.

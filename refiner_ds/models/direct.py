@@ -1,0 +1,67 @@
+"""When a module's weights may be read directly instead of calling the module.
+
+Fast paths compute several layers as one and read their weights for it. That is sound only where calling each layer
+would do nothing else: an adapter in a layer's place (LoRA), a quantised or sharded weight, a parametrisation or a hook
+must be honoured, so such a layer is called and the fast path left.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torchvision.ops import FrozenBatchNorm2d
+
+from refiner_ds.attention import BatchNorm, Norm
+
+__all__ = ["batch_norm_tensors", "can_read"]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_TENSORS = (Tensor, nn.Parameter)  # a subclass (DTensor, a quantised weight) computes in ways of its own
+
+
+def can_read(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether computing with ``module``'s weights is all that calling it would do.
+
+    Args:
+        kinds: the exact classes whose forward the caller computes itself; a subclass may do more.
+    """
+    if type(module) not in kinds or "forward" in vars(module) or nn_module._has_any_global_hook():
+        return False
+    if any(_is_foreign(hook) for name in _HOOKS for hook in vars(module)[name].values()):
+        return False
+    # dict's own values: DeepSpeed's would gather the parameters of ZeRO 3.
+    return all(value is None or type(value) in _TENSORS for value in dict.values(vars(module)["_parameters"]))
+
+
+def batch_norm_tensors(module: nn.Module) -> Norm | None:
+    """The tensors of a batch norm as ``attention.refine`` takes them, in the mode the module is in.
+
+    Taken are this package's batch norm, PyTorch's, its synchronised one where it does not synchronise, and the frozen
+    one of torchvision (``timm.utils.freeze``).
+
+    Returns:
+        ``None`` where the module has to be called: another class, hooks, statistics over ranks, no running
+        statistics or no gain, a cumulative average, or statistics in half precision.
+    """
+    if not can_read(module, BatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
+        return None
+    if isinstance(module, FrozenBatchNorm2d):
+        return Norm(module.weight, module.bias, module.running_mean, module.running_var, None, False, module.eps)
+    assert isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+    training = module.training
+    mean, variance = module.running_mean, module.running_var
+    if module.weight is None or mean is None or variance is None or mean.dtype.itemsize < 4:
+        return None
+    synchronises = isinstance(module, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
+    if training and (module.momentum is None or synchronises):
+        return None
+    return Norm(
+        module.weight, module.bias, mean, variance, module.num_batches_tracked, training, module.eps,
+        module.momentum or 0.0,
+    )  # fmt: skip
+
+
+def _is_foreign(hook: object) -> bool:
+    # DeepSpeed gathers the parameters of ZeRO 3 by hooks, and as well where they are read.
+    return not (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
