@@ -225,7 +225,7 @@ def draw_crop(
 
 
 def resize(image_yx3: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
-    """Antialiased resampling of uint8 pixels to [height, width, 3], to within a grey level of Pillow's."""
+    """Antialiased resampling of uint8 pixels to [height, width, 3], to within two grey levels of Pillow's."""
     if image_yx3.shape[:2] == (height, width):
         return image_yx3
     # Without channels_last on the input, torch returns planes, and interleaving them costs as much as the resize.
@@ -260,13 +260,19 @@ def random_erase(pixels_SS3: np.ndarray, settings: AugmentSettings) -> np.ndarra
     return erased
 
 
+def resized_shape(height: int, width: int, short: int) -> tuple[int, int]:
+    """Height and width once the shorter side is ``short``; the longer one is truncated, as torchvision and timm do."""
+    if height <= width:
+        return short, int(short * width / height)
+    return int(short * height / width), short
+
+
 def eval_view(image_yx3: np.ndarray, settings: EvalSettings) -> np.ndarray:
-    """The centre of an image, [S, S, 3] uint8."""
+    """The centre of an image, [S, S, 3] uint8: sizes and places are those of timm's evaluation transform."""
     side = settings.img_size
     height, width = image_yx3.shape[:2]
-    factor = math.floor(side / settings.crop_ratio) / min(height, width)
-    resized = resize(image_yx3, round(width * factor), round(height * factor), settings.interpolation)
-    return center_crop_or_pad(resized, side)
+    height, width = resized_shape(height, width, math.floor(side / settings.crop_ratio))
+    return center_crop_or_pad(resize(image_yx3, width, height, settings.interpolation), side)
 
 
 def center_crop_or_pad(image_yx3: np.ndarray, side: int) -> np.ndarray:
