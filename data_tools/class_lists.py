@@ -1,0 +1,204 @@
+"""Class lists: the names of a set's classes, and which of them a label number stands for.
+
+    meta.mat             ImageNet's devkit (ILSVRC2012_devkit_t12/data/meta.mat): ILSVRC ids and WordNet ids
+    map_clsloc.txt       the same in later devkits, as lines "<WordNet id> <ILSVRC id> <words>"
+    classes.txt          one name a line, in the order in which label numbers count; or lines "<number> <name>"
+    class_index.json     a list of names, or {"0": name, …}, or Keras' {"0": [WordNet id, words], …}
+
+Where every line begins with a WordNet id, that is the name, and the rest of the line describes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refiner_ds.data.image_tree import printable
+from refiner_ds.errors import DataError
+
+WORDNET_ID = re.compile(r"(n\d{8})(?!\w)")
+DEVKIT_LINE = re.compile(r"(n\d{8})\s+(\d+)\s+\S.*")
+NUMBERED_LINE = re.compile(r"(\d+)[\s,;:.)]+(\S.*)")
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Class names as a file lists them.
+
+    Attributes:
+        source: the file or set, for messages.
+        names: in the order of the file.
+        by_number: what numbers the file itself gives its names; None: numbers are positions in ``names``.
+    """
+
+    source: Path
+    names: list[str]
+    by_number: dict[int, str] | None = None
+
+    def resolve(self, labels: dict[str, str], count_from: int | None, place: str) -> dict[str, str]:
+        """The class name of every image.
+
+        Args:
+            labels: image → class as the label file says it: a name, or a number.
+            count_from: 0 or 1, what positions in ``names`` are counted from; None: decided from the numbers.
+            place: the label file, for messages.
+        Raises:
+            DataError: a class is not in the list, or it cannot be known which one a number means.
+        """
+        known = set(self.names)
+        if known.issuperset(labels.values()):
+            return labels
+        for image, label in labels.items():
+            if not label.isdecimal() and label not in known:
+                raise DataError(f"{place}: {printable(image)} has class {label}, {self.not_listed(label)}")
+        numbers = {label: int(label) for label in labels.values() if label.isdecimal()}
+        by_number = self._by_number(numbers.values(), count_from, place)
+        for image, label in labels.items():
+            if numbers.get(label) not in by_number:
+                raise DataError(
+                    f"{place}: {printable(image)} has class {label}, but {self.source} has numbers "
+                    f"{min(by_number)} to {max(by_number)}; correct one of them"
+                )
+        return {image: by_number[numbers[label]] for image, label in labels.items()}
+
+    def _by_number(self, numbers: Iterable[int], count_from: int | None, place: str) -> dict[int, str]:
+        if self.by_number is not None:
+            if count_from is not None:
+                raise DataError(f"{self.source}: gives its classes numbers of its own; leave out --count-from")
+            return self.by_number
+        lowest, highest = min(numbers), max(numbers)
+        if count_from is None:
+            if lowest == 0:
+                count_from = 0
+            elif highest >= len(self.names):
+                count_from = 1
+            else:
+                raise DataError(
+                    f"{place}: its class numbers, {lowest} to {highest}, may be counted from 0 or from 1; "
+                    "say which with --count-from"
+                )
+            if count_from == 1 and self._is_sorted_wordnet():
+                raise DataError(
+                    f"{self.source}: lists WordNet ids in sorted order, but ImageNet's ground truth numbers classes by "
+                    "ILSVRC id; give the devkit's data/meta.mat or map_clsloc.txt as --classes, or say --count-from 1 "
+                    f"if {place} does count this list"
+                )
+        return {number: name for number, name in enumerate(self.names, count_from)}
+
+    def _is_sorted_wordnet(self) -> bool:
+        return all(map(WORDNET_ID.fullmatch, self.names)) and self.names == sorted(self.names)
+
+    def not_listed(self, name: str) -> str:
+        """That a class is missing, and which one may be meant."""
+        near = difflib.get_close_matches(name, self.names, 1)
+        return f"which is not in {self.source}; " + (f"did you mean {near[0]}?" if near else "correct one of them")
+
+
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Class names in the order of a set's labels: sorted, and where all are numbers by number."""
+    found = set(names)
+    return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+
+
+def read_class_list(path: Path) -> ClassList:
+    """Read any of the files in the module's docstring.
+
+    Raises:
+        DataError: it cannot be read, names a class twice, or names none.
+    """
+    if path.suffix == ".mat":
+        found = _from_devkit(path)
+    elif path.suffix == ".json":
+        found = _from_json(path)
+    else:
+        found = _from_lines(path, [line.strip() for line in read_text(path).split("\n") if line.strip()])
+    if not found.names:
+        raise DataError(f"{path}: names no class; list one a line")
+    first: dict[str, int] = {}
+    for number, name in enumerate(found.names, 1):
+        if first.setdefault(name, number) != number:
+            raise DataError(f"{path}: names {name} twice (classes {first[name]} and {number}); names must differ")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8 or, with a byte order mark, UTF-16; other bytes stay as Python keeps them in file names.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a text file") from None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        text = data.decode("utf-16", "replace")
+    elif b"\0" in data:
+        raise DataError(f"{path}: not a text file; name a list of labels or classes")
+    else:
+        text = data.decode("utf-8-sig", "surrogateescape")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _from_lines(path: Path, lines: list[str]) -> ClassList:
+    devkit = [DEVKIT_LINE.fullmatch(line) for line in lines]
+    if lines and all(devkit) and _counts(numbers := [int(row[2]) for row in devkit if row]):
+        names = [row[1] for row in devkit if row]
+        return ClassList(path, names, dict(zip(numbers, names, strict=True)))
+    numbered = [NUMBERED_LINE.fullmatch(line) for line in lines]
+    if lines and all(numbered) and _counts(numbers := [int(row[1]) for row in numbered if row]):
+        names = _names([row[2] for row in numbered if row])
+        return ClassList(path, names, dict(zip(numbers, names, strict=True)))
+    return ClassList(path, _names(lines))
+
+
+def _counts(numbers: Sequence[int]) -> bool:
+    """Whether numbers are 0, 1, … or 1, 2, … in any order."""
+    return sorted(numbers) in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
+
+
+def _names(lines: Sequence[str]) -> list[str]:
+    """The names in lines of a class list."""
+    ids = [WORDNET_ID.match(line) for line in lines]
+    if all(ids):
+        return [found[1] for found in ids if found]
+    return [line.partition("\t")[0].strip().strip('"') for line in lines]
+
+
+def _from_json(path: Path) -> ClassList:
+    try:
+        read = json.loads(read_text(path))
+        if isinstance(read, dict):
+            by_number = {int(number): _json_name(entry) for number, entry in read.items()}
+            return ClassList(path, list(by_number.values()), by_number)
+        return ClassList(path, [_json_name(entry) for entry in read])
+    except (ValueError, TypeError, IndexError):
+        raise DataError(f'{path}: not a class list; wanted ["name", …] or {{"0": "name", …}}') from None
+
+
+def _json_name(entry: Any) -> str:
+    if isinstance(entry, list):
+        entry = entry[0]
+    if not isinstance(entry, str):
+        raise TypeError
+    return entry
+
+
+def _from_devkit(path: Path) -> ClassList:
+    """ILSVRC ids and WordNet ids of a devkit's ``meta.mat``; the inner nodes of the hierarchy are no classes."""
+    from scipy.io import loadmat  # comes with scikit-learn
+
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        leaves = synsets[synsets["num_children"] == 0]
+        by_number = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; it is data/meta.mat in ImageNet's devkit") from None
+    except Exception:  # the reader of MATLAB's files raises what comes
+        raise DataError(f"{path}: not data/meta.mat of ImageNet's devkit, ILSVRC2012_devkit_t12") from None
+    return ClassList(path, list(by_number.values()), by_number)
