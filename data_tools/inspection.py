@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 JPEG_END = b"\xff\xd9"
+EXIF_MARK, EXIF_WITHIN = b"Exif\0\0", 1 << 16  # JPEG keeps it in its first segments
+ORIENTATION = 0x0112  # EXIF's tag
 UNUSUAL_COLOURS = ("Gray", "CMYK", "YCCK")
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}  # by Pillow's format names
+DECODED_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "L", "LA", "1", "CMYK", "YCbCr", "HSV")
+EXTENSIONS = {  # by Pillow's names of the formats
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "AVIF": "avif",
+    "BMP": "bmp",
+    "DIB": "bmp",
+    "GIF": "gif",
+    "TIFF": "tif",
+    "PPM": "ppm",
+}
+SAME_EXTENSION = {
+    "jpeg": "jpg",
+    "jpe": "jpg",
+    "jfif": "jpg",
+    "tiff": "tif",
+    "pgm": "ppm",
+    "pbm": "ppm",
+    "pnm": "ppm",
+    "dib": "bmp",
+}
+HEIC = re.compile(rb".{4}ftyp(heic|heix|heim|heis|hevc|mif1|msf1)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,50 +57,106 @@ class Inspection:
     error: str = ""
 
 
-def inspect_image(data: bytes, name: str, decode: bool = False) -> Inspection:
+def inspect_image(data: bytes, name: str, decode: bool, max_pixels: int) -> Inspection:
     """Inspect an image file by its bytes.
 
     Args:
         data: the whole file.
         name: its name, to tell when the extension is wrong.
         decode: decode the pixels even if the quick inspection finds nothing.
+        max_pixels: larger images are an error, whatever their format: a small file may hold pixels without end.
     """
     if data[:3] == b"\xff\xd8\xff":
-        found = _inspect_jpeg(data, decode)
+        found = _inspect_jpeg(data, decode, max_pixels)
     else:
-        found = _inspect_with_pillow(data)
-    named = name.rpartition(".")[2].lower().replace("jpeg", "jpg")
-    if not found.error and named != found.extension:
-        mismatch = f"named .{named}, is a {found.extension}"
-        return Inspection(found.extension, f"{mismatch}, {found.note}" if found.note else mismatch)
-    return found
+        found = _inspect_with_pillow(data, max_pixels)
+    named = name.rpartition(".")[2].lower()
+    if found.error or SAME_EXTENSION.get(named, named) == found.extension:
+        return found
+    mismatch = f"named .{named}, is a {found.extension}"
+    return Inspection(found.extension, f"{mismatch}, {found.note}" if found.note else mismatch)
 
 
-def _inspect_jpeg(data: bytes, decode: bool) -> Inspection:
+def _inspect_jpeg(data: bytes, decode: bool, max_pixels: int) -> Inspection:
     try:
-        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         return Inspection("jpg", error=f"its header cannot be read ({error})")
-    note = f"{colours} colours" if colours in UNUSUAL_COLOURS else ""
+    if width * height > max_pixels:
+        return Inspection("jpg", error=_too_large(width, height, max_pixels))
+    notes = [f"{colours} colours"] if colours in UNUSUAL_COLOURS else []
+    if data.find(EXIF_MARK, 0, EXIF_WITHIN) >= 0:
+        notes += _orientation_of_jpeg(data)
     if decode or data.rfind(JPEG_END, len(data) // 2) < 0:  # a thumbnail may end early, the picture itself cannot
         try:
             simplejpeg.decode_jpeg(data, "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
         except ValueError as error:  # Pillow tolerates more, and what it tolerates can be trained on
-            damaged = f"damaged, though it decodes ({error})"
-            return Inspection("jpg", f"{note}, {damaged}" if note else damaged, _inspect_with_pillow(data).error)
-    return Inspection("jpg", note)
+            notes.append(f"damaged, though it decodes ({error})")
+            return Inspection("jpg", ", ".join(notes), _inspect_with_pillow(data, max_pixels).error)
+    return Inspection("jpg", ", ".join(notes))
 
 
-def _inspect_with_pillow(data: bytes) -> Inspection:
+def _orientation_of_jpeg(data: bytes) -> list[str]:
+    try:
+        with _without_pillows_limit(), Image.open(io.BytesIO(data)) as image:
+            return _orientation(image)
+    except Exception:  # Pillow opens less than decodes here
+        return []
+
+
+def _orientation(image: Image.Image) -> list[str]:
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # whatever is wrong with the EXIF block, the pixels do not need it
+        return ["its EXIF block cannot be read"]
+    return [] if orientation in (0, 1) else [f"EXIF orientation {orientation}"]
+
+
+def _inspect_with_pillow(data: bytes, max_pixels: int) -> Inspection:
     if not data:
         return Inspection("", error="empty")
+    if HEIC.match(data):
+        return Inspection("", error="is HEIC, which is not taken; convert it to JPEG or PNG")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _without_pillows_limit(), Image.open(io.BytesIO(data)) as image:
             kind = image.format or ""
+            if kind not in EXTENSIONS:
+                return Inspection("", error=f"is {kind}, not one of {', '.join(sorted(set(EXTENSIONS.values())))}")
+            if image.width * image.height > max_pixels:
+                return Inspection(EXTENSIONS[kind], error=_too_large(*image.size, max_pixels))
             image.load()
-            grey = image.mode in ("L", "LA", "1", "I", "I;16")
+            return _unusual(image, EXTENSIONS[kind])
+    except UnidentifiedImageError:
+        return Inspection("", error="not an image in a format that is known")
     except Exception as error:  # Pillow's decoders raise whatever their formats' readers raise
-        return Inspection("", error=f"cannot be decoded ({error or type(error).__name__})")
-    if kind not in EXTENSIONS:
-        return Inspection("", error=f"is {kind}, not one of {', '.join(EXTENSIONS.values())}")
-    return Inspection(EXTENSIONS[kind], "Gray colours" if grey else "")
+        reason = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
+        return Inspection("", error=f"cannot be decoded ({reason})")
+
+
+def _unusual(image: Image.Image, extension: str) -> Inspection:
+    """What is unusual about an image that Pillow can load."""
+    if image.mode == "F":
+        return Inspection(extension, error="has floating-point pixels; convert it to 8 bits")
+    if image.mode not in DECODED_MODES and not image.mode.startswith("I"):
+        image.convert("RGB")  # as decoding will; raises where it cannot
+    notes = ["Gray colours"] if image.mode in ("L", "LA", "1") or image.mode.startswith("I") else []
+    notes += ["CMYK colours"] if image.mode == "CMYK" else []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append(f"{getattr(image, 'n_frames', 1)} frames, of which the first is used")
+    return Inspection(extension, ", ".join(notes + _orientation(image)))
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> str:
+    return f"{width}×{height} pixels, more than {max_pixels / 1e6:g} megapixels"
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Lift Pillow's own limit, which is another for every format and release; ours is checked instead."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.class_lists import ClassList, read_text, sort_classes
 from refiner_ds.data.image_tree import (
     IMAGE_EXTENSIONS,
     ImageFile,
@@ -29,6 +28,8 @@ from refiner_ds.data.image_tree import (
     printable,
 )
 from refiner_ds.errors import DataError
+
+from .class_lists import ClassList, read_text, sort_classes
 
 FILE_TITLES = frozenset(
     "file files filename filepath fname path image images imageid imagename imagefile imagepath img imgname imgpath "
@@ -163,12 +164,13 @@ def _plain(name: str) -> str:
 def _rows(labels: Path, find: Find, paths: list[str]) -> list[Row]:
     """The rows of a label file, read in the layout under which most of them name an image."""
     lines = [(number, line.strip()) for number, line in enumerate(read_text(labels).split("\n"), 1) if line.strip()]
-    tables = [_Table(labels, lines, delimiter, find) for delimiter in DELIMITERS]
-    best = max([*tables, _Spaced(lines, find)], key=lambda layout: layout.matches)
+    layouts: list[_Table | _Spaced] = [_Table(labels, lines, delimiter, find) for delimiter in DELIMITERS]
+    layouts.append(_Spaced(lines, find))
+    best = max(layouts, key=lambda layout: layout.matches)
     if best.matches and (2 * best.matches >= len(lines) or len(lines) != len(paths)):
         return best.rows()
     if len(lines) != len(paths):
-        words = re.split(r"[\t,;]", lines[0][1]) if lines else []
+        words = re.split(r"[\s,;]", lines[0][1]) if lines else []
         named = next((word for word in words if word.lower().endswith(IMAGE_EXTENSIONS)), None)
         if named:
             raise DataError(f"{labels}: names {named}, which is not among the images; remove the line or add the image")
@@ -255,7 +257,7 @@ def _is_boxes(cell: str) -> bool:
 
 
 class _Spaced:
-    """A label file as lines ``<file> <class>``, both perhaps with spaces: the longest beginning that is an image is it."""
+    """A label file as lines ``<file> <class>``, both perhaps with spaces: the longest beginning that names an image."""
 
     def __init__(self, lines: list[tuple[int, str]], find: Find) -> None:
         self._rows = [Row(number, *self._split(line, find)) for number, line in lines]

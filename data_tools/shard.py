@@ -1,175 +1,124 @@
-"""Turns a tree of images into a shard set.
+"""Turns images into a shard set.
 
     python data_tools/shard.py imagenet/train shards/train [--maps published_score_maps]
-    python data_tools/shard.py imagenet/val shards/val --labels ground_truth.txt --classes synsets.txt
+    python data_tools/shard.py imagenet/val shards/val --like shards/train \\
+        --labels ILSVRC2012_validation_ground_truth.txt --classes ILSVRC2012_devkit_t12/data/meta.mat
+    python data_tools/shard.py pictures shards/train --labels labels.csv
+    python data_tools/shard.py 'beans/data/train-*.parquet' shards/train
 
-Samples are shuffled once by a seed and cut into tars; image files are kept byte for byte. The same source and settings
-give the same bytes for any number of processes, and a killed run resumes when it is started again.
+The source is a folder of class folders, a folder of images with a label file, or Parquet files as the Hugging Face hub
+has them. Samples are shuffled once by a seed and cut into tars; image files are kept byte for byte. The same source and
+settings give the same bytes for any number of processes, and a killed run resumes when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import re
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
-from refiner_ds.data.index import MapFormat, ShardIndex
-from refiner_ds.data.score_maps import encode, read_published
-from refiner_ds.data.tar_format import BLOCK, padded
-from refiner_ds.data.writer import FinishedShard, ShardWriter, shard_name, write_whole
+from refiner_ds.data.image_tree import LabelledImage, LabelledImages, printable, read_class_folders
+from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.locate import locate
 from refiner_ds.errors import DataError, report_errors
 
-from .inspection import inspect_image
-from .sources import Source, SourceImage, check_maps, class_folders, flat_files, map_path
-from .staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
+from .builder import NOTES_NAME, Built, Inspect, Plan, build_set
+from .class_lists import ClassList, read_class_list
+from .image_files import plan_from_files
+from .labels import read_labelled_files
+from .parquet import is_parquet, plan_from_parquet
 
-KEY_STEM = 70  # bytes of a file name that go into its key; number, ending and a margin fill a tar header's 100
-NOTES_NAME = "notes.txt"
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to write: its number, and key and source of its samples in order."""
-
-    number: int
-    partial: Path
-    folder: Path
-    samples: list[tuple[str, SourceImage]]
-    maps: Path | None
-    map_format: MapFormat | None
-    classes: int
-    decode: bool
+MEGAPIXELS = 178.956970  # where Pillow begins to refuse PNG files as decompression bombs
+SHOWN_CLASSES = 5
 
 
-def key_of(position: int, image: SourceImage) -> str:
-    """A key that no other sample has, and that still tells a person which file it was."""
-    stem = os.path.splitext(os.path.basename(image.path))[0]
-    return f"{position:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:KEY_STEM]}"
-
-
-def write_shard(task: ShardTask) -> tuple[FinishedShard, list[str]]:
-    """Write one shard, or take it from an earlier run; returns it and one line for every file with a note."""
-    if earlier := load_progress(task.partial, shard_name(task.number)):
-        return earlier
-    writer = ShardWriter(task.partial / shard_name(task.number))
-    notes = []
-    try:
-        for key, image in task.samples:
-            path = task.folder / image.path
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable or remove it") from None
-            found = inspect_image(data, image.path, task.decode)
-            if found.error:
-                notes.append(f"left out: {image.path}: {found.error}")
-                continue
-            if found.note:
-                notes.append(f"kept: {image.path}: {found.note}")
-            writer.add(key, data, found.extension, image.label, _score_map(task, image))
-        finished = writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-    save_progress(task.partial, finished, notes)
-    return finished, notes
-
-
-def _score_map(task: ShardTask, image: SourceImage) -> bytes | None:
-    """The record of an image's published map."""
-    if task.maps is None:
-        return None
-    path = task.maps / map_path(image.path)
-    score_map = read_published(path, image.label, task.classes)
-    if score_map.format != task.map_format:
-        raise DataError(f"{path}: its map is {score_map.format}, others are {task.map_format}; all must be alike")
-    return encode(score_map)
-
-
-def split_into_shards(
-    source: Source, seed: int, shard_bytes: int, map_bytes: int = 0
-) -> list[list[tuple[str, SourceImage]]]:
-    """Shuffle all samples by the seed and split them into shards of nearly equal count and about ``shard_bytes``."""
-    count = len(source.images)
-    beside = BLOCK + padded(map_bytes or 1)  # the map, or the label
-    stored = sum(BLOCK + padded(image.size) + beside for image in source.images)
-    shards = max(1, -(-stored // shard_bytes))
-    shuffled = [source.images[number] for number in np.random.RandomState(seed).permutation(count)]
-    bounds = [count * number // shards for number in range(shards + 1)]
-    return [
-        [(key_of(position, shuffled[position]), shuffled[position]) for position in range(start, end)]
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
-
-
-def write_set(
-    source: Source, out: Path, *, seed: int, shard_bytes: int, processes: int, decode: bool, maps: Path | None = None
-) -> list[str]:
-    """Write the whole set; returns the notes.
+def plan(given: argparse.Namespace) -> Plan:
+    """The set that the arguments ask for.
 
     Raises:
-        DataError: the target exists or cannot be written, a file cannot be read, images and maps do not match, or no
-            image can be read.
+        DataError: the source is not what it should be, or an argument would go unused.
     """
-    if out.exists():
-        raise DataError(f"{out}: already exists; choose another folder or remove it")
-    map_format, map_bytes = None, 0
-    if maps is not None:
-        check_maps(source, maps)
-        first = read_published(maps / map_path(source.images[0].path), 0, len(source.classes))
-        map_format, map_bytes = first.format, len(encode(first))
-    shards = split_into_shards(source, seed, shard_bytes, map_bytes)
-    listing = hashlib.sha256(repr([(image.path, image.label, image.size) for image in source.images]).encode())
-    inputs = {
-        "samples": listing.hexdigest(),
-        "seed": seed,
-        "shards": len(shards),
-        "decode": decode,
-        "maps": asdict(map_format) if map_format else None,
-    }
-    partial = out.with_name(out.name + ".partial")
-    with staging_folder(partial, inputs):
-        tasks = [
-            ShardTask(number, partial, source.folder, samples, maps, map_format, len(source.classes), decode)
-            for number, samples in enumerate(shards)
-        ]
-        finished, notes = [], [f"ignored: {path}: not an image by its name" for path in source.ignored]
-        with tqdm(total=len(source.images), unit="img", desc=out.name, disable=None) as bar:
-            for task, (shard, shard_notes) in zip(tasks, parallel_map(write_shard, tasks, processes), strict=True):
-                finished.append(shard)
-                notes += shard_notes
-                bar.update(len(task.samples))
-        if not sum(shard.shard.count for shard in finished):
-            raise DataError(f"{source.folder}: not one image can be read; see {partial}")
-        if notes:
-            write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
-        publish_set(partial, out, finished, source.classes, map_format)
-    return notes
+    class_list = read_class_list(given.classes) if given.classes else None
+    like = _classes_of(given.like) if given.like else None
+    shard_bytes = int(given.shard_mb * 1e6)
+    if is_parquet(given.source):
+        _refuse_unused(given, "Parquet files hold labels of their own", "labels", "count_from", "maps")
+        return plan_from_parquet(given.source, given.seed, shard_bytes, class_list, like, given.label_column)
+    _refuse_unused(given, "is for Parquet files", "label_column")
+    if given.labels:
+        source = read_labelled_files(given.source, given.labels, class_list, like, given.count_from)
+    else:
+        _refuse_unused(given, "class folders name the classes; it goes with --labels", "classes", "count_from")
+        source = read_class_folders(given.source)
+        if like:
+            source = _relabelled(source, like)
+    return plan_from_files(source, given.seed, shard_bytes, given.maps)
+
+
+def _classes_of(spec: str) -> ClassList:
+    """The classes of an existing set."""
+    index = ShardIndex.load(locate(spec), check_files=False)
+    return ClassList(index.folder, index.classes)
+
+
+def _refuse_unused(given: argparse.Namespace, why: str, *names: str) -> None:
+    for name in names:
+        if getattr(given, name) is not None:
+            raise DataError(f"--{name.replace('_', '-')}: not used, {why}; leave it out")
+
+
+def _relabelled(source: LabelledImages, like: ClassList) -> LabelledImages:
+    """The same images with the labels of another set's classes."""
+    for name in source.classes:
+        if name not in like.names:
+            raise DataError(f"{printable(source.folder / name)}: class {name}, {like.not_listed(name)}")
+    position = {name: label for label, name in enumerate(like.names)}
+    images = [LabelledImage(im.path, im.size, position[source.classes[im.label]]) for im in source.images]
+    return LabelledImages(source.folder, images, like.names, source.ignored)
+
+
+def _print_summary(out: Path, built: Built) -> None:
+    print(ShardIndex.load(out).describe())
+    if built.notes:
+        kinds = [note.partition(":")[0] for note in built.notes]
+        counts = [f"{kinds.count(kind)} {kind}" for kind in ("kept", "left out", "ignored") if kind in kinds]
+        print(f"files with notes: {', '.join(counts)}; see {printable(out / NOTES_NAME)}")
+    if empty := built.empty_classes:
+        more = f" and {len(empty) - SHOWN_CLASSES} more" if len(empty) > SHOWN_CLASSES else ""
+        print(
+            f"warning: {len(empty)} class{'es' * (len(empty) > 1)} without a sample: "
+            f"{', '.join(empty[:SHOWN_CLASSES])}{more}",
+            file=sys.stderr,
+        )
 
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shard.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="folder with a folder of images for every class, or flat files")
-    parser.add_argument("out", type=Path, help="folder of the shard set; must not exist yet")
-    parser.add_argument("--labels", type=Path, help="for flat files: '<file> <class>' lines, or one class a line")
-    parser.add_argument("--classes", type=Path, help="class names in the order of labels, one a line (with --labels)")
-    parser.add_argument("--maps", type=Path, help="folder of published score maps, <class>/<image>.pt")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
-    parser.add_argument("--shard-mb", type=float, default=256, help="size of a tar in MB, about (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
-    parser.add_argument("--decode", action="store_true", help="decode every image to find broken pixels; far slower")
+    add = parser.add_argument
+    add("source", type=Path, help="folder of class folders, folder of images (--labels), or Parquet files")
+    add("out", type=Path, help="folder of the shard set; must not exist yet")
+    add("--labels", type=Path, help="labels of the images: a table of file and class, or one class a line")
+    add(
+        "--classes",
+        type=Path,
+        help="what class numbers in the labels stand for: class names in the order in which they are\n"
+        "numbered, or meta.mat or map_clsloc.txt of ImageNet's devkit",
+    )
+    add("--count-from", type=int, choices=(0, 1), help="where numbers that count --classes begin")
+    add("--like", metavar="SET", help="take classes and their order from this set (default: sorted by name)")
+    add("--label-column", help="column of a Parquet file, where several may be the label")
+    add("--maps", type=Path, help="folder of published score maps, <class>/<image>.pt")
+    add("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
+    add("--shard-mb", type=float, default=256, help="size of a tar in MB, about (default %(default)s)")
+    add("--max-megapixels", type=float, default=MEGAPIXELS, help="leave out larger images (default %(default)s)")
+    add("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
+    add("--decode", action="store_true", help="decode every image to find broken pixels; far slower")
     return parser
 
 
@@ -177,27 +126,13 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    if given.shard_mb <= 0 or given.processes < 1:
-        raise DataError("--shard-mb and --processes must be above 0")
-    if given.labels:
-        source = flat_files(given.source, given.labels, given.classes)
-    else:
-        source = class_folders(given.source)
-    notes = write_set(
-        source,
-        given.out,
-        seed=given.seed,
-        shard_bytes=int(given.shard_mb * 1e6),
-        processes=given.processes,
-        decode=given.decode,
-        maps=given.maps,
-    )
-    print(ShardIndex.load(given.out).describe())
-    if notes:
-        print(
-            f"{len(notes)} files with notes, {sum(n.startswith('left') for n in notes)} of them left out: "
-            f"{given.out / NOTES_NAME}"
-        )
+    if min(given.shard_mb, given.processes, given.max_megapixels) <= 0:
+        raise DataError("--shard-mb, --processes and --max-megapixels must be above 0")
+    if given.out.exists():
+        raise DataError(f"{printable(given.out)}: already exists; choose another folder or remove it")
+    inspect = Inspect(given.decode, int(given.max_megapixels * 1e6))
+    built = build_set(plan(given), given.out, inspect, given.processes)
+    _print_summary(given.out, built)
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def read_class_folders(folder: Path) -> LabelledImages:
         if isinstance(found, str):
             ignored.append(f"{printable(name)}: {found}")
         elif not stat.S_ISDIR(found.st_mode):
-            ignored.append(f"{printable(name)}: {_why_not_taken(name, found.st_mode) or 'an image in no class folder'}")
+            reason = _why_not_taken(name, found.st_mode, _why_no_image)
+            ignored.append(f"{printable(name)}: {reason or 'an image in no class folder'}")
         elif reason := _why_passed_over(name):
             ignored.append(f"{printable(name)}/: {reason}")
         else:
@@ -120,6 +122,11 @@ def list_images(folder: Path, below: str = "") -> tuple[list[ImageFile], list[st
     Raises:
         DataError: a folder cannot be listed.
     """
+    return list_files(folder, below, _why_no_image)
+
+
+def list_files(folder: Path, below: str, why_not: Callable[[str], str]) -> tuple[list[ImageFile], list[str]]:
+    """As `list_images`, for files of which ``why_not`` says by their names why they are not taken, or ""."""
     images: list[ImageFile] = []
     ignored: list[str] = []
     above = frozenset(_identity(os.stat(parent)) for parent in (folder.resolve(), *folder.resolve().parents))
@@ -133,7 +140,7 @@ def list_images(folder: Path, below: str = "") -> tuple[list[ImageFile], list[st
             if isinstance(found, str):
                 ignored.append(f"{printable(path)}: {found}")
             elif not stat.S_ISDIR(found.st_mode):
-                if reason := _why_not_taken(name, found.st_mode):
+                if reason := _why_not_taken(name, found.st_mode, why_not):
                     ignored.append(f"{printable(path)}: {reason}")
                 else:
                     images.append(ImageFile(path, found.st_size))
@@ -167,15 +174,20 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _why_not_taken(name: str, mode: int) -> str:
-    """Why a file is not taken for an image, or ""."""
-    extension = os.path.splitext(name)[1].lower()
+def _why_not_taken(name: str, mode: int, why_not: Callable[[str], str]) -> str:
+    """Why a file is not taken, or ""."""
     if name.startswith("._"):
         return "left behind by macOS"
     if name.startswith("."):
         return "a hidden file"
     if not stat.S_ISREG(mode):
         return "not a file"
+    return why_not(name)
+
+
+def _why_no_image(name: str) -> str:
+    """Why a file is no image by its name, or ""."""
+    extension = os.path.splitext(name)[1].lower()
     if extension in OTHER_FORMATS:
         return f"{extension} images are not taken; convert them to JPEG or PNG"
     return "" if extension in IMAGE_EXTENSIONS else "not an image by its name"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import shard
-from data_tools.sources import class_folders
+from data_tools.builder import NOTES_NAME
 from data_tools.staging import INPUTS_NAME
 from data_tools.verify import main as verify
 from refiner_ds.data.index import ShardIndex
@@ -75,10 +75,69 @@ def test_shards_are_about_as_large_as_asked_for(tree: Path, tmp_path: Path) -> N
     assert run(tree, tmp_path / "out") == 0
     sizes = [shard.bytes for shard in ShardIndex.load(tmp_path / "out").shards]
     assert len(sizes) > 3 and 13_000 < min(sizes) and max(sizes) < 24_000
-    source = class_folders(tree)
-    assert len(shard.split_into_shards(source, 0, 20_000)) == len(sizes)
-    with_maps = shard.split_into_shards(source, 0, 20_000, map_bytes=4_500)
-    assert max(map(len, with_maps)) * (512 + 1024 + 512 + 4608) < 24_000
+    maps = published_maps(tree, tmp_path / "maps", rows=60)
+    assert run(tree, tmp_path / "mapped", "--maps", maps) == 0
+    assert max(shard.bytes for shard in ShardIndex.load(tmp_path / "mapped").shards) < 24_000
+
+
+def test_notes_are_the_same_for_every_run(tree: Path, tmp_path: Path) -> None:
+    """With files of every broken kind, names that are not UTF-8, and any number of processes."""
+    for number, data in enumerate((b"<html>", b"", picture(1)[:300], b"\x89PNG\r\n\x1a\n" + bytes(30), b"GIF89a")):
+        (tree / "n01" / f"broken{number}.png").write_bytes(data)
+    (tree / "n02" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"broken")
+    (tree / "n02" / os.fsdecode(b"na\xefve.jpg")).write_bytes(picture(5))
+    (tree / "n03" / "gone.jpg").symlink_to(tree / "nowhere")
+    (tree / "__MACOSX").mkdir()
+    (tree / "montage.jpg").write_bytes(picture(6))
+    assert run(tree, tmp_path / "one") == run(tree, tmp_path / "two", "--processes", 2) == 0
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    assert ShardIndex.load(tmp_path / "one").count == 41
+    notes = (tmp_path / "one" / NOTES_NAME).read_text().splitlines()
+    assert "left out: n02/caf\\xe9.jpg: not an image in a format that is known" in notes
+    assert "ignored: n03/gone.jpg: a link to nothing" in notes
+    assert "ignored: __MACOSX/: left behind by macOS" in notes
+    assert "ignored: montage.jpg: an image in no class folder" in notes
+
+
+def test_class_without_a_sample_is_named_loudly(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tree / "n04").mkdir()
+    (tree / "n04" / "broken.jpg").write_bytes(b"broken")
+    assert run(tree, tmp_path / "out") == 0
+    assert capsys.readouterr().err == "warning: 1 class without a sample: n04\n"
+
+
+def test_image_above_the_limit_of_pixels_is_left_out_whatever_its_format(tree: Path, tmp_path: Path) -> None:
+    for kind in ("JPEG", "PNG"):
+        (tree / "n01" / f"large.{kind}").write_bytes(picture(1, kind=kind, size=(120, 100)))
+    assert run(tree, tmp_path / "out", "--max-megapixels", 0.01) == 0
+    notes = (tmp_path / "out" / NOTES_NAME).read_text().splitlines()
+    assert sorted(note.split(":")[1].strip() for note in notes) == ["n01/large.JPEG", "n01/large.PNG"]
+    assert all(note.endswith(": 120×100 pixels, more than 0.01 megapixels") for note in notes)
+
+
+def test_labels_follow_the_classes_of_another_set(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A validation set that lacks a class keeps the numbers of the others."""
+    assert run(tree, tmp_path / "train") == 0
+    shutil.rmtree(tree / "n02")
+    assert run(tree, tmp_path / "val", "--like", tmp_path / "train") == 0
+    index = ShardIndex.load(tmp_path / "val")
+    assert index.classes == ["n01", "n02", "n03"] and set(index.members["label"].tolist()) == {0, 2}
+    assert "warning: 1 class without a sample: n02" in capsys.readouterr().err
+    (tree / "n03").rename(tree / "n05")
+    assert "class n05, which is not in" in refusal(capsys, tree, tmp_path / "other", "--like", tmp_path / "train")
+
+
+def test_options_that_nothing_would_read_are_refused(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "classes.txt").write_text("n01\nn02\nn03\n")
+    message = refusal(capsys, tree, tmp_path / "out", "--classes", tmp_path / "classes.txt")
+    assert "--classes: not used, class folders name the classes" in message
+    assert "--count-from: not used" in refusal(capsys, tree, tmp_path / "out", "--count-from", 1)
+    assert "--label-column: not used" in refusal(capsys, tree, tmp_path / "out", "--label-column", "label")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_seed_decides_the_order(tree: Path, tmp_path: Path) -> None:
@@ -205,7 +264,7 @@ def test_unusual_files_are_kept_and_broken_ones_left_out_and_both_are_listed(tre
     for name, data in strange.items():
         (tree / "n01" / name).write_bytes(data)
     assert run(tree, tmp_path / "out") == 0
-    notes = (tmp_path / "out" / shard.NOTES_NAME).read_text().splitlines()
+    notes = (tmp_path / "out" / NOTES_NAME).read_text().splitlines()
     said = {note.split(": ")[1].rpartition("/")[2]: note for note in notes}
     assert set(said) == set(strange) - {"trailing.JPEG"}
     assert {name for name, note in said.items() if note.startswith("left out")} == {
@@ -213,7 +272,7 @@ def test_unusual_files_are_kept_and_broken_ones_left_out_and_both_are_listed(tre
         "empty.JPEG",
         "text.JPEG",
     }
-    assert "named .jpg, is a png" in said["really_png.JPEG"]
+    assert "named .jpeg, is a png" in said["really_png.JPEG"]
     assert "CMYK" in said["cmyk.JPEG"] and "Gray" in said["grey.JPEG"]
     assert ShardIndex.load(tmp_path / "out").count == 40 + 4
     assert verify([str(tmp_path / "out"), "--processes", "1"]) == 0
@@ -226,7 +285,7 @@ def test_decode_finds_what_a_quick_look_cannot(tree: Path, tmp_path: Path) -> No
     whole = picture(1, size=(200, 150))
     (tree / "n01" / "hollow.JPEG").write_bytes(whole[: len(whole) // 2] + whole[-2:])
     assert run(tree, tmp_path / "out", "--decode") == 0
-    (note,) = (tmp_path / "out" / shard.NOTES_NAME).read_text().splitlines()
+    (note,) = (tmp_path / "out" / NOTES_NAME).read_text().splitlines()
     assert note.startswith("kept: n01/hollow.JPEG: damaged, though it decodes")
 
 
@@ -247,7 +306,7 @@ def test_flat_files_with_a_label_list(tree: Path, tmp_path: Path) -> None:
     pairs, numbers, synsets = tmp_path / "pairs.txt", tmp_path / "numbers.txt", tmp_path / "synsets.txt"
     pairs.write_text("".join(f"{name} {label}\n" for name, label in classes))
     numbers.write_text("".join(f"{int(label[1:])}\n" for _, label in classes))
-    synsets.write_text("n01 first\nn02 second\nn03 third\n")
+    synsets.write_text("n01\nn02\nn03\n")
     assert run(tree, tmp_path / "tree") == 0
     assert run(flat, tmp_path / "a", "--labels", pairs) == 0
     assert run(flat, tmp_path / "b", "--labels", numbers, "--classes", synsets) == 0
@@ -305,7 +364,7 @@ def test_refusals(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "cannot be read" in refusal(capsys, tree, tmp_path / "out", "--labels", tmp_path / "absent.txt")
     labels = tmp_path / "labels.txt"
     labels.write_text("a.JPEG n01\n")
-    assert "has no line" in refusal(capsys, tree / "n01", tmp_path / "out", "--labels", labels)
+    assert "names a.JPEG, which is not among" in refusal(capsys, tree / "n01", tmp_path / "out", "--labels", labels)
     assert not list(tmp_path.glob("out*"))
 
 
