@@ -146,7 +146,7 @@ def _add(writer: ShardWriter, raw: RawSample, record: bytes, beside: bool) -> No
 _worker: Worker | None = None
 
 
-def _init_worker(settings: Settings, index: ShardIndex, numbers: multiprocessing.Queue) -> None:
+def _init_worker(settings: Settings, index: ShardIndex, numbers: multiprocessing.Queue[int]) -> None:
     global _worker
     _worker = Worker(settings, index, numbers.get())
 
@@ -160,7 +160,7 @@ def _results(tasks: list[ShardTask], first: Worker, processes: int) -> Iterator[
     if processes == 1:
         return parallel_map(first.annotate, tasks, 1)
     start_method = "spawn"  # CUDA does not survive a fork
-    numbers: multiprocessing.Queue = multiprocessing.get_context(start_method).Queue()
+    numbers: multiprocessing.Queue[int] = multiprocessing.get_context(start_method).Queue()
     for number in range(processes):
         numbers.put(number)
     return parallel_map(_annotate, tasks, processes, start_method, _init_worker, (first.settings, first.index, numbers))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.local import local
@@ -58,7 +59,7 @@ class LocalExecutor(submitit.LocalExecutor):
             "SUBMITIT_STDERR_TO_STDOUT": "1",
         }
 
-    def _submit_command(self, command: str) -> submitit.LocalJob:
+    def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
         self.controller = subprocess.Popen(
             (sys.executable, "-m", __name__, str(self.folder)),
             env={**self._environment, "SUBMITIT_LOCAL_COMMAND": command},

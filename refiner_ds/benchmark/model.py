@@ -106,7 +106,7 @@ class Setting:
         """Noise."""
         return torch.randn(count, 3, self.img_size, self.img_size, device=self.device)
 
-    def precision(self) -> AbstractContextManager:
+    def precision(self) -> AbstractContextManager[Any]:
         """Autocast, when asked for."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16")
 

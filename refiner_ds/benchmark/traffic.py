@@ -40,7 +40,9 @@ class _Traffic(TorchDispatchMode):
         super().__init__()
         self.far_above, self.all, self.far = far_above, 0, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.is_view or "empty" in func.__name__ or func.__name__.startswith("detach"):

@@ -6,6 +6,7 @@ A damaged sample is an error that names it, or its place is filled from a neighb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class _Arrays:
             self.maps.copy_row(source, row)
 
 
-class BatchDataset(Dataset):
+class BatchDataset(Dataset[Any]):
     """Micro-batches by number; what the loader's workers hold.
 
     Args:

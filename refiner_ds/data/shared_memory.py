@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,10 +86,10 @@ class PackedBatch:
         return self.skeleton.map_tensors(view_of_next)
 
 
-class PackingDataset(Dataset):
+class PackingDataset(Dataset[Any]):
     """What a worker holds: the dataset of batches, and the shared buffers."""
 
-    def __init__(self, batches: Dataset, memory_Sn: list[Tensor]) -> None:
+    def __init__(self, batches: Dataset[Any], memory_Sn: list[Tensor]) -> None:
         self.batches = batches
         self.memory_Sn = memory_Sn
 

@@ -45,7 +45,7 @@ def seen_in_patches(pixels_SS3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (x, y) that each patch of a view shows, [P, 2], and which patches are image all over."""
     cut = SIDE // PATCHES
     patches = pixels_SS3.reshape(PATCHES, cut, PATCHES, cut, 3).transpose(0, 2, 1, 3, 4).reshape(-1, cut * cut, 3)
-    return patches[..., :2].mean(1) / 255, (patches[..., 2] > 250).all(1)
+    return patches[..., :2].mean(1) / 255, np.all(patches[..., 2] > 250, axis=1)
 
 
 def labelled_in_patches(batch: MapBatch) -> np.ndarray:

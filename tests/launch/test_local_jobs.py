@@ -157,8 +157,8 @@ def test_a_saved_job_is_requeued_by_a_controller_that_was_away(
     (tmp_path / "asked").touch()
     if answers:
         asked = tmp_path / "scontrol"
-        number = "n=$(wc -l < asked); echo >> asked"
-        asked.write_text(f"#!/bin/sh\ncd {tmp_path}\n{number}\ncat answer$n >&2\ntest ! -s answer$n\n")
+        count = "n=$(wc -l < asked); echo >> asked"
+        asked.write_text(f"#!/bin/sh\ncd {tmp_path}\n{count}\ncat answer$n >&2\ntest ! -s answer$n\n")
         asked.chmod(0o755)
     task = SimpleNamespace(job_id="7", global_rank=0, cluster="slurm")
     with pytest.raises(SystemExit) as left:

@@ -37,7 +37,9 @@ def section(prefix: str) -> dict[str, Tensor]:
 
 def tiny_model(**options) -> refiner_ds.models.RefinedViT:
     """A freshly initialised model of the golden architecture."""
-    return timm.create_model("refined_vit", **{**TINY, "num_classes": 10, **options})
+    model = timm.create_model("refined_vit", **{**TINY, "num_classes": 10, **options})
+    assert isinstance(model, refiner_ds.models.RefinedViT)
+    return model
 
 
 def golden_model(**options) -> refiner_ds.models.RefinedViT:

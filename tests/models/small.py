@@ -32,7 +32,9 @@ def small_model(seed: int = 0, **options) -> refiner_ds.models.RefinedViT:
     """The model, always with the same weights for a seed; ``init_values`` is large enough for MLPs to matter."""
     torch.manual_seed(seed)
     scale = {"init_values": 0.5} if options.get("layout") == "released" else {}
-    return timm.create_model("refined_vit", **{**SMALL, "stem_chs": (4, 8, 8), **scale, **options})
+    model = timm.create_model("refined_vit", **{**SMALL, "stem_chs": (4, 8, 8), **scale, **options})
+    assert isinstance(model, refiner_ds.models.RefinedViT)
+    return model
 
 
 def pictures(count: int = 4, size: int = 32) -> Tensor:

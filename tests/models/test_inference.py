@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
@@ -82,7 +84,7 @@ def test_fused_s_exports_to_onnx_and_runs_in_onnxruntime(tmp_path):
 def test_compiled_training_and_evaluation_steps_compute_the_same():
     options = {**VARIANTS["released"], "depth": 2}
     eager, model = small_model(**options), small_model(**options)
-    compiled = torch.compile(model)
+    compiled: Any = torch.compile(model)
     for one in (eager, compiled):
         class_logits, patch_logits, box = one.train()(pictures(), BOX)
         assert box == BOX
@@ -91,8 +93,8 @@ def test_compiled_training_and_evaluation_steps_compute_the_same():
     for (name, ours), (_, theirs) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
         scale = max(theirs.grad.abs().max().item(), 1e-3 * largest)  # some gradients are all but rounding
         assert (ours.grad - theirs.grad).abs().max().item() < 1e-3 * scale, name
-    for (name, ours), (_, theirs) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-5, msg=name)
     with torch.no_grad():
         assert golden.relative_error(compiled.eval()(pictures()), eager.eval()(pictures())) < 1e-4
 

@@ -37,11 +37,11 @@ class Installed:
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
         here = ("--no-deps", "--no-index", "--no-build-isolation")
         if editable:
-            wanted = ("--editable", str(self.clone))
+            wanted = ["--editable", str(self.clone)]
         else:
             subprocess.run((*pip, "wheel", *here, "--wheel-dir", str(folder), str(self.clone)), check=True, cwd=folder)
             shutil.rmtree(self.clone)
-            wanted = tuple(map(str, folder.glob("*.whl")))
+            wanted = [str(wheel) for wheel in folder.glob("*.whl")]
         # pip looks for what builds a package where it installs it.
         lent = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
         (site / "lent.pth").write_text("\n".join(lent))

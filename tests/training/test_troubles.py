@@ -96,11 +96,12 @@ def test_weights_that_are_not_finite_end_the_run_though_the_loss_still_was() -> 
 def test_a_run_that_ends_so_names_the_last_good_state_and_what_is_not_set_already(
     saved: bool, clips: str, advice: str, tmp_path: Path
 ) -> None:
-    lost, said = Course([float("nan")], f"refiner.run.output={tmp_path}", f"gradient_clipping={clips}"), []
+    said: list[str] = []
+    lost = Course([float("nan")], f"refiner.run.output={tmp_path}", f"gradient_clipping={clips}")
     lost.folder.path.mkdir()
     if saved:
         lost.folder.latest_file.write_text("step_00000007\n")
-    lost.console.say = said.append  # type: ignore[method-assign]
+    lost.console.say = said.append  # type: ignore[method-assign,assignment]
     assert lost.run() == DIVERGED and len(said) == 1
     good = f"the last good state is {lost.folder}/checkpoints/step_00000007: lower"
     assert (good if saved else "; nothing has been saved yet: lower") in said[0]
@@ -210,7 +211,7 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
         total, part = next(losses)
         return Losses(torch.tensor(total), {"new": torch.tensor(part)})
 
-    step._forward = forward  # type: ignore[method-assign]
+    step._forward = forward  # type: ignore[method-assign,assignment]
     batch: Any = SimpleNamespace(bad=1)
     outcome = step(0, iter([batch, batch]))
     assert outcome.losses == {"loss": 2.0, "loss_new": 4.0} and outcome.stopping

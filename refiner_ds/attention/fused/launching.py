@@ -75,7 +75,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         _run(kernel, grid, args, options)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     # Said aloud, since Triton is going to change what it takes for granted, and the figures are of this.
     options = {"enable_fp_fusion": True, **options}
     if _compiled is None:
@@ -92,7 +92,7 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any
         _compiled[name] = Compiled(name, registers, spilled, made.metadata.shared, made.metadata.num_warps)
 
 
-def _noted(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> Launch:
+def _noted(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     tensors = {x.data_ptr(): x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor)}
     if _compiled is not None or not torch.cuda.is_available():
         _run(kernel, grid, args, options)

@@ -15,7 +15,8 @@ from tests.attention.fused.test_maps import ends_in_zeros
 
 # The interpreter cuts the last bits of bf16 off where a GPU rounds: two roundings are one percent.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
-WHOLE, MANY_OUT, LOCAL_ALONE = {}, {"reduce": False}, {"expand": False}
+WHOLE: dict[str, bool] = {}
+MANY_OUT, LOCAL_ALONE = {"reduce": False}, {"expand": False}
 
 
 @pytest.fixture(autouse=True)
