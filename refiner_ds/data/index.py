@@ -66,7 +66,10 @@ class ShardIndex:
         members: [count] MEMBER records, mapped from disk.
         starts: [len(shards) + 1] number of the first sample of each shard.
         source: address that missing shards are fetched from (`remote.fetch_shard`), or None.
+        label_map: [classes as stored] int64 from stored labels to positions in ``classes``, or None where they agree.
     """
+
+    label_map: np.ndarray | None = None
 
     def __init__(
         self,
@@ -116,7 +119,17 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to a worker as a folder name: the other side maps the same table."""
-        return ShardIndex.load, (self.folder, False)
+        return _reopen, (self.folder, self.classes, self.label_map)
+
+    def with_classes(self, classes: list[str], labels: np.ndarray) -> ShardIndex:
+        """The same set with another class list, a run's; ``labels`` says where in it each class of this set is."""
+        other = object.__new__(ShardIndex)
+        other.__dict__.update(self.__dict__, classes=list(classes), label_map=labels)
+        return other
+
+    def label(self, stored: int) -> int:
+        """The position in ``classes`` that a stored label means."""
+        return stored if self.label_map is None else int(self.label_map[stored])
 
     @property
     def count(self) -> int:
@@ -185,6 +198,11 @@ class ShardIndex:
             f"{self.folder}: {self.count:,} samples, {len(self.classes)} classes, {shards}, "
             f"{total / 2**20:,.1f} MiB, {maps}"
         )
+
+
+def _reopen(folder: Path, classes: list[str], label_map: np.ndarray | None) -> ShardIndex:
+    index = ShardIndex.load(folder, check_files=False)
+    return index if label_map is None else index.with_classes(classes, label_map)
 
 
 def _source_of(folder: Path) -> str | None:

@@ -112,7 +112,8 @@ class SampleReader:
             DataError: the shard is missing, cut or damaged at this sample; names both.
         """
         shard = self.index.shard_of(sample)
-        offset, image_bytes, map_bytes, label, check = self.index.members[sample].item()
+        offset, image_bytes, map_bytes, stored_label, check = self.index.members[sample].item()
+        label = self.index.label(stored_label)
         wanted = span_bytes(image_bytes, map_bytes)
         try:
             descriptor, path = self._open_shard(shard)

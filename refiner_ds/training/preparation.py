@@ -12,6 +12,7 @@ import torch
 
 from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.config.sections import fixed_keys
+from refiner_ds.data.classes import match_classes
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.locate import locate
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
@@ -25,13 +26,19 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Preparation:
-    """A run that can start."""
+    """A run that can start.
+
+    Attributes:
+        val: the validation set, its labels numbered as the training set's.
+        val_note: how its classes were matched to the training set's; "" where both lists are the same.
+    """
 
     run: RunFile
     batch: BatchPlan
     train: ShardIndex
     maps: ShardIndex | None
     val: ShardIndex | None
+    val_note: str
     schedule: Schedule
 
     @property
@@ -72,9 +79,9 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     refuse_another_run(run)
     train = load_index(run.refiner.data.train, run)
     maps = find_maps(train, check_files=False) if run.refiner.data.score_maps else None
-    val = load_index(run.refiner.data.val, run) if run.refiner.data.val else None
-    _refuse_disagreement(run, train, val)
-    ready = Preparation(run, batch, train, maps, val, Schedule(run.refiner.recipe, batch, train.count))
+    _refuse_disagreement(run, train)
+    val, val_note = _validation_set(run, train)
+    ready = Preparation(run, batch, train, maps, val, val_note, Schedule(run.refiner.recipe, batch, train.count))
     if ready.finished() is None:
         refuse_another_world(run.folder, world_size)
     return ready
@@ -103,7 +110,15 @@ def refuse_missing_files(run: RunFile, sets: list[ShardIndex], world: World | No
         raise DataError(error)
 
 
-def _refuse_disagreement(run: RunFile, train: ShardIndex, val: ShardIndex | None) -> None:
+def _validation_set(run: RunFile, train: ShardIndex) -> tuple[ShardIndex | None, str]:
+    if run.refiner.data.val is None:
+        return None, ""
+    val = load_index(run.refiner.data.val, run)
+    match = match_classes(val.classes, train.classes, str(val.folder))
+    return val.with_classes(train.classes, match.labels) if match.note else val, match.note
+
+
+def _refuse_disagreement(run: RunFile, train: ShardIndex) -> None:
     said, classes = run.refiner.data.images, run.refiner.model.num_classes
     if said is not None and said != train.count:
         raise DataError(f"{train.folder}: holds {train.count} images where {run.path} says refiner.data.images {said}")
@@ -111,10 +126,6 @@ def _refuse_disagreement(run: RunFile, train: ShardIndex, val: ShardIndex | None
         raise DataError(
             f"{train.folder}: names {len(train.classes)} classes, more than refiner.model.num_classes {classes};"
             f" set it to {len(train.classes)} or null"
-        )
-    if val is not None and val.classes != train.classes:
-        raise DataError(
-            f"{val.folder}: its classes are not those of {train.folder}; make both with the same class list"
         )
 
 

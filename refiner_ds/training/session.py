@@ -53,6 +53,8 @@ def _print_header(ready: Preparation, world: World) -> None:
     where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type.upper()}"
     console.say(f"{ready.run.refiner.model.name}, {ready.train.count:,} images, {where}")
     console.say(f"{ready.batch}; {ready.schedule.steps_an_epoch} steps an epoch, {ready.schedule.total_steps} in all")
+    if ready.val_note:
+        console.say(f"validation set: {ready.val_note}")
     console.say(f"run folder {ready.run.folder}")
     if world.is_main:
         write_atomically(RunFolder(ready.run.folder).config, json.dumps(ready.run.resolved(), indent=2) + "\n")
