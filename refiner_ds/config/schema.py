@@ -40,7 +40,16 @@ class ModelKeys(Section):
     """``refiner.model``: which network. Keys left null keep what the named model defines."""
 
     may_change = frozenset(
-        {"drop_path", "drop", "attn_drop", "cos_reg", "attention", "save_for_backward", "checkpointing"}
+        {
+            "drop_path",
+            "drop",
+            "attn_drop",
+            "cos_reg",
+            "cos_reg_pairs",
+            "attention",
+            "save_for_backward",
+            "checkpointing",
+        }  # fmt: skip
     )
 
     name: str = Field("refiner_vit_s", description="timm name of the model, e.g. refiner_vit_s, refined_vit")
@@ -70,8 +79,16 @@ class ModelKeys(Section):
         None,
         description="none: kernels over queries and keys; spatial: k×k over the patch grid; row+col: 1×k and k×1 there",
     )
+    return_dense: bool | None = Field(
+        None,
+        description="train a dense (auxiliary) head on patches beside the class head; false: the class head alone;"
+        " null: true",
+    )
     cos_reg: float = Field(
-        0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps; released: 0.1"
+        0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps along heads; released: 0.1"
+    )
+    cos_reg_pairs: int | None = Field(
+        None, gt=0, description="neighbouring pairs of blocks that cos_reg compares, from the first on; null: all"
     )
     attention: Literal["eager", "tiled", "triton"] | None = Field(
         None,
@@ -182,7 +199,9 @@ class RecipeKeys(MixKeys, AugmentKeys, OptimizerKeys):
     mix_token: bool = Field(
         False, description="mix the patch tokens of two images after the stem, and their labels (MixToken)"
     )
-    dense_weight: float = Field(0.5, ge=0, description="weight of the dense (patch) loss")
+    dense_weight: float = Field(
+        0.5, ge=0, description="weight of the dense (patch) loss; without a dense head there is none"
+    )
     cls_weight: float = Field(1.0, ge=0, description="weight of the class loss")
 
     @model_validator(mode="after")
@@ -218,3 +237,9 @@ class RefinerKeys(Section):
     data: DataKeys
     recipe: RecipeKeys = Field(default_factory=RecipeKeys)
     run: RunKeys = Field(default_factory=RunKeys)
+
+    @model_validator(mode="after")
+    def _patches_have_a_head(self) -> Self:
+        if self.recipe.mix_token and self.model.return_dense is False:
+            raise ValueError("recipe.mix_token mixes labels of patches: set refiner.model.return_dense to true")
+        return self

@@ -38,7 +38,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "refiner_vit_s": _cfg(),
-        "refiner_vit_m": _cfg(),
+        "refiner_vit_m": _cfg(crop_pct=1.0),
         # The released evaluation of the large model resizes the image to 1/1.13 of the crop and pads.
         "refiner_vit_l": _cfg(crop_pct=1.13),
         "refined_vit": _cfg(),

@@ -1,4 +1,11 @@
-"""What a step minimises: cls_weight · CE(class) + dense_weight · mean over patches CE(patch)  (token labelling)."""
+"""What a step minimises.
+
+    class head alone      cls_weight · CE(class)
+    with the dense head   cls_weight · CE(class) + dense_weight · mean over patches CE(patch)      (token labelling)
+    with cos-reg          … + cos_reg · mean similarity of neighbouring maps                       (released models)
+
+All of it is one number: minimised, logged and checked alike.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ class Losses(NamedTuple):
 
     Attributes:
         total: what backward starts from, and what is logged and checked as ``loss``.
-        parts: by name, before weighting; logged as ``loss_<name>``.
+        parts: by name, logged as ``loss_<name>``: cross-entropies before weighting, penalties as they are added.
     """
 
     total: Tensor
@@ -28,6 +35,12 @@ class Losses(NamedTuple):
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy against distributions over the last axis, in fp32 whatever the logits' type."""
     return torch.sum(-target * F.log_softmax(logits.float(), dim=-1), dim=-1).mean()
+
+
+def class_loss(logits_BC: Tensor, target_BC: Tensor, cls_weight: float) -> Losses:
+    """Class cross-entropy alone, weighted; for models without a dense head."""
+    cls = soft_cross_entropy(logits_BC, target_BC)
+    return Losses(cls_weight * cls, {"cls": cls})
 
 
 def token_label_loss(

@@ -14,7 +14,7 @@ from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.exchange import StepExchange
 from refiner_ds.training.inputs import InputMaker, derived_seed
-from refiner_ds.training.losses import Losses, token_label_loss
+from refiner_ds.training.losses import Losses, class_loss, token_label_loss
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.world import World
@@ -84,10 +84,14 @@ class OptimizerStep:
         recipe = self._keys.recipe
         inputs = self._inputs(batch.to(self._world.device), seed)
         torch.manual_seed(seed)  # dropout and drop-path: no generator state to save
-        cls_BC, patch_BPC, _ = self._engine(inputs.images_B3HW, mix_box=inputs.box)
-        losses = token_label_loss(
-            cls_BC, patch_BPC, inputs.target_BC, inputs.target_BPC, recipe.cls_weight, recipe.dense_weight
-        )
+        outputs = self._engine(inputs.images_B3HW, mix_box=inputs.box)
+        if isinstance(outputs, Tensor):
+            losses = class_loss(outputs, inputs.target_BC, recipe.cls_weight)
+        else:
+            cls_BC, patch_BPC, _ = outputs
+            losses = token_label_loss(
+                cls_BC, patch_BPC, inputs.target_BC, inputs.target_BPC, recipe.cls_weight, recipe.dense_weight
+            )
         return losses.plus("cos", self._engine.module.cos_reg_loss()) if self._keys.model.cos_reg else losses
 
 

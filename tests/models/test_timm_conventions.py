@@ -23,7 +23,7 @@ def test_default_configurations_say_how_pictures_are_prepared(name):
         model = timm.create_model(name, img_size=384)
     config = resolve_model_data_config(model)
     assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
-    assert config["crop_pct"] == (1.13 if name == "refiner_vit_l" else 0.9)
+    assert config["crop_pct"] == {"refiner_vit_l": 1.13, "refiner_vit_m": 1.0}.get(name, 0.9)
     assert model.patch_grid == (24, 24)
     assert dict(model.named_modules())[model.default_cfg["first_conv"]] is model.patch_embed.conv1
     assert all(hasattr(model, head) for head in model.default_cfg["classifier"])

@@ -94,7 +94,7 @@ def test_losses_are_computed_in_fp32() -> None:
 
 
 def test_flops_are_those_of_the_architecture() -> None:
-    run = load(ROOT / "ds_configs" / "refiner_s.json")
+    run = load(ROOT / "ds_configs" / "refiner_s_relabel.json")
     assert training_flops(run, 1000) / 3 / 2 == pytest.approx(6.8e9, rel=0.05)  # multiply-adds of one forward
     with torch.device("meta"):
         assert parameter_count(build_model(run, 1000)) == 25_408_656
