@@ -221,20 +221,25 @@ class RefinedViT(nn.Module):
         return self.pos_drop(x_BND + self.pos_embed)
 
     @torch.no_grad()
-    def attention_maps(self, x_B3HW: Tensor) -> list[Tensor]:
-        """The maps that multiply the values in each block, as in evaluation: a list of [B, E, N, N], fp32.
+    def attention_maps(self, x_B3HW: Tensor, refined: bool = True) -> list[Tensor]:
+        """The attention maps of each block, as in evaluation: a list of [B, E, N, N], fp32.
 
-        E is the number of heads, unless the refiner does not reduce.
+        Args:
+            x_B3HW: pictures.
+            refined: the maps that multiply the values, E of them (as many as heads, unless the refiner does not
+                reduce); otherwise the ones a block refines, [B, H, N, N]. In a block without a refiner both are one.
         """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
+        self.blocks.set_passes_map(True)
         try:
             x_BND, residual_BHNN, maps = self._embed(x_B3HW, NO_BOX), None, []
             for block in self.blocks:
                 x_BND, residual_BHNN, map_BENN = block.forward_with_map(x_BND, residual_BHNN)
-                maps.append(map_BENN.float())
+                maps.append((map_BENN if refined else cast(Tensor, residual_BHNN)).float())
             return maps
         finally:
+            self.blocks.set_passes_map(self.cos_reg > 0)
             for module, training in modes:
                 module.training = training
 

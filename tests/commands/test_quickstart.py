@@ -138,3 +138,20 @@ def test_a_checkpoint_folder_can_be_evaluated_on_its_own(quickstart: Quickstart,
     shutil.copytree(newest, tmp_path / "mine")
     done = quickstart.type(BIN / "python", ROOT / "refiner_ds" / "evaluate.py", tmp_path / "mine", "--weights", "model")
     assert done.returncode == 0 and "last weights of step 390" in done.stdout, done.stderr
+
+
+def test_analysis_of_the_run_writes_tables_and_pictures(quickstart: Quickstart, tmp_path: Path) -> None:
+    commands = {
+        "features": ("features.csv", "features.png"),
+        "maps": ("maps.csv", "maps.png", "maps_quickstart.png"),
+        "weights": ("refiner_weights.csv", "refiner_weights.png", "kernels.png"),
+    }
+    for command, files in commands.items():
+        limit = ("--all-steps",) if command == "weights" else ("--images", "40")
+        script = ("-m", "refiner_ds.analysis", command, quickstart.folder, *limit, "--out", tmp_path)
+        done = quickstart.type(sys.executable, *script)
+        assert done.returncode == 0, done.stderr
+        assert all((tmp_path / file).stat().st_size > 100 for file in files)
+    rows = (tmp_path / "features.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 and rows[-1].split(",")[3:] == ["1", rows[-1].split(",")[4], "40"]
+    assert len((tmp_path / "refiner_weights.csv").read_text().splitlines()) == 1 + 2 * 3

@@ -38,6 +38,13 @@ def test_attention_maps_are_those_that_multiply_the_values(variant):
     value_BHNd = attn._heads(x_BND)[-1].repeat_interleave(expanded // HEADS, 1)
     joined = attn.proj((maps[0] @ value_BHNd).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attn(x_BND, None)[0], joined, rtol=1e-5, atol=1e-5)
+    unrefined = model.attention_maps(pictures(), refined=False)
+    assert [tuple(one.shape) for one in unrefined] == [(4, HEADS, TOKENS, TOKENS)] * 4
+    for block, own, used in zip(model.blocks, unrefined, maps, strict=True):
+        if type(block.attn).__name__ in ("PlainAttention", "MapAttention"):
+            assert torch.equal(own, used)
+        else:  # its rows are those of softmax, and of the residual map where there is one
+            assert own.min() >= 0 and not (own.shape == used.shape and torch.equal(own, used))
     # Further on, what a block hands on and puts out must not depend on whether its map is kept.
     tokens_BND, residual_BHNN = model._embed(pictures(), NO_BOX), None
     for block in model.blocks:
