@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 def _refuse_missing(loaded: LoadedModel, options: argparse.Namespace) -> None:
     if not isinstance(loaded.model, RefinedViT):
         raise ConfigError(f"{loaded.label}: its maps cannot be read; give a run of this package")
-    depth, heads = len(loaded.model.blocks), loaded.model.blocks[0].attn.num_heads
+    depth, heads = len(loaded.model.blocks), loaded.model.get_submodule("blocks.0.attn").num_heads
     for flag, given, count in (("blocks", options.blocks, depth), ("heads", options.heads, heads)):
         if given and not 0 <= min(given) <= max(given) < count:
             raise ConfigError(f"--{flag} {max(given)}: {loaded.label} has {count} {flag}, counted from 0")
