@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED ?= -c constraints.txt
 JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .PHONY: quickstart test test-fast test-isa test-newest lock lint docs gpu clean
 
@@ -21,10 +22,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/deepspeed refiner_ds/train.py
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-fast: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not slurm" $(TESTS)
+	$(PYTEST) -m "not slow and not slurm" $(TESTS)
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest LOCKED=--upgrade
