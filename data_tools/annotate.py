@@ -27,7 +27,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
 
 from refiner_ds.data.augment import resize
 from refiner_ds.data.index import MapFormat, ShardIndex, maps_folder
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.data.normalise import normalise
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import MAX_CLASSES, MAX_TOP_K, ScoreMap, encode
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"--top {given.top}: a score map holds at most {MAX_TOP_K} classes a place")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: there is no GPU here; take --device cpu")
-    index = ShardIndex.load(locate(given.set))
+    index = open_index(given.set)
     out = given.beside or maps_folder(index.folder)
     annotate_set(index, out, settings, given.processes, given.beside is not None)
     print(ShardIndex.load(out).describe())

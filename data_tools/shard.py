@@ -23,7 +23,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
 
 from refiner_ds.data.image_tree import LabelledImage, LabelledImages, printable, read_class_folders
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.errors import DataError, report_errors
 
 from .builder import NOTES_NAME, Built, Inspect, Plan, build_set
@@ -61,7 +61,7 @@ def plan(given: argparse.Namespace) -> Plan:
 
 def _classes_of(spec: str) -> ClassList:
     """The classes of an existing set."""
-    index = ShardIndex.load(locate(spec), check_files=False)
+    index = open_index(spec, check_files=False)
     return ClassList(index.folder, index.classes)
 
 

@@ -27,7 +27,7 @@ from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sampl
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
 from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.data.permutation import samples_at
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.data.score_maps import ScoreMap, decode
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = AugmentSettings(given.img_size, keys)
     if given.count < 1 or given.columns < 1:
         raise DataError("--count and --columns must be above 0")
-    index = ShardIndex.load(locate(given.set))
+    index = open_index(given.set)
     examples = load_examples(index, settings, given.count, given.seed, given.epoch)
     sheet = draw_sheet([draw_pair(example, index.classes, given.grid) for example in examples], given.columns)
     try:

@@ -25,7 +25,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
 from refiner_ds.data.index import MEMBERS_NAME, ShardIndex, find_maps, maps_folder
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.samples import RawSample, SampleReader, decode_image
 from refiner_ds.data.score_maps import decode as decode_map
@@ -157,7 +157,7 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    index = ShardIndex.load(locate(given.set, given.cache), check_files=False)
+    index = open_index(given.set, given.cache, check_files=False)
     errors = 0
     with interruptible():
         for error in check_set(index, max(1, given.processes), not given.no_decode):

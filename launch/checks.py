@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from refiner_ds.config.reading import SERVERS
+from refiner_ds.config.addresses import has_secrets, is_address, redacted
 from refiner_ds.errors import LaunchError
 
 from . import local, slurm
@@ -44,7 +44,13 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
     are not there. With data on a server it is ``--check``: only the nodes can say whether they reach it.
     """
     data = allocation.run.refiner.data
-    remote = [place for place in (data.train, data.val) if place and place.startswith(SERVERS)]
+    for key, place in (("train", data.train), ("val", data.val)):
+        if place and has_secrets(place):
+            raise LaunchError(
+                f"refiner.data.{key} {redacted(place)}: the job's files would hold its password or query string;"
+                " write it as ${NAME}, an environment variable that the job has"
+            )
+    remote = [place for place in (data.train, data.val) if place and is_address(place)]
     sets = [word for override in overrides for word in ("--set", override)]
     command = (
         *(sys.executable, str(root / "refiner_ds" / "train.py"), "--check" if remote else "--ready"),

@@ -21,7 +21,7 @@ from refiner_ds.config import load
 from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.data.normalise import normalise
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.training.build import build_model
@@ -78,7 +78,7 @@ def open_set(model: LoadedModel, place: str | None) -> ShardIndex:
     place = place or model.data
     if place is None:
         raise DataError(f"{model.label}: has no validation set of its own; give --data FOLDER")
-    return ShardIndex.load(locate(place))
+    return open_index(place)
 
 
 def _from_run(place: Path, weights: str) -> LoadedModel:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from refiner_ds.config.addresses import is_address, redacted
 from refiner_ds.config.batch import BatchPlan, plan_batch
 from refiner_ds.config.deepspeed_keys import INSTEAD, RunFileKeys
 from refiner_ds.config.schema import RefinerKeys, Section
@@ -28,7 +29,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # An installed package holds the run files that a clone has beside it.
 SHIPPED = next(at for at in (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs") if at.is_dir())
 QUICKSTART = SHIPPED / "quickstart.json"
-SERVERS = ("http:", "https:", "pipe:", "gs:", "s3:", "ais:", "hf:")  # what an address of data begins with
+
+
+DATA_PLACES = ("train", "val")  # keys of refiner.data that name a folder or an address
 
 
 class Layer(NamedTuple):
@@ -63,10 +66,16 @@ class RunFile:
             raise ConfigError(f"{self.path}: {error}") from None
 
     def resolved(self) -> dict[str, Any]:
-        """What ``config.json`` holds: ours with every default spelled out, DeepSpeed's keys as they were given."""
+        """What ``config.json`` holds: ours with every default spelled out, DeepSpeed's keys as they were given.
+
+        Addresses of data are without the passwords and query strings in them (`addresses.redacted`).
+        """
         given = self.keys.model_dump(mode="json", exclude_unset=True)
         full = self.refiner.model_dump(mode="json")
         full["run"]["name"] = self.folder.name
+        for key in DATA_PLACES:
+            if full["data"][key] is not None:
+                full["data"][key] = redacted(full["data"][key])
         return {**given, "refiner": full, "train_batch_size": self.keys.train_batch_size}
 
 
@@ -149,7 +158,7 @@ def _override_layer(text: str) -> Layer:
         parsed = value
     for key in reversed(dotted.split(".")):
         parsed = {key: parsed}
-    return Layer(f"--set {text}", parsed)
+    return Layer(f"--set {redacted(text)}", parsed)
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +265,7 @@ def _known_names() -> set[str]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = redacted(json.dumps(value))
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -264,7 +273,7 @@ def _with_absolute_paths(keys: RunFileKeys) -> RunFileKeys:
     """Folders relative to where the command was typed become absolute: the run can be repeated from anywhere."""
 
     def absolute(folder: str | None) -> str | None:
-        if folder is None or folder.startswith(("package:", *SERVERS)):
+        if folder is None or folder.startswith("package:") or is_address(folder):
             return folder
         return str(Path(folder).expanduser().absolute())
 

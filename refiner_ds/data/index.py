@@ -29,7 +29,6 @@ FORMAT = "refiner_ds shard set"
 VERSION = 1
 INDEX_NAME = "index.json"
 MEMBERS_NAME = "members.npy"
-SOURCE_NAME = "source.txt"  # in a cached set: the address its shards are fetched from
 MAPS_SUFFIX = ".maps"
 MAX_HASHED_BYTES = 64 << 20  # bytes; a larger members table is left to data_tools/verify.py to keep start-up short
 
@@ -65,7 +64,8 @@ class ShardIndex:
         maps: the format of its score maps, or None.
         members: [count] MEMBER records, mapped from disk.
         starts: [len(shards) + 1] number of the first sample of each shard.
-        source: address that missing shards are fetched from (`remote.fetch_shard`), or None.
+        source: address that missing shards are fetched from (`remote.fetch_shard`), or None. It may hold a password:
+            it is kept in memory alone, and printed only through `addresses.redacted`.
         label_map: [classes as stored] int64 from stored labels to positions in ``classes``, or None where they agree.
     """
 
@@ -79,6 +79,7 @@ class ShardIndex:
         maps: MapFormat | None,
         members: np.ndarray,
         tars: str = ".",
+        source: str | None = None,
     ) -> None:
         self.folder = folder
         self.tars = folder / tars
@@ -86,17 +87,18 @@ class ShardIndex:
         self.classes = classes
         self.maps = maps
         self.members = members
-        self.source = _source_of(folder)
+        self.source = source
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in shards], dtype=np.int64)])
 
     @classmethod
-    def load(cls, folder: str | Path, check_files: bool = True) -> ShardIndex:
+    def load(cls, folder: str | Path, check_files: bool = True, source: str | None = None) -> ShardIndex:
         """Open the set in ``folder``.
 
         Args:
             folder: holds ``index.json``, ``members.npy`` and the tars.
             check_files: also compare every tar's size with the index. Training leaves it to the first process of
                 each node (`training.preparation.refuse_missing_files`).
+            source: address that its shards are fetched from; see `locate.open_index`.
         Raises:
             DataError: there is no usable set; says what is wrong and what would be right.
         """
@@ -111,7 +113,7 @@ class ShardIndex:
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / INDEX_NAME}: not a complete index ({error}); make the set again") from None
         members = _map_members(folder / MEMBERS_NAME, sum(shard.count for shard in shards), members_sha256)
-        index = cls(folder, shards, classes, maps, members, tars)
+        index = cls(folder, shards, classes, maps, members, tars, source)
         if check_files:
             for sentence in index.file_errors():
                 raise DataError(sentence)
@@ -119,7 +121,7 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to a worker as a folder name: the other side maps the same table."""
-        return _reopen, (self.folder, self.classes, self.label_map)
+        return _reopen, (self.folder, self.source, self.classes, self.label_map)
 
     def with_classes(self, classes: list[str], labels: np.ndarray) -> ShardIndex:
         """The same set with another class list, a run's; ``labels`` says where in it each class of this set is."""
@@ -200,16 +202,9 @@ class ShardIndex:
         )
 
 
-def _reopen(folder: Path, classes: list[str], label_map: np.ndarray | None) -> ShardIndex:
-    index = ShardIndex.load(folder, check_files=False)
+def _reopen(folder: Path, source: str | None, classes: list[str], label_map: np.ndarray | None) -> ShardIndex:
+    index = ShardIndex.load(folder, check_files=False, source=source)
     return index if label_map is None else index.with_classes(classes, label_map)
-
-
-def _source_of(folder: Path) -> str | None:
-    try:
-        return (folder / SOURCE_NAME).read_text().strip()
-    except OSError:
-        return None
 
 
 def maps_folder(images: Path) -> Path:

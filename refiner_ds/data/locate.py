@@ -1,12 +1,14 @@
-"""From what a run file calls a set to the folder that holds it: a folder, an installed package, or an address."""
+"""Opens what a run file calls a set: a folder of shards, a package's set, or an address."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from refiner_ds.config.addresses import is_address
+from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.packaged import PREFIX, packaged_set
-from refiner_ds.data.remote import fetch_set, is_remote
+from refiner_ds.data.remote import fetch_set
 
 
 def default_cache() -> Path:
@@ -14,19 +16,20 @@ def default_cache() -> Path:
     return Path(os.environ.get("REFINER_DS_CACHE") or Path.home() / ".cache" / "refiner_ds")
 
 
-def locate(spec: str | Path, cache: str | Path | None = None) -> Path:
-    """The folder of a shard set; one from a package is made, and one from an address begun, if it is not there yet.
+def open_index(spec: str | Path, cache: str | Path | None = None, check_files: bool = True) -> ShardIndex:
+    """Open a set; one from a package is made, and one from an address begun, if it is not there yet.
 
     Args:
-        spec: a folder, returned as it is, ``package:<name>/<part>``, or an address (see `remote`).
+        spec: a folder, ``package:<name>/<part>``, or an address (see `remote`).
         cache: where sets made or fetched are kept; None: `default_cache`.
+        check_files: as in `ShardIndex.load`.
     Raises:
-        DataError: no such packaged set, the package is not installed, the address leads to no set, or the cache cannot
+        DataError: there is no such set, the package is not installed, the address leads to no set, or the cache cannot
             be written.
     """
-    folder = Path(cache or default_cache()).expanduser()
-    if is_remote(str(spec)):
-        return fetch_set(str(spec), folder / "remote")
-    if str(spec).startswith(PREFIX):
-        return packaged_set(str(spec), folder)
-    return Path(spec)
+    name, kept = str(spec), Path(cache or default_cache()).expanduser()
+    if is_address(name):
+        return ShardIndex.load(fetch_set(name, kept / "remote"), check_files, source=name)
+    if name.startswith(PREFIX):
+        return ShardIndex.load(packaged_set(name, kept), check_files)
+    return ShardIndex.load(spec, check_files)

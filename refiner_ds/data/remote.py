@@ -1,10 +1,11 @@
 """Shard sets on a server or in an object store, kept in a local cache as they are used.
 
     https://host/sets/train                          files of the set under one address
+    https://user:password@host/sets/train?token=…    the file's name goes before the query string
     pipe:aws s3 cp s3://bucket/train/{name} -        a command a file, {name} standing for the file's name
-    gs://bucket/train, …                             anything else webdataset's gopen opens
+    hf://datasets/me/set/train, gs://bucket/train    anything else webdataset's gopen opens
 
-    <cache>/remote/<hash of index.json>/             index.json, members.npy and source.txt at once;
+    <cache>/remote/<hash of index.json>/             index.json and members.npy at once;
         shard-000000.tar                             a shard when its first sample is wanted, whole and checked
         shard-000000.tar.lock                        held by the process that fetches it; the others wait
 
@@ -14,13 +15,16 @@ into place only after its size and sha256 agree with the index.
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,24 +33,20 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from refiner_ds.config.reading import SERVERS
-from refiner_ds.data.index import INDEX_NAME, MEMBERS_NAME, SOURCE_NAME, ShardIndex
+from refiner_ds.config.addresses import is_redacted, redacted, scrubbed, with_variables
+from refiner_ds.data.index import INDEX_NAME, MEMBERS_NAME, ShardIndex
 from refiner_ds.data.writer import cannot_write, write_whole
 from refiner_ds.errors import DataError
 
 STALL_SECONDS = 60.0  # a server that sends nothing for so long is given up
 ATTEMPTS = 3
 CHUNK = 1 << 20
+PIPE_ENDED = re.compile(r"exit (-?\d+) \(read\)")  # webdataset's words for a command that failed
 BAD_CHECKSUM = "its checksum differs from the index"
 
 
 class _NotThere(Exception):
-    """The source says that there is no such thing: asking again is no use."""
-
-
-def is_remote(spec: str) -> bool:
-    """Whether a set is named by an address rather than a folder."""
-    return spec.startswith(SERVERS)
+    """The source says that there is no such thing, or that it is nobody's who asks: asking again is no use."""
 
 
 def fetch_set(spec: str, cache: Path) -> Path:
@@ -78,7 +78,6 @@ def fetch_set(spec: str, cache: Path) -> Path:
                 folder / MEMBERS_NAME,
                 lambda size, sha256: "" if sha256 == expected else BAD_CHECKSUM,
             )
-            write_whole(folder / SOURCE_NAME, (spec + "\n").encode())
             write_whole(folder / INDEX_NAME, index)
     return folder
 
@@ -87,7 +86,7 @@ def _members_sha256(spec: str, index: bytes) -> str:
     try:
         return str(json.loads(index)["members_sha256"])
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{spec}: what lies there as {INDEX_NAME} is not the index of a shard set") from None
+        raise DataError(f"{redacted(spec)}: what lies there as {INDEX_NAME} is not the index of a shard set") from None
 
 
 def fetch_shard(index: ShardIndex, number: int) -> Path:
@@ -114,34 +113,69 @@ def fetch_shard(index: ShardIndex, number: int) -> Path:
 
 def _fetch(source: str, name: str, path: Path, verify: Callable[[int, str], str]) -> None:
     """Fetch a file to its place, in several attempts; ``verify`` says of size and sha256 what is wrong with them."""
+    address = _address(source, name)
     temporary = path.with_name(f"{path.name}.tmp")
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(min(30, 2**attempt * STALL_SECONDS / 60))
         try:
-            reason = verify(*_copy(source, name, temporary))
+            reason = verify(*_copy(address, temporary))
         except _NotThere as error:
             reason = str(error)
             break
-        except (OSError, ValueError, HTTPException) as error:  # ValueError: an address that is none
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 temporary.unlink(missing_ok=True)
                 raise DataError(cannot_write(path, error)) from None
-            unreachable = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
-            reason = str(error.reason if unreachable else error)  # type: ignore[union-attr]
+            reason = _reason(error)
+        except (ValueError, HTTPException) as error:  # ValueError: an address that is none
+            reason = _reason(error)
         if not reason:
             os.replace(temporary, path)
             return
     temporary.unlink(missing_ok=True)
-    raise DataError(f"{name} cannot be fetched from {source} ({reason}); see that it is there and whole")
+    reason = scrubbed(reason, address)
+    raise DataError(f"{name} cannot be fetched from {redacted(source)} ({reason}); see that it is there and whole")
 
 
-def _copy(source: str, name: str, temporary: Path) -> tuple[int, str]:
+def _reason(error: Exception) -> str:
+    """What went wrong, in few words: commands and headers that an exception quotes may hold secrets."""
+    ended = PIPE_ENDED.search(str(error))
+    if ended:
+        return f"its command ended with exit code {ended[1]}"
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        return str(error.reason)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _address(source: str, name: str) -> str:
+    """Where one file of a set is.
+
+    Raises:
+        DataError: the address cannot be used as it stands.
+    """
+    if is_redacted(source):
+        raise DataError(f"{source}: its password or query string was not stored; give the whole address again")
+    try:
+        source = with_variables(source)
+    except KeyError as error:
+        raise DataError(f"{source}: the environment variable {error.args[0]} is not set") from None
+    if "{name}" in source:
+        return source.replace("{name}", name)
+    if source.startswith("pipe:"):
+        raise DataError(f"{redacted(source)}: a pipe needs {{name}} where the file's name goes")
+    if source.startswith("s3:"):
+        raise DataError(f"{redacted(source)}: not opened directly; write pipe:aws s3 cp {redacted(source)}/{{name}} -")
+    folder, mark, query = source.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
+def _copy(address: str, temporary: Path) -> tuple[int, str]:
     """Fetch a file under a temporary name; returns its size and sha256."""
     digest = hashlib.sha256()
     size = 0
-    with open(temporary, "wb") as file, closing(_open(source, name)) as stream:
+    with open(temporary, "wb") as file, closing(_open(address)) as stream:
         while chunk := stream.read(CHUNK):
             file.write(chunk)
             digest.update(chunk)
@@ -153,21 +187,36 @@ def _copy(source: str, name: str, temporary: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _open(source: str, name: str) -> Any:
+def _open(address: str) -> Any:
     """A readable stream of one file of a set."""
-    if source.startswith("pipe:") and "{name}" not in source:
-        raise DataError(f"{source}: a pipe needs {{name}} where the file's name goes")
-    address = source.replace("{name}", name) if "{name}" in source else f"{source.rstrip('/')}/{name}"
     if address.startswith(("http:", "https:")):
         try:
-            return urllib.request.urlopen(address, timeout=STALL_SECONDS)
+            return urllib.request.urlopen(_request(address), timeout=STALL_SECONDS)
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
                 raise _NotThere(f"the server answers {error.code} {error.reason}") from None
             raise
     from webdataset.gopen import gopen  # brings torch, which plain addresses do without
 
-    return gopen(address, "rb")
+    try:
+        return gopen(address, "rb")
+    except (OSError, ValueError):
+        raise
+    except ImportError as error:
+        raise _NotThere(f"{error.name} is not installed; pip install {error.name}") from None
+    except Exception as error:  # every library behind an address has exceptions of its own
+        raise OSError(f"{type(error).__name__}: {_reason(error)}") from None
+
+
+def _request(address: str) -> urllib.request.Request:
+    """A request that sends user and password as HTTP's basic authentication, and only to the host that they are for."""
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl())
+    if at:
+        credentials = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {credentials}")
+    return request
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.config.sections import fixed_keys
 from refiner_ds.data.classes import match_classes
 from refiner_ds.data.index import ShardIndex, find_maps
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model
@@ -89,7 +89,7 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
 
 def load_index(place: str, run: RunFile) -> ShardIndex:
     """The index of a folder or of a ``package:`` set, which is made on first use; its files are not looked at."""
-    return ShardIndex.load(locate(place, run.refiner.data.cache), check_files=False)
+    return open_index(place, run.refiner.data.cache, check_files=False)
 
 
 def refuse_missing_files(run: RunFile, sets: list[ShardIndex], world: World | None = None) -> None:

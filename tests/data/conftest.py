@@ -14,14 +14,14 @@ from PIL import Image
 from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.data.writer import SetWriter
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """The packaged digits, training part."""
-    return ShardIndex.load(locate("package:digits/train", tmp_path_factory.mktemp("cache")))
+    return open_index("package:digits/train", tmp_path_factory.mktemp("cache"))
 
 
 def views(img_size: int, **keys: Any) -> AugmentSettings:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.data.samples import SampleReader, decode_image
 from refiner_ds.errors import DataError
 
@@ -21,14 +21,14 @@ from refiner_ds.errors import DataError
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     for part in ("train", "val"):
-        locate(f"package:digits/{part}", folder)
+        open_index(f"package:digits/{part}", folder)
     return folder
 
 
 def test_digits_are_split_by_class_and_none_is_in_both_parts(cache: Path) -> None:
     parts = {}
     for part in ("train", "val"):
-        index = ShardIndex.load(locate(f"package:digits/{part}", cache))
+        index = open_index(f"package:digits/{part}", cache)
         reader = SampleReader(index)
         parts[part] = [(raw.name.split("digit-")[1], raw.label) for raw in map(reader.read, range(index.count))]
     assert len(parts["train"]) + len(parts["val"]) == 1797
@@ -40,7 +40,7 @@ def test_digits_are_split_by_class_and_none_is_in_both_parts(cache: Path) -> Non
 def test_digits_are_scikit_learns(cache: Path) -> None:
     from sklearn.datasets import load_digits
 
-    index = ShardIndex.load(locate("package:digits/val", cache))
+    index = open_index("package:digits/val", cache)
     digits, reader = load_digits(), SampleReader(index)
     for number in range(0, index.count, 40):
         raw = reader.read(number)
@@ -68,19 +68,20 @@ def test_many_processes_may_ask_at_once_and_nothing_is_left_over(tmp_path: Path)
 
 def ask(together: Barrier, cache: Path) -> None:
     together.wait()
-    locate("package:digits/val", cache)
+    open_index("package:digits/val", cache)
 
 
-def test_ordinary_folders_are_returned_as_they_are(tmp_path: Path) -> None:
-    assert locate(str(tmp_path)) == tmp_path
+def test_ordinary_folders_are_opened_as_they_are(cache: Path) -> None:
+    folder = cache / "digits-v1" / "val"
+    assert open_index(str(folder)).folder == folder
 
 
 def test_unknown_package_and_unwritable_cache_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="package:letters/train: no such packaged set; there are package:digits/train"):
-        locate("package:letters/train", tmp_path)
+        open_index("package:letters/train", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        locate("package:digits/train", tmp_path / "file")
+        open_index("package:digits/train", tmp_path / "file")
 
 
 def test_set_shows_at_once_or_not_at_all_and_the_first_one_stays(
@@ -98,6 +99,6 @@ def test_set_shows_at_once_or_not_at_all_and_the_first_one_stays(
         real(source, target)
 
     monkeypatch.setattr(os, "rename", late)
-    folder = locate("package:digits/val", tmp_path)
+    folder = open_index("package:digits/val", tmp_path).folder
     assert seen == [folder] and (folder / "first").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["val"]

@@ -52,6 +52,11 @@ def test_a_misspelt_key_of_the_run_file_or_the_profile(refusal, tmp_path: Path) 
     assert "did you mean account?" in refusal(*LOCAL, "--cluster", str(tmp_path / "mine.yaml"))
 
 
+def test_a_password_that_the_job_would_store(refusal, clone: Clone) -> None:  # type: ignore[no-untyped-def]
+    said = refusal(*LOCAL, "--set", "refiner.data.val=https://ann:hush@host/val")
+    assert "refiner.data.val https://***@host/val" in said and "write it as ${NAME}" in said and "hush" not in said
+
+
 def test_data_that_is_missing_or_empty_or_without_an_index(refusal, clone: Clone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     clone.train_for_real()
     shards = tmp_path / "shards"

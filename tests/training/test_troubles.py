@@ -15,8 +15,7 @@ import torch
 
 from refiner_ds.checkpoint.files import MANIFEST, integrity_errors
 from refiner_ds.config import load
-from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.locate import locate
+from refiner_ds.data.locate import open_index
 from refiner_ds.errors import CheckpointError, DataError
 from refiner_ds.exit_codes import DIVERGED, FINISHED
 from refiner_ds.run_folder import RunFolder, State
@@ -252,7 +251,7 @@ def test_a_rank_that_alone_meets_damage_says_so(
 
 
 def test_a_picture_skips_a_damaged_image_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    val = ShardIndex.load(locate("package:digits/val", tmp_path))
+    val = open_index("package:digits/val", tmp_path)
     tar = val.folder / val.shards[0].name
     tar.write_bytes(b"?" * 2048 + tar.read_bytes()[2048:])
     drawn = []

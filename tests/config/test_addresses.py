@@ -1,0 +1,67 @@
+"""Passwords and presigned query strings in addresses are never printed or stored; variables in them are no secrets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from refiner_ds.config import load
+from refiner_ds.config.addresses import has_secrets, is_redacted, redacted, scrubbed, with_variables
+from refiner_ds.errors import ConfigError
+
+HIDDEN = {
+    "https://ann:s3cr-t@host:8080/sets/train": "https://***@host:8080/sets/train",
+    "http://token@host/sets": "http://***@host/sets",
+    "https://host/train?X-Amz-Signature=abc&X-Amz-Date=1": "https://host/train?***",
+    "https://ann:pw@host/{name}?sig=abc#part": "https://***@host/{name}?***#part",
+    "pipe:curl -s -u ann:pw https://host/{name}": "pipe:curl -s -u *** https://host/{name}",
+    "pipe:curl -s 'https://ann:pw@host/{name}?sig=a' -o -": "pipe:curl -s 'https://***@host/{name}?***' -o -",
+    'pipe:curl -H "Authorization: Bearer a" ftp://h/{name}': 'pipe:curl -H "Authorization: Bearer ***" ftp://h/{name}',
+    "pipe:AWS_SECRET_KEY=a aws s3 cp s3://b/{name} -": "pipe:AWS_SECRET_KEY=*** aws s3 cp s3://b/{name} -",
+    "pipe:wget --password=abc -O - ftp://host/{name}": "pipe:wget --password=*** -O - ftp://host/{name}",
+}  # fmt: skip
+OPEN = [
+    "/data/imagenet/train", "package:digits/train", "https://host:8080/sets/train", "hf://datasets/me/set@main/train",
+    "pipe:aws s3 cp s3://bucket/train/{name} -", "https://${USER}:${PASSWORD}@host/train?${SAS}", "pipe:cat /a/{name}",
+    "pipe:curl -u ${LOGIN} https://host/{name}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", HIDDEN)
+def test_secrets_are_taken_out(address: str) -> None:
+    assert redacted(address) == HIDDEN[address] == redacted(redacted(address))
+    assert has_secrets(address) and is_redacted(redacted(address))
+
+
+@pytest.mark.parametrize("address", OPEN)
+def test_what_is_no_secret_stays(address: str) -> None:
+    assert redacted(address) == address and not has_secrets(address)
+
+
+def test_variables_are_filled_in_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAS", "sig=a&b")
+    assert with_variables("https://host/{name}?${SAS}") == "https://host/{name}?sig=a&b"
+    with pytest.raises(KeyError, match="ABSENT"):
+        with_variables("https://${ABSENT}@host/")
+
+
+def test_what_libraries_say_of_an_address_is_scrubbed() -> None:
+    address = "https://ann:pass:word@host/sets?sig=abcdef"
+    said = f"cannot open {address}: nonnumeric port 'pass:word@host', query sig=abcdef"
+    assert scrubbed(said, address) == "cannot open https://***@host/sets?***: nonnumeric port '***@host', query ***"
+
+
+def test_nothing_a_run_file_prints_or_stores_holds_them(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    places = {"train": "https://ann:hush@host/train", "val": "https://host/val?sig=hush"}
+    file.write_text(json.dumps({"refiner": {"data": places}, "train_batch_size": 8}))
+    run = load(file)
+    assert run.refiner.data.train == places["train"]
+    stored = json.dumps(run.resolved())
+    assert "hush" not in stored and "https://***@host/train" in stored and "https://host/val?***" in stored
+    for wrong in ("refiner.data.trian=https://ann:hush@host/train", "refiner.recipe.epochs=https://ann:hush@host/"):
+        with pytest.raises(ConfigError) as told:
+            load(file, [wrong])
+        assert "hush" not in str(told.value)
