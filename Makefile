@@ -37,7 +37,7 @@ lock:
 # The kernels' tests are left out: Triton's interpreter multiplies by itself.
 test-isa: $(VENV)/installed-test
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest tests/attention tests/models/test_lean_mlp.py \
-	    tests/models/test_precision.py --ignore=tests/attention/fused
+	    tests/models/test_precision.py --ignore=tests/attention/triton
 
 lint: $(VENV)/installed-test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
@@ -48,7 +48,7 @@ docs: $(VENV)/installed
 BENCHMARK := $(BIN)/python -m refiner_ds.benchmark
 
 gpu: $(VENV)/installed-test
-	{ $(BIN)/python -m pytest -m gpu tests/attention/fused; \
+	{ $(BIN)/python -m pytest -m gpu tests/attention/triton; \
 	  $(BENCHMARK) kernels; $(BENCHMARK) kernels --heads 16; $(BENCHMARK) kernels --heads 16 --tokens 785 --batch 8; \
 	  $(BENCHMARK) attention --dtype bf16 --batch 64; $(BENCHMARK) attention --dtype bf16 --heads 16 --tokens 197 785; \
 	  $(BENCHMARK) model --dtype bf16 --compile --batch 128; \

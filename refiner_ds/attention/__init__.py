@@ -1,29 +1,34 @@
-"""Refined attention, knowing nothing of models: the equations, the ways of computing them, and the choice.
+"""Refined attention, knowing nothing of models.
 
-    equations.py   the paper's equations            norms.py       batch norm in fp32, counted once a step
-    eager.py    the plain composition            parameters.py  what a refiner is made of
-    lean.py        without the expanded maps        folding.py     norms folded for inference
-    fused/         the same in Triton kernels       choose.py      attend, refine, plain: what models call
+    dispatch.py    attend, refine, plain_attention: what models call; the choice of a backend
+    weights.py     the arguments          refiners.py   a row for each kind of refiner
+    equations.py   the paper's, with which tests compare    norms.py   batch norm in fp32, counted once a step
+    backends/      eager, tiled, triton, and the check of kernels before they become the default
 
-Lean is built of tiles.py and moments.py, and a file for each case that lean.py lists; bottleneck_algebra.py and
-bottleneck_function.py are shared with fused.
+By operation, with every backend's implementation side by side:
+
+    map/   linear/   bottleneck/        built of   tiling/ (tiles of query rows)   kernels/ (Triton)
 """
 
+from refiner_ds.attention.backends.eager import refined_map
+from refiner_ds.attention.bottleneck.folding import fold_refiner, running_affine, scaled
 from refiner_ds.attention.dispatch import (
     BACKENDS,
     attend,
     attention_backend,
+    is_traced,
     plain_attention,
     refine,
     resolve_backend,
     set_save_for_backward,
 )
-from refiner_ds.attention.eager import make_map, refined_map
-from refiner_ds.attention.folding import fold_refiner, running_affine, scaled
+from refiner_ds.attention.map.eager import make_map
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
+from refiner_ds.attention.refiners import REFINERS, Refiner
 from refiner_ds.attention.weights import (
     CONSTRAINTS,
     BottleneckWeights,
+    Case,
     DeferredMap,
     FoldedWeights,
     LinearWeights,
@@ -33,29 +38,33 @@ from refiner_ds.attention.weights import (
 )
 
 __all__ = [
-    "CONSTRAINTS",
     "BACKENDS",
+    "CONSTRAINTS",
+    "REFINERS",
     "BatchNorm",
     "BottleneckWeights",
+    "Case",
+    "DeferredMap",
     "FoldedWeights",
     "LinearWeights",
     "LocalKernels",
     "Norm",
+    "Refiner",
     "RefinerWeights",
-    "DeferredMap",
     "attend",
     "attention_backend",
     "batch_norm",
     "fold_refiner",
     "frozen_statistics",
+    "is_traced",
     "kernel_shapes",
     "make_map",
     "plain_attention",
     "recompute_aware",
     "refine",
     "refined_map",
-    "set_save_for_backward",
     "resolve_backend",
     "running_affine",
     "scaled",
+    "set_save_for_backward",
 ]

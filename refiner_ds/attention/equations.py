@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refiner_ds.attention.norms import statistics_dtype
+from refiner_ds.attention.weights import CONSTRAINTS, LocalKernels
 
 __all__ = [
     "accumulate",
@@ -27,6 +28,7 @@ __all__ = [
     "distributed_local_attention",
     "expand",
     "linear_refiner",
+    "local_attention",
     "local_over_grid",
     "normalise",
     "reduce",
@@ -162,7 +164,7 @@ def bottleneck(
     map_BHNN: Tensor,
     expand_EH: Tensor,
     kernel_E1kk: Tensor,
-    project_HE: Tensor,
+    reduce_HE: Tensor,
     affines: Sequence[tuple[Tensor, Tensor]],
     running: Sequence[tuple[Tensor, Tensor]] | None = None,
     eps: float = 1e-5,
@@ -171,7 +173,7 @@ def bottleneck(
 
     Args:
         map_BHNN: the maps to refine.
-        expand_EH, kernel_E1kk, project_HE: the three convolutions.
+        expand_EH, kernel_E1kk, reduce_HE: the three convolutions.
         affines: weight and bias of the four norms, in order.
         running: mean and variance of the four norms; ``None`` takes the batch's own, as in training.
         eps: added to every variance.
@@ -185,9 +187,9 @@ def bottleneck(
         used.append(batch_moments(x) if running is None else running[index])
         return normalise(x, *affines[index], used[index], eps)
 
-    wide_BENN = F.relu6(norm(expand(map_BHNN, expand_EH)))
-    local_BENN = F.relu6(norm(distributed_local_attention(wide_BENN, kernel_E1kk)))
-    refined_BHNN = norm(reduce(local_BENN, project_HE)) + map_BHNN
+    expanded_BENN = F.relu6(norm(expand(map_BHNN, expand_EH)))
+    local_BENN = F.relu6(norm(distributed_local_attention(expanded_BENN, kernel_E1kk)))
+    refined_BHNN = norm(reduce(local_BENN, reduce_HE)) + map_BHNN
     return norm(refined_BHNN), used
 
 
@@ -222,3 +224,16 @@ def row_and_column_local_attention(
     for kernel, axis in zip(kernels, ("keys", "keys", "queries", "queries"), strict=True):
         map_BENN = local_over_grid(map_BENN, kernel, grid, axis)
     return map_BENN
+
+
+def local_attention(map_BENN: Tensor, local: LocalKernels) -> Tensor:
+    """Distributed local attention under whichever constraint the kernels have, [B, E, N, N]."""
+    if local.constraint == "none":
+        return distributed_local_attention(map_BENN, local.kernels[0])
+    if local.constraint == "spatial":
+        keys_E1kk, queries_E1kk = local.kernels
+        return spatial_local_attention(map_BENN, keys_E1kk, queries_E1kk, local.grid)
+    if local.constraint == "row+col":
+        rows, columns, query_rows, query_columns = local.kernels
+        return row_and_column_local_attention(map_BENN, (rows, columns, query_rows, query_columns), local.grid)
+    raise ValueError(f"constraint is {local.constraint!r}; it must be one of {', '.join(CONSTRAINTS)}")

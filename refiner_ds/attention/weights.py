@@ -1,16 +1,19 @@
-"""What a refiner is made of, as plain tensors: the arguments of ``attention.refine``.
+"""The arguments of ``attention.refine`` as named tuples of tensors.
 
-    LinearWeights      expand ─ local ─ reduce                      the paper's, linear in the maps
-    BottleneckWeights  expand ─ norm ─ local ─ norm ─ project ─ norm (+ identity) ─ norm      the released one
-    FoldedWeights      the released one for inference, its four norms folded into weights and biases
+    DeferredMap        queries and keys, in place of the map they make
+    LinearWeights      expand ─ local ─ reduce                                             the paper's
+    BottleneckWeights  expand ─ norm ─ local ─ norm ─ reduce ─ norm (+ identity) ─ norm    the released models'
+    FoldedWeights      the latter for inference, its four norms folded into weights and biases
 
 Axes: B batch, H heads, E expanded maps, N tokens (class token first), d head width, h×w the patch grid.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from refiner_ds.attention.norms import Norm
@@ -18,11 +21,12 @@ from refiner_ds.attention.norms import Norm
 __all__ = [
     "CONSTRAINTS",
     "BottleneckWeights",
+    "Case",
+    "DeferredMap",
     "FoldedWeights",
     "LinearWeights",
     "LocalKernels",
     "RefinerWeights",
-    "DeferredMap",
     "kernel_shapes",
 ]
 
@@ -30,12 +34,12 @@ CONSTRAINTS = ("none", "spatial", "row+col")
 
 
 class DeferredMap(NamedTuple):
-    """An attention map that has not been computed: softmax(scale · Q Kᵀ), with dropout on it.
+    """An attention map that has not been computed yet: softmax(scale · Q Kᵀ), then dropout.
 
     Args:
         q_BHNd, k_BHNd: queries and keys, [B, H, N, d].
         scale: what the logits are multiplied with, 1/√d.
-        dropout: the probability with which an entry of the map is dropped; 0 outside training.
+        dropout: probability of dropping an entry of the map; 0 outside training.
     """
 
     q_BHNd: Tensor
@@ -45,7 +49,7 @@ class DeferredMap(NamedTuple):
 
 
 class LocalKernels(NamedTuple):
-    """The kernels of distributed local attention, one set a map.
+    """The kernels of distributed local attention, one set for each map.
 
     Args:
         kernels: for constraint "none" one [E, 1, k, k] over the (query, key) plane; for "spatial" two [E, 1, k, k],
@@ -61,7 +65,7 @@ class LocalKernels(NamedTuple):
 
 
 class LinearWeights(NamedTuple):
-    """The paper's refiner (section 3): expansion, distributed local attention, reduction.
+    """The paper's refiner (sections 3.2 and 3.3): expansion, distributed local attention, reduction.
 
     Args:
         expand_EH: [E, H], or ``None`` for local attention on the heads' own maps (then E = H).
@@ -75,20 +79,20 @@ class LinearWeights(NamedTuple):
 
 
 class BottleneckWeights(NamedTuple):
-    """The released models' refiner: an inverted bottleneck with an identity, and a norm behind it.
+    """The released models' refiner: an inverted bottleneck with an identity, and a norm after the sum.
 
     Args:
-        expand_EH, project_HE: the 1×1 convolutions, [E, H] and [H, E].
+        expand_EH, reduce_HE: the 1×1 convolutions, [E, H] and [H, E].
         local: the depthwise kernels between them.
-        norm1_E, norm2_E, norm3_H: behind each of the three; the first two are followed by ReLU6.
-        adapt_H: the norm behind the sum with the identity.
+        norm1_E, norm2_E, norm3_H: after each of the three; ReLU6 follows the first two.
+        adapt_H: the norm after the sum with the identity.
     """
 
     expand_EH: Tensor
     norm1_E: Norm
     local: LocalKernels
     norm2_E: Norm
-    project_HE: Tensor
+    reduce_HE: Tensor
     norm3_H: Norm
     adapt_H: Norm
 
@@ -96,10 +100,10 @@ class BottleneckWeights(NamedTuple):
 class FoldedWeights(NamedTuple):
     """A :class:`BottleneckWeights` with running statistics, every norm folded into its neighbour.
 
-    The refined map is project·relu6(gain2·local(relu6(expand·A + bias1)) + bias2) + gain·A + shift.
+    The refined map is reduce·relu6(gain2·local(relu6(expand·A + bias1)) + bias2) + gain·A + shift.
 
     Args:
-        expand_EH, bias1_E, bias2_E, project_HE: weights and biases, [E, H], [E], [E], [H, E].
+        expand_EH, bias1_E, bias2_E, reduce_HE: weights and biases, [E, H], [E], [E], [H, E].
         local: the depthwise kernels, with the second norm's gain in them where the constraint is "none".
         gain2_E: that gain where class tokens bypass the kernels, [E]; otherwise ``None``.
         gain_H, shift_H: what the identity is multiplied with, and the constant, [H].
@@ -110,16 +114,44 @@ class FoldedWeights(NamedTuple):
     local: LocalKernels
     gain2_E: Tensor | None
     bias2_E: Tensor
-    project_HE: Tensor
+    reduce_HE: Tensor
     gain_H: Tensor
     shift_H: Tensor
 
 
-RefinerWeights = LinearWeights | BottleneckWeights | FoldedWeights
+# A named tuple of a type that ``refiners.REFINERS`` has a row for.
+RefinerWeights = tuple[Any, ...]
+
+
+class Case(NamedTuple):
+    """A call of the operator, as backends are asked about it.
+
+    Args:
+        attn: the maps, [B, H, N, N], or the queries and keys that they are made of.
+        value_BHNd: values.
+        weights: of the refiner; ``None`` where a map is made and multiplies the values unrefined.
+    """
+
+    attn: Tensor | DeferredMap
+    value_BHNd: Tensor
+    weights: RefinerWeights | None = None
+
+    def wants_gradients(self) -> bool:
+        """Whether autograd would record this call."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(self))
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for inner in part:
+            yield from _tensors(inner)
 
 
 def kernel_shapes(constraint: str, kernel_size: int) -> dict[str, tuple[int, int]]:
-    """The kernels a constraint needs, by name and in the order :class:`LocalKernels` takes them.
+    """Names and shapes of the kernels of a constraint, in the order in which :class:`LocalKernels` takes them.
 
     Raises:
         ValueError: the constraint is unknown, or the kernel size is even or not positive.

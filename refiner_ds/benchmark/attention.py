@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from refiner_ds import attention
 from refiner_ds.attention import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels, Norm, RefinerWeights
-from refiner_ds.attention.tiles import CPU_TILE_BYTES
+from refiner_ds.attention.tiling.tiles import CPU_TILE_BYTES
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes
 from refiner_ds.benchmark.traffic import moved_bytes
 from refiner_ds.errors import ConfigError
@@ -168,15 +168,9 @@ def _ways(layer: Layer) -> dict[str, list[tuple[str, str, str]]]:
 
 def _kernels_know(layer: Layer, case: str) -> bool:
     *source, v_BHNd = layer.leaves(case, 1)
-    try:
-        attention.resolve_backend("triton", v_BHNd.device)
-    except ValueError:
-        return False
-    from refiner_ds.attention.fused import backends
-
     layer.train()
     attn = source[0] if case == "bottleneck" else DeferredMap(source[0], source[1], layer.scale)
-    return backends.knows(attn, v_BHNd, layer.refiner(case))
+    return attention.BACKENDS["triton"].supports(attention.Case(attn, v_BHNd, layer.refiner(case))) is None
 
 
 def _moved(setting: Setting, tokens: int, names: list[tuple[str, str, str, str]]) -> list[tuple[float, float]]:

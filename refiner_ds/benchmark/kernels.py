@@ -71,7 +71,7 @@ def measure(setting: Setting, tokens: int, architecture: int | None) -> list[Row
     Args:
         architecture: compile for this one, run nothing; ``None`` runs on the device.
     """
-    from refiner_ds.attention.fused.launching import compile_only, recording
+    from refiner_ds.attention.kernels.launch import compile_only, recording
 
     dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
     layer, rows = Layer(setting, tokens), []

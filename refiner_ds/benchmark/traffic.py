@@ -79,9 +79,9 @@ def moved_bytes(step: Callable[[], object], far_above: int = 0) -> Moved:
     with ExitStack() as stack:
         launched: list[Any] = []
         if find_spec("triton") is not None:
-            from refiner_ds.attention.fused import launching
+            from refiner_ds.attention.kernels.launch import recording
 
-            launched = stack.enter_context(launching.recording())
+            launched = stack.enter_context(recording())
         traffic = stack.enter_context(_Traffic(far_above))
         step()
     kernels = sum(one.bytes for one in launched)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from refiner_ds import attention
-from refiner_ds.attention import DeferredMap, lean_linear
+from refiner_ds.attention import DeferredMap
+from refiner_ds.attention.linear import tiled as linear_tiled
 from refiner_ds.benchmark.measure import kept_bytes
 from tests.attention.cases import SCALE, bottleneck, in_dtype, leaf, leaves, linear, maps
 
@@ -65,7 +66,7 @@ EVALUATION = {
 @pytest.mark.parametrize("form", [0.0, float("inf")])
 @pytest.mark.parametrize("case", TRAINING)
 def test_training_gives_the_dtype_of_the_values_and_each_leaf_its_own(case, form, dtype, bf16_products, monkeypatch):
-    monkeypatch.setattr(lean_linear, "STEP_COST", form)
+    monkeypatch.setattr(linear_tiled, "STEP_COST", form)
     compute, parts = TRAINING[case](dtype)
     out, wanted = compute(), leaves(*parts)
     assert out.dtype == dtype
@@ -87,6 +88,6 @@ def test_evaluation_gives_the_dtype_of_the_values(case, dtype, bf16_products):
 def test_bytes_saved_for_backward_do_not_depend_on_the_cpu(case, dtype, monkeypatch):
     saved = []
     for multiplies in (True, False):
-        monkeypatch.setattr("refiner_ds.attention.lean_steps.cpu_multiplies_bf16", lambda it=multiplies: it)
+        monkeypatch.setattr("refiner_ds.attention.tiling.ops.cpu_multiplies_bf16", lambda it=multiplies: it)
         saved.append(kept_bytes(TRAINING[case](dtype)[0], torch.nn.Module()))
     assert saved[0] == saved[1] > 0

@@ -100,7 +100,7 @@ def test_bottleneck_equals_the_equations(ratio, training):
     running = None if training else [(one.running_mean.clone(), one.running_var.clone()) for one in norms]
     affines = [(one.weight, one.bias) for one in norms]
     kernel = refiner.local.kernels[0]
-    refined, _ = equations.bottleneck(attn, refiner.expand_EH, kernel, refiner.project_HE, affines, running)
+    refined, _ = equations.bottleneck(attn, refiner.expand_EH, kernel, refiner.reduce_HE, affines, running)
     ours = attention.refine(attn, value, refiner, SCALE)
     assert_same_with_gradients(ours, equations.attend(SCALE * refined, value), [attn, value, *leaves(refiner)])
 
@@ -110,7 +110,7 @@ def test_running_statistics_take_the_unbiased_variance_once_a_step():
     refiner = bottleneck(3, training=True)
     norms = norms_of(refiner)
     _, used = equations.bottleneck(
-        attn, refiner.expand_EH, refiner.local.kernels[0], refiner.project_HE, [(one.weight, one.bias) for one in norms]
+        attn, refiner.expand_EH, refiner.local.kernels[0], refiner.reduce_HE, [(one.weight, one.bias) for one in norms]
     )
     attention.refine(attn, value, refiner, SCALE)
     for one, (mean, variance) in zip(norms, used, strict=True):
@@ -137,12 +137,6 @@ def test_dropout_is_on_the_map_that_is_made():
     dropped = (residual == 0).double().mean()
     assert 0.3 < dropped < 0.7
     assert torch.equal(out, residual)
-
-
-def test_an_unknown_backend_is_refused_in_one_sentence(monkeypatch):
-    monkeypatch.setenv("REFINER_ATTENTION", "quick")
-    with pytest.raises(ValueError, match=r"^REFINER_ATTENTION is 'quick'; it must be one of eager"):
-        attention.refine(leaf(B, H, N, N), leaf(B, H, N, WIDTH), LinearWeights(None, local_kernels(H), None))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refiner_ds.attention import equations, tiles
-from refiner_ds.attention.tiles import convolution_gradients, convolve
+from refiner_ds.attention import equations
+from refiner_ds.attention.tiling import tiles
+from refiner_ds.attention.tiling.tiles import convolution_gradients, convolve
 from tests.attention.cases import leaf, maps
 
 CPU = torch.device("cpu")
@@ -20,10 +21,10 @@ def test_every_row_is_made_once_and_reaches_far_enough(batch, tokens, radius, ti
     made = torch.zeros(batch, tokens, dtype=torch.int64)
     for tile in tiles.tiles(batch, tokens, 3, CPU, radius):
         made[tile.images, tile.rows] += 1
-        assert tile.rows.start - tile.reach.start + tile.missing[0] == radius
-        assert tile.reach.stop - tile.rows.stop + tile.missing[1] == radius
+        assert tile.rows.start - tile.with_halo.start + tile.missing[0] == radius
+        assert tile.with_halo.stop - tile.rows.stop + tile.missing[1] == radius
         rows = list(range(tokens))
-        assert rows[tile.reach][tile.inner] == rows[tile.rows]
+        assert rows[tile.with_halo][tile.interior] == rows[tile.rows]
     assert (made == 1).all()
 
 
@@ -45,7 +46,7 @@ def test_convolution_in_tiles_is_convolution_there_and_back(groups, kernel_size,
     pieces, back, gradient = torch.empty_like(truth), torch.empty_like(truth), torch.zeros_like(kernel)
     with torch.no_grad():
         for tile in tiles.tiles(2, 11, 3, CPU, kernel_size // 2):
-            seen, behind = whole[tile.images, :, tile.reach], direction[tile.images, :, tile.reach]
+            seen, behind = whole[tile.images, :, tile.with_halo], direction[tile.images, :, tile.with_halo]
             pieces[tile.images, :, tile.rows] = convolve(seen, kernel, tile, groups)
             back[tile.images, :, tile.rows], share = convolution_gradients(seen, behind, kernel, tile, groups)
             gradient += share

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from refiner_ds.attention.fused import launching
+from refiner_ds.attention.kernels import launch
 from refiner_ds.benchmark import measure
 from refiner_ds.benchmark.__main__ import BENCHMARKS, main
 from refiner_ds.benchmark.measure import best_seconds, kept_bytes, peak_bytes
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_every_model_gets_every_figure(capsys, monkeypatch):
-    monkeypatch.setattr(launching, "INTERPRETED", False)  # the interpreter would take minutes
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # the interpreter would take minutes
     assert main(["model", "--depth", "2", "--img-size", "64", "--batch", "2", "--rounds", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     rows = {row["model"]: row for row in result["rows"]}
@@ -34,7 +34,7 @@ def test_every_model_gets_every_figure(capsys, monkeypatch):
 
 
 def test_a_gpu_adds_triton_and_compiling_the_two_that_compilers_see(monkeypatch):
-    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     labels = [one.label for one in Setting("refiner_vit_l", 1, 64, "cuda", "bf16", compile=True).contenders()]
     assert labels == ["eager", "tiled", "triton", "plain twin", "eager, compiled", "plain twin, compiled"]
 

@@ -1,0 +1,46 @@
+"""The ways of computing refined attention; all give the same numbers, to rounding.
+
+    eager    every map materialised, under autograd: any case
+    tiled    tiles of query rows, no expanded map saved; on any device
+    triton   kernels on a GPU, saving what tiled saves
+
+dispatch.py asks them in turn, the one that was requested first.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from refiner_ds.attention.weights import Case, DeferredMap
+
+__all__ = ["Backend"]
+
+
+class Backend(Protocol):
+    """One way of computing every operation."""
+
+    name: str
+
+    def runs_on(self, device: torch.device) -> str | None:
+        """The reason why it cannot run on this device, as the end of "because …", or ``None`` if it can."""
+
+    def supports(self, case: Case) -> str | None:
+        """The reason why it does not compute this case, as the end of "because …", or ``None`` if it does.
+
+        Raises:
+            TypeError: the case's weights are of no known kind.
+        """
+
+    def make_map(self, deferred: DeferredMap, residual_BHNN: Tensor | None = None) -> Tensor:
+        """softmax(scale·QKᵀ) + scale·residual, with dropout, [B, H, N, N] in the queries' dtype."""
+
+    def attend(
+        self, deferred: DeferredMap, value_BHNd: Tensor, residual_BHNN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``attention.attend``: map times values [B, H, N, d], and the map [B, H, N, N]."""
+
+    def refine(self, case: Case, scale: float, save_for_backward: str) -> Tensor:
+        """As ``attention.refine``: refined maps times values, [B, M, N, d]."""

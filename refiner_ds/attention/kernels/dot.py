@@ -1,0 +1,84 @@
+"""Products in kernels, and their precision. Weights and sums are fp32, maps are whatever they are stored in.
+
+dot                two tensors as they are stored, for long sums: fp32 by three tf32 products
+dot_tf32x3         fp32 weights with maps taken to fp32: exact to fp32's last bits
+dot_split_weight   fp32 weights, split in two halves, with maps as they are stored
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refiner_ds.attention.kernels.launch import INTERPRETED
+
+__all__ = ["padded_size", "split_hi_lo", "dot_tf32x3", "dot_split_weight", "load_taps", "dot", "dense_rows", "relu6"]
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def padded_size(count: int) -> int:
+    """The next power of two, 16 or more, to which heads, maps and head widths are padded for tensor cores."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def dense_rows(x_BHNd: Tensor) -> Tensor:
+    """The same numbers with the last axis contiguous, as kernels read them; the others may have any stride."""
+    return x_BHNd if x_BHNd.stride(-1) == 1 else x_BHNd.contiguous()
+
+
+@triton.jit
+def dot_tf32x3(weight, maps):
+    """weight [M, C] · maps [C, L] in fp32."""
+    return tl.dot(weight.to(tl.float32), maps.to(tl.float32), input_precision="tf32x3")
+
+
+@triton.jit
+def dot(left, right):
+    """left · right, both in one dtype, sums in fp32. The interpreter's own product takes bf16 for integers."""
+    if _INTERPRETED or left.dtype == tl.float32:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="tf32x3")
+    else:
+        return tl.dot(left, right)
+
+
+@triton.jit
+def dot_split_weight(weight, maps, sums):
+    """sums + weight [M, C] in fp32 · maps [C, L] as they are stored.
+
+    With maps in half precision the weight is split in two: twice the digits, in a third of ``dot_tf32x3``'s time.
+    """
+    if maps.dtype == tl.float32:
+        sums += dot_tf32x3(weight, maps)
+    else:
+        high = weight.to(maps.dtype)
+        sums += dot(high, maps)
+        sums += dot((weight - high.to(tl.float32)).to(maps.dtype), maps)
+    return sums
+
+
+@triton.jit
+def load_taps(taps_E9, map_M, mask_M):
+    """The nine taps of some maps' 3×3 kernels, each [M, 1]; zero where there is no map."""
+    taps = tl.tuple(())
+    for tap in tl.static_range(9):
+        taps += (tl.load(taps_E9 + map_M * 9 + tap, mask=mask_M, other=0.0)[:, None],)
+    return taps
+
+
+@triton.jit
+def split_hi_lo(x, DTYPE: tl.constexpr):
+    """fp32 numbers as the sum of two in half precision: twice its digits and more."""
+    if DTYPE == tl.bfloat16:
+        # The upper half of an fp32 number is a bfloat16: cheaper than rounding and going back.
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        high = x.to(DTYPE).to(tl.float32)
+    return high.to(DTYPE), (x - high).to(DTYPE)
+
+
+@triton.jit
+def relu6(x):
+    """min(max(x, 0), 6)."""
+    return tl.minimum(tl.maximum(x, 0.0), 6.0)

@@ -1,0 +1,184 @@
+"""Where Triton kernels can run, the one offset that launches them, and compiling them for a GPU that is not there.
+
+launch(kernel, grid, *args, **options)    runs it: on a GPU, or in Triton's interpreter on CPU tensors
+with compile_only(90) as compiled:        inside, launches compile for that architecture and run nothing
+    ...                                   compiled: registers, spilled bytes and shared memory of each
+with recording() as launched:             inside, the bytes, and on a GPU the time, of every launch are noted
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from refiner_ds.attention.weights import LocalKernels
+
+__all__ = [
+    "INTERPRETED",
+    "Compiled",
+    "Launch",
+    "compile_only",
+    "launch",
+    "recording",
+    "runs_on",
+    "unsupported_kernel_size",
+]
+
+# Triton decides when a kernel is defined: TRITON_INTERPRET=1 must have been set by then.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_compiled: dict[str, Compiled] | None = None
+_launched: list[Launch] | None = None
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of one kernel as launched.
+
+    Args:
+        name: the kernel's name and its constants.
+        registers: of a thread.
+        spilled: bytes of a thread's plane; 0 where everything fits into registers.
+        shared: bytes of shared memory a program takes.
+        warps: of a program.
+    """
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+
+
+class Launch(NamedTuple):
+    """One launch.
+
+    Args:
+        name: the kernel's.
+        bytes: of all tensors it was given, each read or written at least once: no kernel moves less.
+        milliseconds: elapsed on the GPU; 0 elsewhere.
+    """
+
+    name: str
+    bytes: int
+    milliseconds: float
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of this device."""
+    return device.type == "cuda" or INTERPRETED or _compiled is not None
+
+
+def unsupported_kernel_size(local: LocalKernels) -> str | None:
+    """The reason why no kernel convolves with these, or ``None``."""
+    size = local.kernels[0].shape[-1]
+    return None if size in (1, 3) else f"kernels take kernel_size 1 or 3, not {size}"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run ``kernel`` once for every point of ``grid``; ``options`` are its constants and ``num_warps`` and the like."""
+    if _launched is not None:
+        _launched.append(_noted(kernel, grid, args, options))
+    else:
+        _run(kernel, grid, args, options)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    # Explicit, since Triton announces another default, and the measured registers are of this one.
+    options = {"enable_fp_fusion": True, **options}
+    if _compiled is None:
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, **options)
+        return
+    made = kernel.warmup(*args, grid=grid, **options)
+    constants = {name: value for name, value in options.items() if name not in ("num_warps", "enable_fp_fusion")}
+    name = f"{made.metadata.name} {' '.join(f'{key}={value}' for key, value in constants.items())}"
+    if name not in _compiled:
+        registers, spilled = _resources(made.asm["cubin"])
+        _compiled[name] = Compiled(name, registers, spilled, made.metadata.shared, made.metadata.num_warps)
+
+
+def _noted(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    tensors = {x.data_ptr(): x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor)}
+    if _compiled is not None or not torch.cuda.is_available():
+        _run(kernel, grid, args, options)
+        return Launch(kernel.__name__, sum(tensors.values()), 0.0)
+    _run(kernel, grid, args, options)  # compiles, and warms up
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    _run(kernel, grid, args, options)
+    last.record()
+    torch.cuda.synchronize()
+    return Launch(kernel.__name__, sum(tensors.values()), first.elapsed_time(last))
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, every launch is noted in the list that this gives; each kernel runs twice on a GPU, so only look."""
+    global _launched
+    _launched = []
+    try:
+        yield _launched
+    finally:
+        _launched = None
+
+
+class _AbsentGPU:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it has compiled a device: another architecture must be another device.
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(architecture: int) -> Iterator[dict[str, Compiled]]:
+    """Inside, :func:`launch` compiles for an Nvidia architecture (90 is Hopper) and runs nothing; no GPU is needed.
+
+    Results of kernels are left as they were allocated.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    global _compiled
+    if INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
+    before, _compiled = driver._active, {}
+    driver.set_active(_AbsentGPU(architecture))
+    try:
+        yield _compiled
+    finally:
+        _compiled = None
+        driver._active = before
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of plane, of the one kernel in a binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found, printed
+    return int(found[1]), int(found[2])

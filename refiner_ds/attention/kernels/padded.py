@@ -1,0 +1,62 @@
+"""The memory layout of maps for kernels: every row starts at a multiple of 16 bytes, and zeros pad it up to the next.
+
+    [B, C, N, N]: entry (b, c, r, k) is at 8 + ((b·C + c)·N + r)·S + k, where S is N rounded up to a multiple of 8
+
+Rows of 197 halves laid end to end could be read two bytes at a time only; instructions, not bytes, would then bound
+most kernels. Who writes padded maps writes the zeros, and who reads them relies on them. A tensor is recognised by its
+strides, an offset of 8 entries and a storage of exactly this size.
+Axes: B batch, C maps, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ALIGNED", "empty_padded", "valid_counts", "to_padded", "is_padded", "row_stride"]
+
+ALIGNED = 8  # entries: 16 bytes in half precision
+
+
+def row_stride(tokens: int) -> int:
+    """S, from row to row."""
+    return -(-tokens // ALIGNED) * ALIGNED
+
+
+def valid_counts(tokens: int, length: int, device: torch.device) -> Tensor:
+    """A map's N·S entries cut into parts of ``length``: how many of each are not padding, int64."""
+    stride = row_stride(tokens)
+    cuts = torch.arange(0, tokens * stride + length, length, device=device).clamp(max=tokens * stride)
+    return (cuts // stride * tokens + (cuts % stride).clamp(max=tokens)).diff()
+
+
+def empty_padded(like_BCN: Tensor, maps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised padded maps, [B, ``maps``, N, N], the padding too; maps and dtype of ``like`` where None."""
+    batch, like_maps, tokens = like_BCN.shape[:3]
+    maps, stride = maps or like_maps, row_stride(tokens)
+    memory = like_BCN.new_empty(ALIGNED + batch * maps * tokens * stride, dtype=dtype)
+    # Not a view: autograd would give it the history of ``memory``.
+    padded_BCNN = memory.new_empty(0)
+    shape, strides = (batch, maps, tokens, tokens), (maps * tokens * stride, tokens * stride, stride, 1)
+    return padded_BCNN.set_(memory.untyped_storage(), ALIGNED, shape, strides)
+
+
+def is_padded(x_BCNN: Tensor) -> bool:
+    """Whether maps have this layout already."""
+    batch, maps, tokens, _ = x_BCNN.shape
+    stride = row_stride(tokens)
+    size = (ALIGNED + batch * maps * tokens * stride) * x_BCNN.element_size()
+    strides = (maps * tokens * stride, tokens * stride, stride, 1)
+    # An axis of length 1 may have any stride.
+    same = all(one == 1 or a == b for one, a, b in zip(x_BCNN.shape, x_BCNN.stride(), strides, strict=True))
+    return bool(same and x_BCNN.storage_offset() == ALIGNED and x_BCNN.untyped_storage().nbytes() == size)
+
+
+def to_padded(x_BCNN: Tensor) -> Tensor:
+    """The same maps in this layout: themselves where they have it, otherwise a copy."""
+    if is_padded(x_BCNN):
+        return x_BCNN
+    padded_BCNN, (batch, maps, tokens, _) = empty_padded(x_BCNN), x_BCNN.shape
+    strides = padded_BCNN.stride()
+    torch.as_strided(padded_BCNN, (batch, maps, tokens, strides[2]), strides)[..., tokens:].zero_()
+    return padded_BCNN.copy_(x_BCNN)

@@ -1,0 +1,133 @@
+"""The attention map without a saved softmax: queries and keys are enough to compute it again, row by row.
+
+    q, k (+ residual map) ──> A = softmax(scale·QKᵀ) + scale·residual, dropout ──> A·V
+                              └─ backward: softmax(scale·QKᵀ) again, tile by tile, in fp32
+
+The softmax is never recovered as A − scale·residual: in half precision that difference has no digits left.
+Axes: B batch, H heads, N tokens, d head width; b, R the images and query rows of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refiner_ds.attention import equations
+from refiner_ds.attention.norms import statistics_dtype
+from refiner_ds.attention.tiling.ops import product_dtype
+from refiner_ds.attention.tiling.tiles import Tile, tiles
+from refiner_ds.attention.weights import DeferredMap
+
+__all__ = ["attend", "make_map", "score_gradients", "softmax_rows"]
+
+
+def softmax_rows(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None) -> Tensor:
+    """A tile's rows of softmax(scale·QKᵀ), [b, H, R, N], fp32 or better; the same bits each time."""
+    precision = statistics_dtype(q_BHNd.dtype)
+    q_bHRd = q_BHNd[tile.images, :, rows or tile.rows].to(precision) * scale
+    return (q_bHRd @ k_BHNd[tile.images].to(precision).mT).softmax(-1)
+
+
+def score_gradients(
+    softmax_bHRN: Tensor, grad_bHRN: Tensor, q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Backward of the softmax's rows of a tile: ∂q for these rows [b, H, R, d], their share of ∂k [b, H, N, d]."""
+    precise = softmax_bHRN.dtype
+    d_logits_bHRN = torch.ops.aten._softmax_backward_data(grad_bHRN.to(precise), softmax_bHRN, -1, precise)
+    dtype = product_dtype(q_BHNd)
+    d_logits_bHRN = d_logits_bHRN.to(dtype)
+    q_bHRd, k_bHNd = q_BHNd[tile.images, :, tile.rows].to(dtype), k_BHNd[tile.images].to(dtype)
+    dq_bHRd, dk_bHNd = d_logits_bHRN @ k_bHNd, d_logits_bHRN.mT @ q_bHRd
+    return dq_bHRd.to(precise).mul_(scale), dk_bHNd.to(precise).mul_(scale)
+
+
+class _MakeMap(torch.autograd.Function):
+    """(q, k, residual map or None) to the map; saves q and k."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int
+    ) -> Tensor:
+        batch, heads, tokens, _ = q_BHNd.shape
+        precision = statistics_dtype(q_BHNd.dtype)
+        map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
+        with torch.autocast(q_BHNd.device.type, enabled=False):
+            for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
+                rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+                if residual_BHNN is not None:
+                    rows_bHRN.add_(residual_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
+                if dropout:
+                    rows_bHRN.mul_(_dropout_factor(rows_bHRN, dropout, seed + index))
+                map_BHNN[tile.images, :, tile.rows] = rows_bHRN
+        ctx.save_for_backward(q_BHNd, k_BHNd)
+        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.residual = None if residual_BHNN is None else residual_BHNN.dtype
+        return map_BHNN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHNd, k_BHNd = ctx.saved_tensors
+        batch, heads, tokens, _ = q_BHNd.shape
+        dq_BHNd = torch.empty_like(q_BHNd)
+        precision = statistics_dtype(q_BHNd.dtype)
+        dk_BHNd = torch.zeros_like(k_BHNd, dtype=precision)
+        d_residual_BHNN = None if ctx.residual is None else torch.empty_like(grad_BHNN, dtype=ctx.residual)
+        with torch.autocast(q_BHNd.device.type, enabled=False):
+            for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
+                grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(precision)
+                if ctx.dropout:
+                    grad_bHRN = grad_bHRN * _dropout_factor(grad_bHRN, ctx.dropout, ctx.seed + index)
+                if d_residual_BHNN is not None:
+                    d_residual_BHNN[tile.images, :, tile.rows] = grad_bHRN * ctx.scale
+                softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, ctx.scale, tile)
+                dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, ctx.scale, tile)
+                dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
+                dk_BHNd[tile.images] += dk_bHNd
+        return dq_BHNd, dk_BHNd.to(k_BHNd.dtype), d_residual_BHNN, None, None, None
+
+
+def _dropout_factor(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
+    """Factors of dropout for a tile, the same for the same seed."""
+    if dropout >= 1:
+        return torch.zeros_like(like_bHRN)
+    generator = torch.Generator(like_bHRN.device).manual_seed(seed)
+    return torch.empty_like(like_bHRN).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+
+
+def make_map(deferred: DeferredMap, residual_BHNN: Tensor | None = None) -> Tensor:
+    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, saving q and k for backward.
+
+    Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
+    """
+    seed = int(torch.randint(2**62, ())) if deferred.dropout else 0
+    return _MakeMap.apply(deferred.q_BHNd, deferred.k_BHNd, residual_BHNN, deferred.scale, deferred.dropout, seed)
+
+
+class _Attend(torch.autograd.Function):
+    """(map, value) to map times value; saves both as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, map_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
+        ctx.save_for_backward(map_BHNN, value_BHNd)
+        return map_BHNN @ value_BHNd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHNd: Tensor) -> tuple[Tensor, Tensor]:
+        map_BHNN, value_BHNd = ctx.saved_tensors
+        return grad_BHNd @ value_BHNd.mT, map_BHNN.mT @ grad_BHNd
+
+
+def attend(map_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
+    """As ``reference.attend`` with one map for each head, [B, H, N, d], saving the values where they are.
+
+    PyTorch's own product would save a contiguous copy of values that are a slice of q, k and v.
+    """
+    device = map_BHNN.device.type
+    if torch.is_autocast_enabled(device) and value_BHNd.dtype != torch.get_autocast_dtype(device):
+        return equations.attend(map_BHNN, value_BHNd)
+    return _Attend.apply(map_BHNN, value_BHNd)
