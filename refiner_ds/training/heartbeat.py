@@ -1,0 +1,110 @@
+"""What a rank does now, for those who wonder whether it still does anything.
+
+    heartbeats/rank_00003.json    {"rank": 3, "host": …, "pid": …, "beats": 812, "step": 40, "doing": "forward", …}
+
+The loop beats whenever it begins something; that costs two assignments. A thread (watchdog.py) writes the file. All
+ranks run the same program, so the one with the fewest beats is the one the others wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+FIRST_STEPS = 2  # of a process: they compile, autotune and fill caches
+REMEMBERED_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank as its file tells it.
+
+    Attributes:
+        machine, began: tell the process from others of its number, as in run_lock.py.
+        beats: things this rank has begun since its start.
+        step: optimizer step it is in; ``doing`` what.
+        alive: counts up as long as the process runs, whatever its main thread does.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    began: str
+    beats: int
+    step: int
+    doing: str
+    alive: int
+
+    def write(self, folder: Path) -> None:
+        """Put it where the others look; whole, but not forced to the disk: the next one comes in seconds."""
+        file = self.file(folder, self.rank)
+        beside = file.with_suffix(".tmp")
+        beside.write_text(json.dumps(asdict(self)))
+        os.replace(beside, file)
+
+    @staticmethod
+    def file(folder: Path, rank: int) -> Path:
+        """The file of one rank."""
+        return folder / f"rank_{rank:05d}.json"
+
+    @staticmethod
+    def read(folder: Path, rank: int) -> Beat | None:
+        """What a rank last wrote; None where it has written nothing."""
+        with suppress(OSError, ValueError, TypeError):
+            return Beat(**json.loads(Beat.file(folder, rank).read_text()))
+        return None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host}; step {self.step}, {self.doing})"
+
+
+class Heartbeat:
+    """What this process does, as its loop tells it.
+
+    Attributes:
+        beats, step, doing: as in `Beat`.
+        since: when it began that, seconds of the monotonic clock.
+        patient: whether that may take long without anything being wrong.
+    """
+
+    def __init__(self) -> None:
+        self.beats = 0
+        self.step = 0
+        self.doing = "starting"
+        self.patient = True
+        self.since = time.monotonic()
+        self._steps_begun = 0
+        self._spent = 0.0
+        self._recent: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+
+    def beat(self, step: int, doing: str, patient: bool = False) -> None:
+        """Say that something begins.
+
+        Args:
+            step: optimizer step it belongs to.
+            doing: what, to follow "step 40, ": "forward", "saving".
+            patient: it may take minutes: a save, an evaluation, the first batch of an epoch.
+        """
+        now = time.monotonic()
+        if not self.patient:
+            self._spent += now - self.since
+        if step != self.step:
+            if self._spent:
+                self._recent.append(self._spent)
+            self._steps_begun, self._spent = self._steps_begun + 1, 0.0
+        self.patient = patient or self._steps_begun <= FIRST_STEPS
+        self.step, self.doing, self.since = step, doing, now
+        self.beats += 1
+
+    @property
+    def recent_step(self) -> float:
+        """Seconds that a step has taken of late, patient things left out; 0.0 before there was one."""
+        recent = list(self._recent)  # the loop appends to the other one meanwhile
+        return median(recent) if recent else 0.0

@@ -1,0 +1,253 @@
+"""Finding the rank that all others wait for, and ending a run that hangs so that it can be started again.
+
+Ranks move together: when one stops, all stand still within a step. So each watches only its own main thread and writes
+its heartbeat. Once it has stood still for too long it reads the heartbeats of all, and the first to do so (the lowest
+running rank) writes a verdict:
+
+    a process whose ``alive`` does not count up      it is stopped, or its machine is gone
+    else the ranks with the fewest beats             they are stuck in what they last began
+    else all of them                                 they wait in one collective: the network, or NCCL
+
+    heartbeats/verdict.json    {"ranks": [1], "sentence": …}     every rank leaves with exit code 75 when it sees it
+    logs/rank_1.stacks         Python stacks of its threads; `kill -QUIT` writes them at any other time, too
+
+A stopped process is sent QUIT and then CONT: it writes its stacks before it does anything else, and leaves like the rest.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from refiner_ds.exit_codes import RUN_AGAIN
+from refiner_ds.training.heartbeat import Beat, Heartbeat
+from refiner_ds.training.parent import Process
+from refiner_ds.training.run_lock import Holder
+from refiner_ds.training.signals import leave_at_once
+
+WRITE_SECONDS = 5.0  # and no less than five times in ``seconds``
+LOOK_SECONDS = 0.5
+TURN_SECONDS, TURNS = 0.5, 20  # each rank gives those below it time to write the verdict first
+STEPS_OF_PATIENCE = 4  # with ``seconds`` below 30, a stopped rank is named within max(30 s, 5 steps)
+SHARE_OF_PATIENCE = 0.9  # of the collectives' time-out: the verdict says more than its error would
+GONE_SECONDS = 5.0
+
+
+class Watchdog:
+    """Watches this process from a thread of its own.
+
+    Args:
+        heartbeat: what the loop does.
+        folder: heartbeats of the run, the same for all ranks; it exists.
+        rank, size: of this process.
+        seconds: how long an ordinary step may stand still, and no less than `STEPS_OF_PATIENCE` recent steps.
+        patience: seconds that anything patient may take.
+        stacks: file that stacks are written to.
+        last_collective: tells in words what the communication library did last; None where it cannot.
+        leave: ends this process.
+    """
+
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        folder: Path,
+        rank: int,
+        size: int,
+        seconds: float,
+        patience: float,
+        stacks: Path,
+        last_collective: Callable[[], str | None] = lambda: None,
+        leave: Callable[[int], None] = leave_at_once,
+    ) -> None:
+        self._heartbeat, self._folder = heartbeat, folder
+        self._rank, self._size = rank, size
+        self._seconds, self._patience = seconds, patience * SHARE_OF_PATIENCE
+        self._stacks_file = stacks
+        self._last_collective, self._leave = last_collective, leave
+        self._verdict = folder / "verdict.json"
+        self._me = Holder.this_process()
+        self._alive = 0
+        self._written = 0.0
+        self._before: dict[int, Beat | None] = {}
+        self._excused = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stacks: TextIO | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._stacks = open(self._stacks_file, "a", buffering=1)
+        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True, chain=False)
+        self._write()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._stacks is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        faulthandler.unregister(signal.SIGQUIT)
+        self._stacks.close()
+        self._stacks = None
+        Beat.file(self._folder, self._rank).unlink(missing_ok=True)
+        if not self._stacks_file.stat().st_size:
+            self._stacks_file.unlink()
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._ended.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            if now - looked > 10 * LOOK_SECONDS:
+                self._excused = now  # this whole process stood still: a suspended job or machine; nobody is at fault
+                self._before, self._written = {}, 0.0
+            looked = now
+            with suppress(OSError):  # a file server that is away for a moment
+                self._look(now)
+
+    def _look(self, now: float) -> None:
+        still = now - max(self._heartbeat.since, self._excused)
+        limit = max(self._seconds, STEPS_OF_PATIENCE * self._heartbeat.recent_step)
+        suspicious = still > limit / 2
+        if suspicious or now - self._written >= min(WRITE_SECONDS, self._seconds / 5):
+            self._write()
+            self._written = now
+            if self._verdict.exists():
+                self._obey()
+                return
+        if not suspicious:
+            self._before = {}
+        elif not self._before:
+            self._before = self._read()
+        elif still > limit + min(self._rank, TURNS) * TURN_SECONDS:
+            after = self._read()
+            if self._heartbeat.patient and still < self._patience:
+                blamed = {beat.rank: beat for beat in after.values() if beat is not None and self._is_stopped(beat)}
+                why = "is stopped"
+            else:
+                blamed, why = blame(self._before, after)
+            if blamed:
+                self._accuse(blamed, why, still)
+
+    def _write(self) -> None:
+        self._alive += 1
+        mine, doing = self._me, self._heartbeat
+        Beat(
+            self._rank, mine.host, mine.pid, mine.machine, mine.began, doing.beats, doing.step, doing.doing, self._alive
+        ).write(self._folder)
+
+    def _read(self) -> dict[int, Beat | None]:
+        return {rank: Beat.read(self._folder, rank) for rank in range(self._size)}
+
+    def _is_here(self, beat: Beat) -> bool:
+        return beat.machine == self._me.machine
+
+    def _is_stopped(self, beat: Beat) -> bool:
+        """Whether a process of this machine is stopped or has ended; of another machine nobody here can tell."""
+        return self._is_here(beat) and _state_of(beat) in ("T", "t", "gone")
+
+    def _accuse(self, blamed: dict[int, Beat | None], why: str, still: float) -> None:
+        named = ", ".join(str(beat) if beat else f"rank {rank}" for rank, beat in blamed.items())
+        sentence = f"no progress for {still:.0f} s: {named} {why}"
+        with suppress(FileExistsError), self._verdict.open("x") as file:
+            json.dump({"ranks": list(blamed), "sentence": sentence, "by": self._rank}, file)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        """Leave as the verdict says, and see to it that the ranks it names do."""
+        time.sleep(LOOK_SECONDS / 2)  # its author may not have closed it yet
+        verdict = json.loads(self._verdict.read_text())
+        assert self._stacks is not None
+        self._stacks.write(f"{time.strftime('%F %T')} {verdict['sentence']}\n")
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        if (collective := _within(5.0, self._last_collective)) is not None:
+            self._stacks.write(f"last collective: {collective}\n")
+        if self._rank in verdict["ranks"] and verdict["by"] != self._rank:
+            self._leave(RUN_AGAIN)
+            return
+        self._rouse([rank for rank in verdict["ranks"] if rank != self._rank])
+        if verdict["by"] == self._rank:
+            print(self._account(verdict), file=sys.stderr, flush=True)
+        self._leave(RUN_AGAIN)
+
+    def _rouse(self, ranks: list[int]) -> None:
+        """Have the named processes of this machine write their stacks and leave; kill those that do neither."""
+        here = [beat for rank in ranks if (beat := Beat.read(self._folder, rank)) is not None and self._is_here(beat)]
+        for beat in here:
+            if _state_of(beat) != "gone":
+                with suppress(OSError):
+                    os.kill(beat.pid, signal.SIGQUIT)
+                    os.kill(beat.pid, signal.SIGCONT)
+        end = time.monotonic() + GONE_SECONDS
+        while any(_state_of(beat) != "gone" for beat in here) and time.monotonic() < end:
+            time.sleep(0.1)
+        for beat in here:
+            if _state_of(beat) != "gone":
+                with suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)
+
+    def _account(self, verdict: dict) -> str:
+        lines = [f"error: {verdict['sentence']}; all ranks leave with exit code {RUN_AGAIN}: the same command continues"]
+        for rank in verdict["ranks"][:4]:
+            file = self._stacks_file.with_name(f"rank_{rank}.stacks")
+            lines.append(f"stacks of rank {rank}: {file}")
+        return "\n".join(lines)
+
+
+def blame(before: dict[int, Beat | None], after: dict[int, Beat | None]) -> tuple[dict[int, Beat | None], str]:
+    """Whom the others wait for, by rank, and in words why.
+
+    Args:
+        before, after: heartbeats at two moments between which every running process wrote; None: none was found.
+    """
+    silent = {rank: beat for rank, beat in after.items() if beat is None or _same_life(before.get(rank), beat)}
+    if silent:
+        return silent, "is stopped, or its machine is gone" if len(silent) == 1 else "are stopped, or their machine is"
+    beats = {rank: beat.beats for rank, beat in after.items() if beat is not None}
+    last = {rank: after[rank] for rank, count in beats.items() if count == min(beats.values())}
+    if len(last) < len(after):
+        return last, "is stuck there; the others wait for it" if len(last) == 1 else "are stuck; the others wait"
+    return last, "is stuck there" if len(last) == 1 else "wait for each other: a collective does not end"
+
+
+def _same_life(before: Beat | None, after: Beat) -> bool:
+    return before is not None and (before.pid, before.alive) == (after.pid, after.alive)
+
+
+def _state_of(beat: Beat) -> str:
+    """One letter of proc(5), or "gone"."""
+    process = Process.at(beat.pid)
+    if process is None or process.began != beat.began:
+        return "gone"
+    with suppress(OSError):
+        return Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "gone"
+
+
+def _within(seconds: float, ask: Callable[[], str | None]) -> str | None:
+    """What ``ask`` answers, or None where it takes longer: it may need what the hang holds."""
+    answers: list[str | None] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def prepare_heartbeats(folder: Path) -> None:
+    """Begin with no heartbeats and no verdict; on one process, before any other starts to watch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        left.unlink(missing_ok=True)
+

@@ -1,0 +1,143 @@
+"""A rank that stops or is stuck is found and named, everybody leaves to be run again, and nothing else is an alarm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from refiner_ds.training import heartbeat as heartbeats
+from refiner_ds.training.heartbeat import Beat, Heartbeat
+from refiner_ds.training.watchdog import blame, prepare_heartbeats
+from tests.training.launched import ROOT, environment
+
+SECONDS = 2.0  # that a step may stand still here
+BEAT = Beat(0, "node1", 100, "boot", "1", 50, 7, "backward", 900)
+
+
+@contextmanager
+def ranks(folder: Path, size: int) -> Iterator[list[subprocess.Popen]]:
+    """Real processes that keep step; see watched.py."""
+    prepare_heartbeats(folder / "heartbeats")
+    for rank in range(size):
+        os.mkfifo(folder / f"pipe_{rank}")
+    script = Path(__file__).with_name("watched.py")
+    started = [
+        subprocess.Popen(
+            list(map(str, (sys.executable, script, folder / "heartbeats", rank, size, SECONDS))),
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    try:
+        wait_for(lambda: all(step_of(folder, rank) > 5 for rank in range(size)))
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def step_of(folder: Path, rank: int) -> int:
+    beat = Beat.read(folder / "heartbeats", rank)
+    return beat.step if beat else 0
+
+
+def say(process: subprocess.Popen, word: str) -> None:
+    assert process.stdin
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+
+
+def wait_for(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_stopped_rank_is_named_with_its_stacks_and_all_leave_to_be_run_again(tmp_path: Path) -> None:
+    with ranks(tmp_path, 3) as processes:
+        stopped = processes[0]  # the one that would have looked first
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert [process.wait(60) for process in processes] == [75, 75, 75]
+        said = [process.stderr.read() for process in processes if process.stderr]
+        sentence = "".join(said)
+        assert sentence.count("error:") == 1 and "the same command continues" in sentence
+        assert f"rank 0 (process {stopped.pid} on {os.uname().nodename}; step " in sentence
+        assert f"is stopped, or its machine is gone" in sentence and f"{tmp_path}/rank_0.stacks" in sentence
+    assert "watched.py" in (tmp_path / "rank_0.stacks").read_text()
+
+
+def test_a_stuck_rank_is_named_with_the_line_it_is_stuck_in(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2) as processes:
+        say(processes[1], "sleep")
+        assert [process.wait(60) for process in processes] == [75, 75]
+        said = "".join(process.stderr.read() for process in processes if process.stderr)
+        assert f"rank 1 (process {processes[1].pid}" in said and "forward) is stuck there" in said
+    assert "in stuck_here" in (tmp_path / "rank_1.stacks").read_text()
+
+
+def test_long_saves_suspended_jobs_and_the_end_are_no_alarms(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2) as processes:
+        for process in processes:
+            say(process, f"save {3 * SECONDS}")
+        time.sleep(4 * SECONDS)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(3 * SECONDS + 5)  # a watchdog excuses what it slept through
+        for process in processes:
+            os.kill(process.pid, signal.SIGCONT)
+        before = [step_of(tmp_path, rank) for rank in (0, 1)]
+        wait_for(lambda: all(step_of(tmp_path, rank) > step for rank, step in enumerate(before)))
+        time.sleep(2 * SECONDS)
+        assert [process.poll() for process in processes] == [None, None]
+        for process in processes:
+            say(process, "leave")
+        wait_for(lambda: any(process.poll() is not None for process in processes))
+    assert not (tmp_path / "heartbeats" / "verdict.json").exists()
+
+
+def test_a_rank_that_is_stopped_while_others_do_something_patient_is_found_as_soon(tmp_path: Path) -> None:
+    with ranks(tmp_path, 2) as processes:
+        say(processes[0], "save 3600")
+        wait_for(lambda: "saving" in json.dumps((Beat.read(tmp_path / "heartbeats", 0) or BEAT).doing))
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        assert [process.wait(60) for process in processes] == [75, 75]
+
+
+def later(beat: Beat, **changes: object) -> Beat:
+    return replace(beat, alive=beat.alive + 5, **changes)  # type: ignore[arg-type]
+
+
+def test_blame_falls_on_the_silent_then_on_the_last_then_on_all() -> None:
+    before: dict[int, Beat | None] = {rank: replace(BEAT, rank=rank) for rank in range(4)}
+    alive: dict[int, Beat | None] = {rank: later(beat) for rank, beat in before.items() if beat}
+    blamed, why = blame(before, {**alive, 2: before[2]})
+    assert list(blamed) == [2] and why == "is stopped, or its machine is gone"
+    assert list(blame(before, {**alive, 1: None, 2: before[2]})[0]) == [1, 2]
+    blamed, why = blame(before, {**alive, 3: later(BEAT, rank=3, beats=49, doing="data")})
+    assert list(blamed) == [3] and why.startswith("is stuck there")
+    blamed, why = blame(before, alive)
+    assert list(blamed) == [0, 1, 2, 3] and "wait for each other" in why
+
+
+def test_a_heartbeat_knows_how_long_steps_take_and_what_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now[0])
+    heartbeat = Heartbeat()
+    for step in range(1, 8):
+        for doing, seconds, patient in (("data", 1.0, False), ("forward", 2.0, False), ("saving", 500.0, True)):
+            heartbeat.beat(step, doing, patient)
+            assert heartbeat.patient is (patient or step <= heartbeats.FIRST_STEPS)  # the first steps compile
+            now[0] += seconds if step > 2 else 100.0
+    assert heartbeat.recent_step == 3.0 and heartbeat.beats == 21
