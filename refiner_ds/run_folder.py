@@ -8,7 +8,7 @@
       checkpoints/step_00001000/  complete or absent; the files in one are listed in refiner_ds/checkpoint/files.py
       latest                      name of the newest complete checkpoint, replaced atomically
       tensorboard/                events and images
-      logs/                       rank_N.log, one file a rank
+      logs/                       rank_N.log, one file a rank; rank_N.stacks, should it hang
       heartbeats/  lock           which processes train here, and that they still do
       jobs/  code/                submitted runs: submitit's files, and the source they run
       export/                     model.safetensors, config.json, model card
@@ -94,3 +94,7 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         """The log file of one rank."""
         return self.logs / f"rank_{rank}.log"
+
+    def rank_stacks(self, rank: int) -> Path:
+        """Where one rank writes the Python stacks of its threads, should it hang."""
+        return self.logs / f"rank_{rank}.stacks"

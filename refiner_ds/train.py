@@ -106,11 +106,12 @@ def ready_to_start(run: RunFile, world_size: int) -> int:
 def train(run: RunFile, arguments: list[str]) -> int:
     """Train one run on the processes that the environment describes, resuming what its run folder holds."""
     from refiner_ds.training import relaunch
+    from refiner_ds.training.environment import world_size_of
     from refiner_ds.training.preparation import prepare
 
+    world_size = world_size_of(os.environ)
     relaunching = relaunch.is_lone_cpu_child_of_deepspeed()
-    world_size = relaunch.CPU_PROCESSES if relaunching else int(os.environ.get("WORLD_SIZE", "1"))
-    ready = prepare(run, world_size)
+    ready = prepare(run, relaunch.CPU_PROCESSES if relaunching else world_size)
     if (finished := ready.finished()) is not None:
         if os.environ.get("RANK", "0") == "0":
             print(finished)

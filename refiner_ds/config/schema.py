@@ -215,7 +215,17 @@ class RunKeys(Section):
     """``refiner.run``: where results go and how often."""
 
     may_change = frozenset(
-        {"output", "name", "log_steps", "eval_epochs", "checkpoint_epochs", "keep_checkpoints", "picture_epochs"}
+        {
+            "output",
+            "name",
+            "log_steps",
+            "eval_epochs",
+            "checkpoint_epochs",
+            "keep_checkpoints",
+            "picture_epochs",
+            "timeout_minutes",
+            "hang_seconds",
+        }
     )
 
     output: str = Field("runs", description="folder that holds run folders")
@@ -226,6 +236,15 @@ class RunKeys(Section):
     checkpoint_epochs: float = Field(1, gt=0, description="epochs between checkpoints; the end is always saved")
     keep_checkpoints: int = Field(3, gt=0, description="number of newest checkpoints kept")
     picture_epochs: float = Field(10, gt=0, description="epochs between attention maps in TensorBoard")
+    timeout_minutes: float = Field(
+        30, gt=0, description="minutes that a collective, a save or the first step may take before it is an error"
+    )
+    hang_seconds: float = Field(
+        25,
+        ge=0,
+        description="standstill of a step, seconds and at least four recent steps, after which the rank that all wait"
+        " for is named and all leave with exit code 75; 0: never",
+    )
 
 
 class RefinerKeys(Section):

@@ -24,6 +24,7 @@ from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
+from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.inputs import derived_seed
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.progress import Progress
@@ -40,11 +41,12 @@ class Trainer:
         ready: a run that passed every check.
         world: the processes taking part.
         stop: raised when this process was asked to stop.
+        heartbeat: told what begins.
     """
 
-    def __init__(self, ready: Preparation, world: World, stop: StopFlag) -> None:
+    def __init__(self, ready: Preparation, world: World, stop: StopFlag, heartbeat: Heartbeat) -> None:
         run, keys = ready.run, ready.run.refiner
-        self.ready, self.world = ready, world
+        self.ready, self.world, self.stop, self.heartbeat = ready, world, stop, heartbeat
         self.folder = RunFolder(run.folder)
         self.console = Console(world.is_main, ready.schedule.total_steps)
         torch.manual_seed(derived_seed(keys.run.seed))
@@ -52,7 +54,7 @@ class Trainer:
         set_recompute(run, model)
         self.engine = Engine(run, model, ready.batch, world)
         self.ema = ModelEma(self.engine, keys.recipe.ema_decay, keys.recipe.ema_warmup)
-        self.take_step = OptimizerStep(ready, world, self.engine, self.ema, stop)
+        self.take_step = OptimizerStep(ready, world, self.engine, self.ema, stop, heartbeat)
         self.checkpoints = Checkpoints(self.folder, keys.run.keep_checkpoints, world)
         self.step = self._resume()
         self.progress = Progress(ready, world, self.engine, self.console, self.step)
@@ -75,16 +77,20 @@ class Trainer:
         while self.step < total:
             outcome = self.take_step(self.step, batches)
             self.step += 1
+            self.stop.something_to_save()
             last = self.step == total
             self.progress.after(self.step, outcome)
             # At once, not with the next numbers: what is saved from here on is lost, and pushes the good states out.
             if not math.isfinite(outcome.losses["loss"]):
                 return self._diverged(f"the loss is {outcome.losses['loss']}")
             if last or self._due(keys.eval_epochs):
+                self.heartbeat.beat(self.step, "evaluating", patient=True)
                 self.validation.evaluate(self.step)
             if last or self._due(keys.picture_epochs):
+                self.heartbeat.beat(self.step, "drawing", patient=True)
                 self.validation.picture(self.step)
             if last or outcome.stopping or self._due(keys.checkpoint_epochs):
+                self.heartbeat.beat(self.step, "saving", patient=True)
                 if not self._save():
                     return self._diverged("weights are no longer finite")
             if outcome.stopping and not last:

@@ -2,9 +2,9 @@
 
     lock      {"host": …, "pid": …, "began": …, "machine": …, "token": …}; touched every few seconds
 
-Works on NFS: the file comes into being whole by link(2), which is atomic there, and its age is told by the file server's
-clock alone, never by comparing two machines' clocks. A holder on this machine is dead when its process is; one on
-another machine when it has not touched the file for `SILENT_SECONDS`.
+Works on NFS: the file comes into being whole by link(2), which is atomic there, and its age is told by the clock of the
+file server alone, never by comparing two machines' clocks. A holder on this machine is dead when its process is; one
+on another machine when it has not touched the file for `SILENT_SECONDS`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class RunLock:
     def release(self) -> None:
         """Give the lock back, if it is still this process's."""
         self._released.set()
-        if self._thread is not None:
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join()
         if self._is_mine():
             self._file.unlink(missing_ok=True)
@@ -203,3 +203,12 @@ def _machine() -> str:
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+def holder_here(file: Path) -> int | None:
+    """Number of the process that holds a lock, if it is one of this machine and lives."""
+    holder = read_holder(file)
+    if holder is None or holder.machine != _machine():
+        return None
+    process = Process.at(holder.pid)
+    return holder.pid if process is not None and process.began == holder.began else None

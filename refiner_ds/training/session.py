@@ -6,19 +6,27 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import refiner_ds
-from refiner_ds.errors import report_rank_errors
-from refiner_ds.exit_codes import FINISHED
+from refiner_ds.errors import LaunchError, report_rank_errors
+from refiner_ds.exit_codes import FINISHED, REFUSED
 from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import choose_attention
 from refiner_ds.training.console import Console, log
+from refiner_ds.training.flight_recorder import last_collective
+from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.logs import write_logs
 from refiner_ds.training.loop import Trainer
+from refiner_ds.training.output import lasting_output
+from refiner_ds.training.parent import follow_launchers
 from refiner_ds.training.preparation import Preparation, refuse_missing_files
-from refiner_ds.training.signals import stop_flag
+from refiner_ds.training.run_lock import RunLock
+from refiner_ds.training.signals import before_leaving, leave_at_once, stop_flag
+from refiner_ds.training.watchdog import Watchdog, prepare_heartbeats
 from refiner_ds.training.world import World, init, shutdown
 
 
@@ -28,24 +36,83 @@ def run_training(ready: Preparation) -> int:
     Raises:
         ConfigError: refined attention cannot be computed here as the run file says.
         DataError: a shard is missing on one of the nodes.
+        LaunchError: another run trains in the run folder.
     """
-    with stop_flag() as stop:
-        world = init()
+    folder = RunFolder(ready.run.folder)
+    with lasting_output(), stop_flag() as stop:
+        follow_launchers(stop.ask)
+        world = init(ready.run.refiner.run.timeout_minutes)
         refuse_missing_files(ready.run, ready.sets, world)
-        choose_attention(ready.run, world.device)
-        write_logs(RunFolder(ready.run.folder), world.rank)
-        log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
-        _print_header(ready, world)
-        trainer = Trainer(ready, world, stop)
-        try:
-            with report_rank_errors(world.rank):
-                code = trainer.run()
-        finally:
-            trainer.close()
+        with _locked(folder, world):
+            choose_attention(ready.run, world.device)
+            write_logs(folder, world.rank)
+            log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
+            _print_header(ready, world)
+            with _watched(ready, world) as heartbeat:
+                trainer = Trainer(ready, world, stop, heartbeat)
+                try:
+                    with report_rank_errors(world.rank):
+                        code = trainer.run()
+                finally:
+                    trainer.close()
         if code == FINISHED and world.is_main:
             _print_summary(ready)
         shutdown()
     return code
+
+
+@contextmanager
+def _locked(folder: RunFolder, world: World) -> Iterator[None]:
+    """Keep other runs out of the run folder."""
+    lock, refusal, taken_over = RunLock(folder.lock, _leave_to_another), None, None
+    if world.is_main:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        try:
+            taken_over = lock.acquire()
+        except LaunchError as error:
+            refusal = str(error)
+    if (refusal := world.broadcast(refusal)) is not None:
+        raise LaunchError(refusal)
+    if taken_over:
+        Console(world.is_main).say(taken_over)
+    with before_leaving(lock.release):
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _leave_to_another(sentence: str) -> None:
+    """What this process would write from here on, another run writes too."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    leave_at_once(REFUSED)
+
+
+@contextmanager
+def _watched(ready: Preparation, world: World) -> Iterator[Heartbeat]:
+    """Have a watchdog look after this process, and all of them after each other."""
+    heartbeat, keys, folder = Heartbeat(), ready.run.refiner.run, RunFolder(ready.run.folder)
+    if not keys.hang_seconds:
+        yield heartbeat
+        return
+    if world.is_main:
+        prepare_heartbeats(folder.heartbeats)
+    world.barrier()
+    watchdog = Watchdog(
+        heartbeat,
+        folder.heartbeats,
+        world.rank,
+        world.size,
+        keys.hang_seconds,
+        60 * keys.timeout_minutes,
+        folder.rank_stacks(world.rank),
+        last_collective,
+    )
+    watchdog.start()
+    try:
+        yield heartbeat
+    finally:
+        watchdog.close()
 
 
 def _print_header(ready: Preparation, world: World) -> None:

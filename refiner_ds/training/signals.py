@@ -27,22 +27,27 @@ STOPPING = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0  # launchers pass on what a terminal has sent to the whole group already
 GRACE_SECONDS = 20.0  # from the second TERM on; Slurm kills 30 s after its first
 
-_before_leaving: list[Callable[[int], int]] = []
+_before_leaving: list[Callable[[], None]] = []
 
 
-def before_leaving(callback: Callable[[int], int]) -> None:
-    """Have ``callback(code)`` called before `leave_at_once` ends this process; it returns the exit code to leave with.
-
-    ``atexit`` of that way out: a job asks for its requeue in one.
-    """
+@contextmanager
+def before_leaving(callback: Callable[[], None]) -> Iterator[None]:
+    """Have `leave_at_once` call ``callback`` before it ends this process, while the block runs."""
     _before_leaving.append(callback)
+    try:
+        yield
+    finally:
+        _before_leaving.remove(callback)
 
 
 def leave_at_once(code: int) -> None:
-    """End this process now, from any thread, whatever its main thread is waiting for."""
+    """End this process now, from any thread, whatever its main thread is waiting for.
+
+    A callback of `before_leaving` that raises SystemExit changes the exit code.
+    """
     for callback in reversed(_before_leaving):
         try:
-            code = callback(code)
+            callback()
         except SystemExit as decided:
             code = decided.code if isinstance(decided.code, int) else 1
     for stream in (sys.stdout, sys.stderr):
@@ -81,9 +86,9 @@ class StopFlag:
     def something_to_save(self) -> None:
         """From now on a request waits for the end of the step; before, it acts at once."""
         with self._lock:
+            asked_before = self.reason if not self._saves else None
             self._saves = True
-            asked = self.reason
-        if asked:
+        if asked_before:
             self._leave(RUN_AGAIN)
 
     def raise_flag(self, number: int, frame: FrameType | None = None) -> None:
@@ -145,9 +150,7 @@ def stop_flag(flag: StopFlag | None = None) -> Iterator[StopFlag]:
     if threading.current_thread() is not threading.main_thread():
         yield flag  # Python delivers signals to the main thread only
         return
-    ignored = {
-        number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN
-    }
+    ignored = {number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN}
     numbers = [number for number in STOPPING if number not in ignored]
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

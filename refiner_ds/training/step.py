@@ -13,6 +13,7 @@ from refiner_ds.data.batch import Batch
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.exchange import StepExchange
+from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.inputs import InputMaker, derived_seed
 from refiner_ds.training.losses import Losses, class_loss, token_label_loss
 from refiner_ds.training.preparation import Preparation
@@ -45,8 +46,10 @@ class OptimizerStep:
     started again takes the same course.
     """
 
-    def __init__(self, ready: Preparation, world: World, engine: Engine, ema: ModelEma, stop: StopFlag) -> None:
-        self._ready, self._world, self._stop = ready, world, stop
+    def __init__(
+        self, ready: Preparation, world: World, engine: Engine, ema: ModelEma, stop: StopFlag, heartbeat: Heartbeat
+    ) -> None:
+        self._ready, self._world, self._stop, self._heartbeat = ready, world, stop, heartbeat
         self._keys, self._batch = ready.run.refiner, ready.batch
         self._engine, self._ema = engine, ema
         self._exchange = StepExchange(engine.statistics(), world)
@@ -64,14 +67,19 @@ class OptimizerStep:
         self._engine.set_lr(self._ready.schedule.lr(step * self._batch.global_batch))
         for micro in range(self._batch.accumulation):
             waiting = time.perf_counter()
+            new_epoch = not micro and step % self._ready.schedule.steps_an_epoch == 0
+            self._heartbeat.beat(step + 1, "waiting for data", patient=new_epoch)
             batch = next(batches)
             waited += time.perf_counter() - waiting
             bad += batch.bad
+            self._heartbeat.beat(step + 1, "forward")
             losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank))
             for name, loss in _logged(losses).items():
                 part = loss.detach() * (1 / self._batch.accumulation)
                 sums[name] = sums[name] + part if name in sums else part
+            self._heartbeat.beat(step + 1, "backward")
             self._engine.backward_and_step(losses.total)
+        self._heartbeat.beat(step + 1, "end of the step")
         stop = torch.tensor(float(bool(self._stop)), device=self._world.device)
         means = self._exchange.mean(torch.stack([*sums.values(), stop]))
         if self._engine.stepped:

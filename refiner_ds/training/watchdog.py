@@ -11,7 +11,8 @@ running rank) writes a verdict:
     heartbeats/verdict.json    {"ranks": [1], "sentence": …}     every rank leaves with exit code 75 when it sees it
     logs/rank_1.stacks         Python stacks of its threads; `kill -QUIT` writes them at any other time, too
 
-A stopped process is sent QUIT and then CONT: it writes its stacks before it does anything else, and leaves like the rest.
+A stopped process is sent QUIT and then CONT: it writes its stacks before it does anything else, and leaves like the
+rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -132,9 +133,10 @@ class Watchdog:
             self._before = self._read()
         elif still > limit + min(self._rank, TURNS) * TURN_SECONDS:
             after = self._read()
+            blamed: Mapping[int, Beat | None]
             if self._heartbeat.patient and still < self._patience:
-                blamed = {beat.rank: beat for beat in after.values() if beat is not None and self._is_stopped(beat)}
-                why = "is stopped"
+                blamed = {rank: beat for rank, beat in after.items() if beat is not None and self._is_stopped(beat)}
+                why = "is stopped" if len(blamed) == 1 else "are stopped"
             else:
                 blamed, why = blame(self._before, after)
             if blamed:
@@ -157,7 +159,7 @@ class Watchdog:
         """Whether a process of this machine is stopped or has ended; of another machine nobody here can tell."""
         return self._is_here(beat) and _state_of(beat) in ("T", "t", "gone")
 
-    def _accuse(self, blamed: dict[int, Beat | None], why: str, still: float) -> None:
+    def _accuse(self, blamed: Mapping[int, Beat | None], why: str, still: float) -> None:
         named = ", ".join(str(beat) if beat else f"rank {rank}" for rank, beat in blamed.items())
         sentence = f"no progress for {still:.0f} s: {named} {why}"
         with suppress(FileExistsError), self._verdict.open("x") as file:
@@ -199,7 +201,8 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGKILL)
 
     def _account(self, verdict: dict) -> str:
-        lines = [f"error: {verdict['sentence']}; all ranks leave with exit code {RUN_AGAIN}: the same command continues"]
+        end = f"all ranks leave with exit code {RUN_AGAIN}: the same command continues"
+        lines = [f"error: {verdict['sentence']}; {end}"]
         for rank in verdict["ranks"][:4]:
             file = self._stacks_file.with_name(f"rank_{rank}.stacks")
             lines.append(f"stacks of rank {rank}: {file}")
@@ -250,4 +253,3 @@ def prepare_heartbeats(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
         left.unlink(missing_ok=True)
-

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from refiner_ds.training import flight_recorder
+
 T = TypeVar("T")
 
 
@@ -64,7 +66,7 @@ def init(timeout_minutes: float = 30) -> World:
 
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     # DeepSpeed would compile a shared-memory all-reduce on first use on CPUs (half a minute with a compiler, a crash
     # without) and leave its segments in /dev/shm; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -73,6 +75,7 @@ def init(timeout_minutes: float = 30) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        flight_recorder.enable()
     if not deepspeed_comm.is_initialized():
         deepspeed.init_distributed(
             "nccl" if cuda else "gloo",
@@ -89,7 +92,8 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -28,7 +28,8 @@ def test_a_second_run_is_refused_and_both_are_named(tmp_path: Path) -> None:
     first, second = RunLock(tmp_path / "lock"), RunLock(tmp_path / "lock")
     assert first.acquire() is None
     mine = f"process {os.getpid()} on {os.uname().nodename}"
-    with pytest.raises(LaunchError, match=f"{tmp_path}: {mine} trains here already, and this is {mine}; .*refiner.run.name"):
+    said = f"{tmp_path}: {mine} trains here already, and this is {mine}; .*refiner.run.name"
+    with pytest.raises(LaunchError, match=said):
         second.acquire()
     second.release()
     assert read_holder(tmp_path / "lock") is not None  # not the second's to give back

@@ -38,6 +38,7 @@ def test_later_a_request_waits_for_the_step_and_its_echo_changes_nothing(number:
     flag.heard(number, now=100.0)
     for echo in (number, signal.SIGTERM, signal.SIGINT):  # launchers pass on what a terminal sent to all already
         flag.heard(echo, now=100.5)
+    flag.something_to_save()  # the loop says so after every step
     assert flag and flag.signal == number and not exits
 
 
@@ -100,20 +101,17 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored() -> None:
 WAITING_IN_C = """
 import ctypes, sys
 from refiner_ds.training.signals import StopFlag, before_leaving, stop_flag
-before_leaving(lambda code: code + 1)
-with stop_flag() as flag:
+with before_leaving(lambda: sys.exit(76)), stop_flag() as flag:
     print("ready", flush=True)
+    semaphore = ctypes.create_string_buffer(64)
     while True:
-        ctypes.CDLL(None).pause()
-        {after}
+        ctypes.CDLL(None).sem_wait(semaphore)
 """
 
 
 def test_a_process_that_waits_inside_a_call_leaves_too(tmp_path: Path) -> None:
     """Python's own handlers run only once such a call returns; this one does not, as TCPStore's wait does not."""
-    waits = "import threading; threading.Event().wait()"
-    script = WAITING_IN_C.replace("ctypes.CDLL(None).pause()", "ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))")
-    process = start_python(script.format(after=waits))
+    process = start_python(WAITING_IN_C)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 76  # the callback's say
 

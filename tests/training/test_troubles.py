@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import evaluates_in_bf16
 from refiner_ds.training.interval import Interval
+from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.loop import Trainer
 from refiner_ds.training.losses import Losses
 from refiner_ds.training.signals import StopFlag
@@ -57,7 +59,7 @@ class Course(Trainer):
         schedule = SimpleNamespace(total_steps=len(losses), steps_an_epoch=4)
         self.ready: Any = SimpleNamespace(run=run, schedule=schedule, batch=SimpleNamespace(global_batch=48))
         self.folder, self.world = RunFolder(run.folder), ALONE
-        self.console = Console(False)
+        self.console, self.stop, self.heartbeat = Console(False), StopFlag(), Heartbeat()
         self.take_step: Any = lambda step, batches: Outcome({"loss": losses[step], "loss_cls": 0.5}, False)
         self.progress: Any = SimpleNamespace(after=lambda *_: None, write=self._write)
         self.validation: Any = SimpleNamespace(evaluate=lambda step: None, picture=lambda step: None)
@@ -200,7 +202,7 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
     step._keys = load().refiner
     step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=lambda samples: 0.1))  # type: ignore[assignment]
-    step._world, step._stop = ALONE, StopFlag()
+    step._world, step._stop, step._heartbeat = ALONE, StopFlag(), Heartbeat()
     step._stop.raise_flag(signal.SIGTERM, None)
     engine: Any = SimpleNamespace(set_lr=lambda lr: None, stepped=False, backward_and_step=lambda loss: None)
     step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
@@ -240,8 +242,10 @@ def test_a_rank_that_alone_meets_damage_says_so(
 
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr(session, "init", lambda: World(rank, 4, 0, torch.device("cpu")))
+    monkeypatch.setattr(session, "init", lambda timeout_minutes: World(rank, 4, 0, torch.device("cpu")))
     monkeypatch.setattr(session, "write_logs", lambda *_: None)
+    monkeypatch.setattr(session, "_locked", lambda *_: nullcontext())
+    monkeypatch.setattr(session, "_watched", lambda *_: nullcontext())
     monkeypatch.setattr(session, "_print_header", lambda *_: None)
     monkeypatch.setattr(session, "Trainer", lambda *_: SimpleNamespace(run=stopped, close=lambda: None))
     ready: Any = SimpleNamespace(run=load(None, [f"refiner.run.output={tmp_path}"]))

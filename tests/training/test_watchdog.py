@@ -74,7 +74,7 @@ def test_a_stopped_rank_is_named_with_its_stacks_and_all_leave_to_be_run_again(t
         sentence = "".join(said)
         assert sentence.count("error:") == 1 and "the same command continues" in sentence
         assert f"rank 0 (process {stopped.pid} on {os.uname().nodename}; step " in sentence
-        assert f"is stopped, or its machine is gone" in sentence and f"{tmp_path}/rank_0.stacks" in sentence
+        assert "is stopped, or its machine is gone" in sentence and f"{tmp_path}/rank_0.stacks" in sentence
     assert "watched.py" in (tmp_path / "rank_0.stacks").read_text()
 
 

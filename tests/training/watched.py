@@ -1,7 +1,7 @@
 """A rank that keeps step with the others through pipes, under a watchdog: ``watched.py FOLDER RANK SIZE SECONDS``.
 
-It beats for "forward" and meets the others once a step, step after step. Its standard input says, a word a line, what
-it does in the next step: "sleep" (its main thread does nothing more), "save S" (something patient that lasts S seconds).
+It beats for "forward" and meets the others once a step, step after step. Its standard input says, a line each, what it
+does in the next step: "sleep" (nothing more), "save S" (something patient that lasts S seconds), "leave".
 """
 
 from __future__ import annotations
