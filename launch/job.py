@@ -32,6 +32,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from refiner_ds.exit_codes import RUN_AGAIN
 from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.signals import before_leaving
 
 STUCK = 3  # requeues in a row without a new checkpoint, after which another would change nothing
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
@@ -69,7 +70,8 @@ class TrainJob:
         try:
             from refiner_ds import train
 
-            code = train.main(self.arguments)
+            with before_leaving(self._left_from_within):
+                code = train.main(self.arguments)
         except Exception:
             Failure(task.global_rank, task.hostname, 1).note(failure)
             raise
@@ -83,6 +85,14 @@ class TrainJob:
 
     def _before_training(self, number: int, frame: FrameType | None) -> None:
         _log(f"{signal.Signals(number).name} before training began")
+        self._again_unless_failed()
+
+    def _left_from_within(self, code: int) -> None:
+        """Training ends this process without returning: it was asked to before its first step, or it hangs."""
+        if code == RUN_AGAIN:
+            self._again_unless_failed()
+
+    def _again_unless_failed(self) -> None:
         task = submitit.JobEnvironment()
         failed = Failure.noted(Failure.file(self.run_folder, task.job_id))
         if (
@@ -90,7 +100,7 @@ class TrainJob:
         ):  # no preemption: srun is ending this task because of that one
             _log(f"rank {failed.rank} has failed")
             sys.exit(failed.exit_code)
-        # No rank has met the others yet, so none is waiting in a collective and any may speak for all.
+        # None of the ranks will come to save together any more, so any may speak for all.
         self._again(task, decides=True)
 
     def _again(self, task: submitit.JobEnvironment, decides: bool) -> None:

@@ -42,7 +42,7 @@ class Supervisor:
 
     def __init__(self, command: list[str], folder: RunFolder, times: int) -> None:
         self._command, self._folder, self._times = command, folder, times
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
     def run(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ def last_collective() -> str | None:
     return describe(pickle.loads(dump(includeCollectives=True, includeStackTraces=False)))
 
 
-def describe(trace: dict) -> str | None:
+def describe(trace: dict[str, Any]) -> str | None:
     """The newest entry of a Flight Recorder's dump in words."""
     entries = trace.get("entries")
     if not entries:

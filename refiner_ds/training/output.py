@@ -48,7 +48,7 @@ class LastingStream:
 def lasting_output() -> Iterator[None]:
     """Let standard output and standard error outlast whoever reads them while the block runs."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = LastingStream(before[0]), LastingStream(before[1])  # type: ignore[assignment]
+    sys.stdout, sys.stderr = LastingStream(before[0]), LastingStream(before[1])
     try:
         yield
     finally:

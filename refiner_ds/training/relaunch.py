@@ -46,7 +46,7 @@ def run_processes(script: Path, arguments: list[str], count: int = CPU_PROCESSES
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or count) // count)),
     }
     inherited = {name: value for name, value in os.environ.items() if name not in ("CROSS_RANK", "CROSS_SIZE")}
-    processes: list[subprocess.Popen] = []
+    processes: list[subprocess.Popen[bytes]] = []
     with _passing_on(processes):
         for rank in range(count):
             whoami = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -56,7 +56,7 @@ def run_processes(script: Path, arguments: list[str], count: int = CPU_PROCESSES
 
 
 @contextmanager
-def _passing_on(processes: list[subprocess.Popen]) -> Iterator[None]:
+def _passing_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Pass every request to stop on to the ranks, a launcher's death included."""
 
     def tell(number: int) -> None:
@@ -76,7 +76,7 @@ def _passing_on(processes: list[subprocess.Popen]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]

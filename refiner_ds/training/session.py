@@ -75,7 +75,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
         raise LaunchError(refusal)
     if taken_over:
         Console(world.is_main).say(taken_over)
-    with before_leaving(lock.release):
+    with before_leaving(lambda code: lock.release()):
         try:
             yield
         finally:

@@ -27,12 +27,12 @@ STOPPING = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0  # launchers pass on what a terminal has sent to the whole group already
 GRACE_SECONDS = 20.0  # from the second TERM on; Slurm kills 30 s after its first
 
-_before_leaving: list[Callable[[], None]] = []
+_before_leaving: list[Callable[[int], object]] = []
 
 
 @contextmanager
-def before_leaving(callback: Callable[[], None]) -> Iterator[None]:
-    """Have `leave_at_once` call ``callback`` before it ends this process, while the block runs."""
+def before_leaving(callback: Callable[[int], object]) -> Iterator[None]:
+    """Have `leave_at_once` call ``callback(exit code)`` before it ends this process, while the block runs."""
     _before_leaving.append(callback)
     try:
         yield
@@ -47,7 +47,7 @@ def leave_at_once(code: int) -> None:
     """
     for callback in reversed(_before_leaving):
         try:
-            callback()
+            callback(code)
         except SystemExit as decided:
             code = decided.code if isinstance(decided.code, int) else 1
     for stream in (sys.stdout, sys.stderr):

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from refiner_ds.exit_codes import RUN_AGAIN
 from refiner_ds.training.heartbeat import Beat, Heartbeat
@@ -200,7 +200,7 @@ class Watchdog:
                 with suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)
 
-    def _account(self, verdict: dict) -> str:
+    def _account(self, verdict: dict[str, Any]) -> str:
         end = f"all ranks leave with exit code {RUN_AGAIN}: the same command continues"
         lines = [f"error: {verdict['sentence']}; {end}"]
         for rank in verdict["ranks"][:4]:

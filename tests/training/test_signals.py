@@ -101,7 +101,7 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored() -> None:
 WAITING_IN_C = """
 import ctypes, sys
 from refiner_ds.training.signals import StopFlag, before_leaving, stop_flag
-with before_leaving(lambda: sys.exit(76)), stop_flag() as flag:
+with before_leaving(lambda code: sys.exit(code + 1)), stop_flag() as flag:
     print("ready", flush=True)
     semaphore = ctypes.create_string_buffer(64)
     while True:

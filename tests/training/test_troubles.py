@@ -25,8 +25,8 @@ from refiner_ds.training.build import build_model
 from refiner_ds.training.checkpoints import Checkpoints
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import evaluates_in_bf16
-from refiner_ds.training.interval import Interval
 from refiner_ds.training.heartbeat import Heartbeat
+from refiner_ds.training.interval import Interval
 from refiner_ds.training.loop import Trainer
 from refiner_ds.training.losses import Losses
 from refiner_ds.training.signals import StopFlag
@@ -201,7 +201,7 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step = OptimizerStep.__new__(OptimizerStep)
     step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
     step._keys = load().refiner
-    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=lambda samples: 0.1))  # type: ignore[assignment]
+    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=lambda samples: 0.1, steps_an_epoch=4))  # type: ignore[assignment]
     step._world, step._stop, step._heartbeat = ALONE, StopFlag(), Heartbeat()
     step._stop.raise_flag(signal.SIGTERM, None)
     engine: Any = SimpleNamespace(set_lr=lambda lr: None, stepped=False, backward_and_step=lambda loss: None)
@@ -244,11 +244,12 @@ def test_a_rank_that_alone_meets_damage_says_so(
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(session, "init", lambda timeout_minutes: World(rank, 4, 0, torch.device("cpu")))
     monkeypatch.setattr(session, "write_logs", lambda *_: None)
+    monkeypatch.setattr(session, "refuse_missing_files", lambda *_: None)
     monkeypatch.setattr(session, "_locked", lambda *_: nullcontext())
     monkeypatch.setattr(session, "_watched", lambda *_: nullcontext())
     monkeypatch.setattr(session, "_print_header", lambda *_: None)
     monkeypatch.setattr(session, "Trainer", lambda *_: SimpleNamespace(run=stopped, close=lambda: None))
-    ready: Any = SimpleNamespace(run=load(None, [f"refiner.run.output={tmp_path}"]))
+    ready: Any = SimpleNamespace(run=load(None, [f"refiner.run.output={tmp_path}"]), sets=())
     with pytest.raises(DataError):
         session.run_training(ready)
     assert capsys.readouterr().err == said  # the leading rank's is said by the command
