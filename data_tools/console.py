@@ -12,35 +12,44 @@ LINE_SECONDS = 30.0
 
 
 class Progress:
-    """Progress over a known number of images, on stderr.
+    """Progress over a known number of images, or of something else, on stderr.
 
     Args:
-        total: images there are.
+        total: how many there are.
         label: what the bar or line begins with.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, label: str) -> None:
-        self._bar = tqdm(total=total, unit="img", desc=label) if sys.stderr.isatty() else None
-        self._total, self._label = total, label
-        self._done = 0
+    def __init__(self, total: int, label: str, unit: str = "images") -> None:
+        self._bar = tqdm(total=total, unit=f" {unit}", desc=label) if sys.stderr.isatty() else None
+        self._total, self._label, self._unit = total, label, unit
+        self._done = self._skipped = 0
         self._began = self._printed = time.monotonic()
 
-    def update(self, images: int) -> None:
-        """Count images that are done."""
-        self._done += images
+    def update(self, count: int) -> None:
+        """Count what is done."""
+        self._done += count
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(images)
+            self._bar.update(count)
         elif now - self._printed >= LINE_SECONDS:
             self._printed = now
             print(self._line(now), file=sys.stderr, flush=True)
 
+    def skip(self, count: int) -> None:
+        """Count what an earlier run has done."""
+        self._done += count
+        self._skipped += count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
+
     def _line(self, now: float) -> str:
-        rate = self._done / max(now - self._began, 1e-9)
+        rate = (self._done - self._skipped) / max(now - self._began, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         return (
-            f"{self._label}: {self._done:,} of {self._total:,} images ({self._done / max(self._total, 1):.1%}), "
-            f"{rate:,.1f} images/s, {_duration(left)} left"
+            f"{self._label}: {self._done:,} of {self._total:,} {self._unit} ({self._done / max(self._total, 1):.1%}), "
+            f"{rate:,.1f} {self._unit}/s, {_duration(left)} left"
         )
 
     def clear(self) -> None:

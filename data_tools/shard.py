@@ -5,6 +5,7 @@
         --labels ILSVRC2012_validation_ground_truth.txt --classes ILSVRC2012_devkit_t12/data/meta.mat
     python data_tools/shard.py pictures shards/train --labels labels.csv
     python data_tools/shard.py 'beans/data/train-*.parquet' shards/train
+    python data_tools/shard.py index imagenet-1k-wds            WebDataset tars as they are; see shard.py index --help
 
 The source is a folder of class folders, a folder of images with a label file, or Parquet files as the Hugging Face hub
 has them. Samples are shuffled once by a seed and cut into tars; image files are kept byte for byte. The same source and
@@ -26,6 +27,7 @@ from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.locate import open_index
 from refiner_ds.errors import DataError, report_errors
 
+from . import index_tars
 from .builder import NOTES_NAME, Built, Inspect, Plan, build_set
 from .class_lists import ClassList, read_class_list
 from .image_files import plan_from_files
@@ -125,7 +127,10 @@ def _arguments() -> argparse.ArgumentParser:
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    given = _arguments().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["index"]:
+        return index_tars.main(arguments[1:])
+    given = _arguments().parse_args(arguments)
     if min(given.shard_mb, given.processes, given.max_megapixels) <= 0:
         raise DataError("--shard-mb, --processes and --max-megapixels must be above 0")
     if given.out.exists():

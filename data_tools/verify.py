@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
@@ -32,6 +31,7 @@ from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.data.tar_format import read_members, split_name
 from refiner_ds.errors import DataError, report_errors
 
+from .console import Progress
 from .staging import interruptible, parallel_map
 
 
@@ -122,16 +122,16 @@ def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
     if set(order.tolist()) - set(index.starts.tolist()):
         yield f"{index.folder / MEMBERS_NAME}: offsets do not grow within a shard"
     seen: list[np.ndarray] = []
-    with tqdm(total=index.count, unit="img", desc=index.folder.name, disable=None) as bar:
+    with Progress(index.count, index.folder.name) as progress:
         reports = parallel_map(
             _check, range(len(index.shards)), processes, initializer=_init_worker, initargs=(index, decode)
         )
         for number, report in enumerate(reports):
             for error in report.errors:
-                bar.clear()
+                progress.clear()
                 yield error
             seen.append(report.keys)
-            bar.update(index.shards[number].count)
+            progress.update(index.shards[number].count)
     try:
         if maps_folder(index.folder).exists():
             find_maps(index)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import timm
 import torch
 
-from data_tools import annotate
+from data_tools import annotate, annotation, console
+from data_tools.agreement import Agreement
 from data_tools.annotators import Annotator, _DenseTimm, load_annotator
 from data_tools.verify import main as verify
 from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
@@ -79,7 +82,7 @@ def test_maps_lie_in_a_parallel_set_joined_by_key(images: ShardIndex, checkpoint
     assert run(images, checkpoint) == 0
     maps = find_maps(images)
     assert maps.folder.name == "set.maps" and maps.is_maps_only
-    worker = annotate.Worker(annotate.Settings("test_resnet", checkpoint, 96, 2, 1, "cpu", False), images, 0)
+    worker = annotation.Worker(annotation.Settings("test_resnet", checkpoint, 96, 2, 1, "cpu", False), images, 0)
     for number in range(10):
         raw, map_raw = SampleReader(images).read(number), SampleReader(maps).read(number)
         assert raw.name.split(".")[0] == map_raw.name.split(".")[0]
@@ -126,29 +129,118 @@ def test_run_killed_outright_in_the_middle_goes_on_and_ends_as_an_undisturbed_on
 def test_run_killed_again_and_again_goes_on_and_annotates_nothing_twice(
     images: ShardIndex, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each time a change of the disk later: while shards are written, remembered, indexed and put away."""
+    """Each time a change of the disk later: while chunks and shards are written, recorded, indexed and put away."""
     assert run(images, checkpoint) == 0
     whole = digest(maps_folder(images.folder))
-    log, real = tmp_path / "annotated", annotate.Worker._annotate_samples
+    log, real = tmp_path / "annotated", annotation.Worker._annotate_samples
 
-    def noted(self: annotate.Worker, raws: list[RawSample]) -> list[ScoreMap]:
+    def noted(self: annotation.Worker, raws: list[RawSample]) -> list[ScoreMap]:
         with open(log, "a") as file:
-            file.write("".join(f"{raw.shard}\n" for raw in raws))
+            file.write("".join(f"{Path(raw.shard).name} {raw.number}\n" for raw in raws))
         return real(self, raws)
 
-    monkeypatch.setattr(annotate.Worker, "_annotate_samples", noted)
+    monkeypatch.setattr(annotation.Worker, "_annotate_samples", noted)
     out = tmp_path / "out.maps"
     images.folder.rename(tmp_path / "out")
     again = ShardIndex.load(tmp_path / "out")
     for operation in itertools.count():
-        done = {path.name.removesuffix(".json") for path in (tmp_path / "out.maps.partial").glob("*.tar.json")}
+        done = annotated(tmp_path / "out.maps.partial", again)
         log.write_text("")
         killed = killed_before(operation, lambda: run(again, checkpoint))
-        assert not done & {Path(line).name for line in log.read_text().split()}
+        assert not done & set(log.read_text().splitlines())
         if out.exists():
             break
         assert killed
     assert operation > 6 and digest(out) == whole
+
+
+def annotated(partial: Path, index: ShardIndex) -> set[str]:
+    """The samples whose maps are on disk, as "<shard> <number>"."""
+    found = set()
+    for number, shard in enumerate(index.shards):
+        chunks = annotation.chunks_of(index, number, 2, partial)
+        if (partial / f"{shard.name}.json").exists():
+            found |= {f"{shard.name} {sample}" for sample in range(shard.count)}
+        for chunk in (chunk for chunk in chunks if chunk.path.exists()):
+            start = int(index.starts[number])
+            found |= {f"{shard.name} {sample - start}" for sample in range(chunk.first, chunk.end)}
+    return found
+
+
+def test_run_killed_inside_a_shard_keeps_its_chunks(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set of one shard, which several processes share, too."""
+    with SetWriter(tmp_path / "set", CLASSES, 100) as writer:
+        for number in range(20):
+            writer.add(f"{number}", picture(number, size=(80, 60)), "jpg", number % 3)
+    index = ShardIndex.load(tmp_path / "set")
+    assert [chunk.end for chunk in annotation.chunks_of(index, 0, 2, tmp_path)] == [8, 16, 20]
+    real = annotation.Worker._annotate_samples
+
+    def killed_at_the_last(self: annotation.Worker, raws: list[RawSample]) -> list[ScoreMap]:
+        if raws[-1].number == 19:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, raws)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(annotation.Worker, "_annotate_samples", killed_at_the_last)
+        assert killed_before(1000, lambda: run(index, checkpoint))
+    assert len(annotated(tmp_path / "set.maps.partial", index)) == 16
+    log: list[int] = []
+
+    def noted(self: annotation.Worker, raws: list[RawSample]) -> list[ScoreMap]:
+        log.extend(raw.number for raw in raws)
+        return real(self, raws)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(annotation.Worker, "_annotate_samples", noted)
+        assert run(index, checkpoint) == 0
+    assert log == [16, 17, 18, 19]
+    whole = digest(tmp_path / "set.maps")
+    shutil.rmtree(tmp_path / "set.maps")
+    assert run(index, checkpoint, "--processes", 2) == 0
+    assert digest(tmp_path / "set.maps") == whole
+
+
+def test_long_work_is_told_in_a_log_too(
+    images: ShardIndex, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    assert run(images, checkpoint) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("set.maps: 6 of 10 images (60.0%), ") and line.endswith(" left") for line in told)
+
+
+def agreement_of(order: list[int], classes: int = 100, images: int = 1000) -> Agreement:
+    """Maps that show the class ``order[label]`` in the middle of an image and anything around it."""
+    random = np.random.default_rng(0)
+    found = Agreement([f"class {number}" for number in range(classes)])
+    for image in range(images):
+        classes_Khw = random.integers(0, classes, (2, 3, 3))
+        classes_Khw[0, 1, 1] = classes_Khw[0, 0, 1] = order[image % classes]
+        found.add(classes_Khw, image % classes)
+    return found
+
+
+def test_labels_are_in_their_own_maps_or_there_is_a_warning() -> None:
+    """A class list in another order, two classes exchanged, and one as it should be."""
+    right = agreement_of(list(range(100)))
+    assert not right.warnings() and right.describe().startswith("labels in their own maps: 100.0% of 1,000 images (")
+    (warning,) = agreement_of([*range(1, 100), 0]).warnings()
+    assert "in another order" in warning
+    (warning,) = agreement_of([1, 0, *range(2, 100)]).warnings()
+    assert "class 0 (its maps say class 1), class 1 (its maps say class 0)" in warning
+
+
+def test_command_says_how_often_labels_are_in_their_maps(
+    images: ShardIndex, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights agree by chance, and that is a warning."""
+    assert run(images, checkpoint) == 0
+    told = capsys.readouterr()
+    assert "labels in their own maps: " in told.out and "of 10 images" in told.out
+    assert told.err.startswith("warning: the labels are hardly in their own maps") or "by chance" in told.out
 
 
 def test_disk_that_is_really_full_is_one_sentence_and_the_command_goes_on_when_there_is_room(
@@ -162,7 +254,7 @@ def test_disk_that_is_really_full_is_one_sentence_and_the_command_goes_on_when_t
         for room in [{"size": 4096 * n} for n in range(1, 26, 3)] + [{"files": n} for n in range(1, 15, 3)]:
             disk.resize(**room)
             if code := run(images, checkpoint, "--beside", out):
-                told = capsys.readouterr().err
+                told = "".join(line for line in capsys.readouterr().err.splitlines(True) if "warning: " not in line)
                 assert code == 2 and "no room left on its disk" in told and told.count("\n") == 1
                 assert not out.exists() and not list(disk.folder.rglob("*.tmp"))
                 refused += 1
@@ -238,8 +330,8 @@ def test_refusals(images: ShardIndex, checkpoint: Path, tmp_path: Path, capsys: 
 
 
 def test_annotator_of_other_classes_is_refused(images: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotate, "load_annotator", lambda name, checkpoint, classes: foreign_of(name))
-    settings = annotate.Settings("test_resnet", None, 96, 2, 2, "cpu", False)
+    monkeypatch.setattr(annotation, "load_annotator", lambda name, checkpoint, classes: foreign_of(name))
+    settings = annotation.Settings("test_resnet", None, 96, 2, 2, "cpu", False)
     with pytest.raises(DataError, match="predicts 5 classes where the set has 3"):
         annotate.annotate_set(images, images.folder.with_name("out"), settings, 1, False)
 
