@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from refiner_ds.models.attention import (
@@ -334,6 +335,7 @@ class RefinedViT(nn.Module):
         self._set_grid(grid)
         for block in self.blocks:
             block.attn.grid = grid
+        update_model_input_size(self, (grid[0] * patch_size, grid[1] * patch_size), patch_size=patch_size)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
         self.patch_grid = grid

@@ -1,46 +1,71 @@
-"""Load weights under the released names into a model, fitted to its picture size and number of classes.
+"""Load weights under the released names into a model, fitted to its image size, channels and number of classes.
 
-file or dict ── unwrap ── resize positions ── drop heads of other classes ── check every name and shape ──> model
+file or dict ── unwrap ── resize positions ── adapt channels ── match heads ── check names and shapes ──> model
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor
 
-from refiner_ds.models.refined_vit import RefinedViT
+from refiner_ds.models.refined_vit import GRID, RefinedViT
 
 __all__ = ["fit_to", "load_released_weights", "read_weights"]
 
 State = Mapping[str, Tensor]
-WRAPPINGS = ("state_dict_ema", "state_dict", "model")
+Grid = tuple[int, int]
+WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+PREFIXES = ("module.", "model.")  # data parallelism, AveragedModel and ModelEma; Lightning and other loops
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's, at any depth
 HEADS = ("head", "aux_head")
+# Containers of numbers, harmless to unpickle: timm's and DeiT's command line, and scalars that NumPy computed.
+PLAIN: list[Any] = [
+    argparse.Namespace, np.ndarray, np.dtype, np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0],
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "b1")),
+]  # fmt: skip
 
 
-def load_released_weights(model: RefinedViT, path_or_state_dict: str | Path | Mapping[str, Any]) -> list[str]:
-    """Load a checkpoint with the released state-dict names, with or without the usual wrappings.
+def load_released_weights(
+    model: RefinedViT,
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    old_grid: Grid | None = None,
+    reset_head: bool = False,
+) -> list[str]:
+    """Load a checkpoint with the released state-dict names, with or without the usual wrappings and prefixes.
 
-    The position embedding is resized to the model's grid, its class entry kept. Where the number of classes differs
-    both heads keep their fresh initialisation.
+    The position embedding is resized to the model's patch grid, its class entry kept; the first convolution is adapted
+    to the model's channels as timm does. Where the number of classes differs heads keep their fresh initialisation.
 
     Args:
         model: a :class:`RefinedViT`, not fused.
         path_or_state_dict: a ``.safetensors`` file, one written by ``torch.save`` (no pickled code is run), or a dict.
+        old_grid: rows and columns of the checkpoint's patch grid. Needed where it is not square and the checkpoint was
+            not written from these models, which save such a grid with the weights.
+        reset_head: let the heads keep their fresh initialisation in any case.
     Returns:
         What was adapted, a sentence each; each is also a warning.
     Raises:
-        ValueError: a file that cannot be read; names left over or missing, all listed; or shapes that differ.
+        ValueError: a file that cannot be read; names left over or missing, all listed; shapes that differ; a patch
+            grid that cannot be known.
     """
     given = path_or_state_dict
     source = "the state dict" if isinstance(given, Mapping) else str(given)
-    state, notes = fit_to(model, given if isinstance(given, Mapping) else read_weights(Path(given)))
+    content = given if isinstance(given, Mapping) else read_weights(Path(given))
+    try:
+        state, notes = fit_to(model, content, old_grid, reset_head)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     own = model.state_dict()
     if misfits := _misfits(own, state):
         raise ValueError(f"{source} does not fit the model; {'; '.join(misfits)}")
@@ -54,8 +79,10 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """The content of a checkpoint file, without running code that may be pickled in it.
 
     Raises:
-        ValueError: the file is missing, or is not a checkpoint of plain tensors.
+        ValueError: the file is missing, a folder, or not a checkpoint of plain tensors.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file of weights, such as a .safetensors or .pth file in it")
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a .safetensors, .pth or .tar file of weights")
     try:
@@ -63,8 +90,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # timm's and DeiT's checkpoints carry the command line they were made with: a bare container, and harmless.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights ({_first_sentence(error)})") from error
@@ -73,26 +99,78 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def fit_to(model: RefinedViT, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """Unwrap a checkpoint and fit it to the model's picture size and classes.
+def fit_to(
+    model: RefinedViT, content: Mapping[str, Any], old_grid: Grid | None = None, reset_head: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Unwrap a checkpoint and fit it to the model's image size, channels and classes.
 
     Returns:
         The state dict, and what was adapted, a sentence each.
+    Raises:
+        ValueError: the patch grid of the checkpoint is not square and not known, or ``old_grid`` contradicts it.
     """
-    state, notes = _unwrap(content), []
-    own = model.state_dict()
-    positions = state.get("pos_embed")
-    if positions is not None and positions.dim() == 3 and positions.shape[1] != own["pos_embed"].shape[1]:
-        resized = resample_abs_pos_embed(positions.float(), list(model.patch_grid), num_prefix_tokens=1)
-        state["pos_embed"] = resized.to(positions.dtype)
-        rows, columns = model.patch_grid
-        notes.append(f"position embedding resized from {positions.shape[1] - 1} patches to {rows}x{columns}")
-    classes = state["head.weight"].shape[0] if "head.weight" in state else model.num_classes
-    if classes != model.num_classes:
-        state = {name: value for name, value in state.items() if name.split(".")[0] not in HEADS}
-        state |= {name: value for name, value in own.items() if name.split(".")[0] in HEADS}
-        notes.append(f"heads start afresh: the checkpoint has {classes} classes and the model {model.num_classes}")
+    state, own = _unwrap(content), model.state_dict()
+    notes = [
+        *_fit_positions(state, model, old_grid),
+        *_fit_channels(state, model),
+        *_fit_heads(state, own, model, reset_head),
+    ]
     return state, notes
+
+
+def _fit_positions(state: dict[str, Tensor], model: RefinedViT, old_grid: Grid | None) -> list[str]:
+    saved, positions = state.pop(GRID, None), state.get("pos_embed")
+    if GRID in dict(model.named_buffers()):
+        state[GRID] = torch.tensor(model.patch_grid)
+    if positions is None or positions.dim() != 3:
+        return []
+    patches = positions.shape[1] - 1
+    side = math.isqrt(patches)
+    grid = old_grid or (tuple(saved.tolist()) if saved is not None else (side, side))
+    if grid[0] * grid[1] != patches:
+        said = f"old_grid {old_grid} has {grid[0] * grid[1]}" if old_grid else "which is no square grid"
+        raise ValueError(
+            f"pos_embed holds {patches} patches, {'where ' if old_grid else ''}{said};"
+            " give old_grid=(rows, columns) of the images it was trained on"
+        )
+    if grid == model.patch_grid:
+        return []
+    resized = resample_abs_pos_embed(positions.float(), list(model.patch_grid), list(grid), num_prefix_tokens=1)
+    state["pos_embed"] = resized.to(positions.dtype)
+    rows, columns = model.patch_grid
+    before = f"{patches} patches" if grid[0] == grid[1] else f"{grid[0]}x{grid[1]} patches"
+    return [f"position embedding resized from {before} to {rows}x{columns}"]
+
+
+def _fit_channels(state: dict[str, Tensor], model: RefinedViT) -> list[str]:
+    name = "patch_embed.conv1.weight"
+    weight = state.get(name)
+    if weight is None or weight.dim() != 4 or weight.shape[1] == model.in_chans or weight.shape[1] != 3:
+        return []
+    state[name] = adapt_input_conv(model.in_chans, weight)
+    return [f"first convolution adapted from 3 to {model.in_chans} channels"]
+
+
+def _fit_heads(state: dict[str, Tensor], own: State, model: RefinedViT, reset_head: bool) -> list[str]:
+    classes = state["head.weight"].shape[0] if "head.weight" in state else model.num_classes
+    if reset_head or classes != model.num_classes:
+        _take_heads(state, own, HEADS)
+        if reset_head:
+            return ["heads start afresh, as asked"]
+        return [f"heads start afresh: the checkpoint has {classes} classes and the model {model.num_classes}"]
+    there, wanted = "aux_head.weight" in state, "aux_head.weight" in own
+    if there == wanted:
+        return []
+    _take_heads(state, own, ("aux_head",))
+    if wanted:
+        return ["auxiliary head starts afresh: the checkpoint has none (return_dense=False)"]
+    return ["auxiliary head left out: the model has none (return_dense=False)"]
+
+
+def _take_heads(state: dict[str, Tensor], own: State, heads: tuple[str, ...]) -> None:
+    for name in [name for name in state if name.split(".")[0] in heads]:
+        del state[name]
+    state.update({name: value for name, value in own.items() if name.split(".")[0] in heads})
 
 
 def _misfits(own: State, state: State) -> list[str]:
@@ -111,9 +189,12 @@ def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     for wrapping in WRAPPINGS:
         if isinstance(content.get(wrapping), Mapping):
             return _unwrap(content[wrapping])
-    state = dict(content)
-    while state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {WRAPPERS.sub("", name): value for name, value in content.items() if name != "n_averaged"}
+    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{strange[0]} is a {type(state[strange[0]]).__name__}, not a tensor; give a dict of weights")
     return state
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 
+import refiner_ds.models
 from refiner_ds.models import load_released_weights
 from tests.models import golden
+from tests.models.small import RELEASED, small_model
 
 
 def logits(model) -> torch.Tensor:
@@ -24,6 +30,19 @@ WRAPPINGS = {
     "state_dict_ema": lambda state: {"state_dict_ema": state, "state_dict": {}},
     "module.": lambda state: {f"module.{name}": value for name, value in state.items()},
     "both": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    "compiled blocks": lambda state: {
+        re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name): value for name, value in state.items()
+    },
+    "compiled in DDP in a loop": lambda state: {
+        f"model.module._orig_mod.{name}": value for name, value in state.items()
+    },
+    "AveragedModel": lambda state: {
+        "n_averaged": torch.tensor(3),
+        **{f"module.{name}": value for name, value in state.items()},
+    },
+    "DeepSpeed": lambda state: {"module": state, "ds_version": "0.19"},
+    "numpy beside": lambda state: {"state_dict": state, "best": np.float64(83.6), "at": np.int64(7)},
 }
 
 
@@ -146,3 +165,103 @@ def test_unreadable_files_are_refused_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=sentence) as refusal:
             load_released_weights(golden.tiny_model(), tmp_path / name)
         assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_is_named_as_one(tmp_path):
+    with pytest.raises(ValueError, match=rf"^{tmp_path} is a folder; give a file of weights"):
+        load_released_weights(golden.tiny_model(), tmp_path)
+
+
+def grid_model(size, **options):
+    return small_model(img_size=size, **{**RELEASED, **options})
+
+
+FORMATS = ["dict", "torch", "safetensors"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_grid_that_is_not_square_travels_with_the_weights(tmp_path, form):
+    wide = grid_model((32, 128))  # 4x16 patches, as many as 8x8
+    source = wide.state_dict()
+    if form == "torch":
+        torch.save(source, tmp_path / "wide.pth")
+        source = tmp_path / "wide.pth"
+    elif form == "safetensors":
+        safetensors.torch.save_file(source, tmp_path / "wide.safetensors")
+        source = tmp_path / "wide.safetensors"
+    same = grid_model((32, 128), seed=1)
+    assert load_released_weights(same, source) == []
+    assert torch.equal(same.pos_embed, wide.pos_embed)
+    for size, rows, columns in (((64, 64), 8, 8), ((128, 32), 16, 4)):
+        model = grid_model(size, seed=1)
+        with pytest.warns(UserWarning, match=f"^position embedding resized from 4x16 patches to {rows}x{columns}$"):
+            load_released_weights(model, source)
+        truth = resample_abs_pos_embed(wide.pos_embed.detach(), [rows, columns], [4, 16], num_prefix_tokens=1)
+        assert torch.equal(model.pos_embed, truth)
+        with pytest.raises(RuntimeError):  # plain loading does not copy it either
+            grid_model(size).load_state_dict(wide.state_dict())
+    assert not [name for name in grid_model((64, 64)).state_dict() if "grid" in name], "square models: released names"
+
+
+def test_positions_of_an_unknown_grid_need_old_grid():
+    state = grid_model((16, 64)).state_dict()
+    del state["pos_embed_grid"]
+    state["pos_embed"] = torch.randn(1, 1 + 18, 24)
+    with pytest.raises(ValueError) as refusal:
+        load_released_weights(grid_model(32), state)
+    assert str(refusal.value) == (
+        "the state dict: pos_embed holds 18 patches, which is no square grid;"
+        " give old_grid=(rows, columns) of the images it was trained on"
+    )
+    with pytest.raises(ValueError, match=r"holds 18 patches, where old_grid \(4, 4\) has 16; give old_grid="):
+        load_released_weights(grid_model(32), state, old_grid=(4, 4))
+    model = grid_model(32)
+    with pytest.warns(UserWarning, match="resized from 3x6 patches to 4x4"):
+        load_released_weights(model, state, old_grid=(3, 6))
+    truth = resample_abs_pos_embed(state["pos_embed"], [4, 4], [3, 6], num_prefix_tokens=1)
+    assert torch.equal(model.pos_embed, truth)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_first_convolution_is_adapted_to_the_models_channels_as_timm_does(channels):
+    model = golden.tiny_model(in_chans=channels)
+    with pytest.warns(UserWarning, match=f"^first convolution adapted from 3 to {channels} channels$"):
+        load_released_weights(model, golden.section("state"))
+    truth = adapt_input_conv(channels, golden.tensor("state/patch_embed.conv1.weight"))
+    assert torch.equal(model.patch_embed.conv1.weight, truth)
+
+
+def test_a_checkpoint_with_and_a_model_without_an_auxiliary_head_fit_each_other_with_a_word():
+    alone = golden.tiny_model(return_dense=False)
+    with pytest.warns(UserWarning, match="^auxiliary head left out: the model has none"):
+        load_released_weights(alone, golden.section("state"))
+    dense = golden.tiny_model()
+    fresh = dense.aux_head.weight.clone()
+    with pytest.warns(UserWarning, match="^auxiliary head starts afresh: the checkpoint has none"):
+        load_released_weights(dense, alone.state_dict())
+    assert torch.equal(dense.aux_head.weight, fresh) and torch.equal(dense.head.weight, alone.head.weight)
+
+
+def test_heads_can_be_reset():
+    model = golden.tiny_model()
+    fresh = model.head.weight.clone()
+    with pytest.warns(UserWarning, match="^heads start afresh, as asked$"):
+        load_released_weights(model, golden.section("state"), reset_head=True)
+    assert torch.equal(model.head.weight, fresh)
+    assert torch.equal(model.norm.weight, golden.tensor("state/norm.weight"))
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match=r"^the state dict: epoch is a int, not a tensor; give a dict of weights$"):
+        load_released_weights(golden.tiny_model(), {**golden.section("state"), "epoch": 3})
+
+
+def test_timms_checkpoint_filter_fits_a_checkpoint(tmp_path):
+    state = refiner_ds.models.checkpoint_filter_fn(
+        {"state_dict": golden.section("state")}, golden.tiny_model(img_size=96)
+    )
+    golden.tiny_model(img_size=96).load_state_dict(state)
+    torch.save({"state_dict": golden.section("state")}, tmp_path / "weights.pth")
+    model = golden.tiny_model(img_size=96)
+    timm.models.load_checkpoint(model, str(tmp_path / "weights.pth"), filter_fn=refiner_ds.models.checkpoint_filter_fn)
+    assert torch.equal(model.pos_embed, state["pos_embed"])

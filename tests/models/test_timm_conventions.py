@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.models import get_model_input_config
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
 from tests.models.small import RELEASED, VARIANTS, pictures, small_model
@@ -113,6 +114,41 @@ def test_input_size_can_be_changed_after_creation():
     fresh.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, 48, 64)
     assert torch.equal(model(x), fresh(x))
+    model.set_input_size(32)
+    assert model.state_dict().keys() == small_model(**VARIANTS["paper-spatial"]).state_dict().keys()
+
+
+def test_patch_size_can_be_changed_after_creation_and_frozen_weights_stay_frozen():
+    model = small_model(**RELEASED).eval()
+    model.pos_embed.requires_grad_(False)
+    model.patch_embed.proj.weight.requires_grad_(False)
+    model.set_input_size(patch_size=4)
+    assert model.patch_size == 4 and model.patch_grid == (8, 8)
+    assert model.feature_info[0]["reduction"] == 4
+    assert not model.pos_embed.requires_grad and not model.patch_embed.proj.weight.requires_grad
+    assert model.patch_embed.proj.bias.requires_grad
+    assert model(pictures()).isfinite().all()
+    model.set_input_size(img_size=(48, 64), patch_size=(8, 8))
+    assert model.patch_grid == (6, 8) and not model.pos_embed.requires_grad
+    with pytest.raises(ValueError, match=r"^patch_size is \(8, 4\); patches are square here"):
+        model.set_input_size(patch_size=(8, 4))
+    with pytest.raises(ValueError, match="img_size 50x64 is not a multiple of patch_size 8"):
+        model.set_input_size((50, 64))
+
+
+def test_sizes_of_a_configuration_overlay_and_of_the_model_agree():
+    with torch.device("meta"):
+        by_overlay = timm.create_model("refiner_vit_s", pretrained_cfg_overlay={"input_size": (3, 384, 384)})
+        by_size = timm.create_model("refiner_vit_s", img_size=384)
+        grey = timm.create_model("refiner_vit_s", pretrained_cfg_overlay={"input_size": (1, 224, 224)})
+    assert by_overlay.patch_grid == by_size.patch_grid == (24, 24)
+    assert resolve_model_data_config(by_overlay)["input_size"] == (3, 384, 384)
+    for model in (by_overlay, by_size):
+        assert get_model_input_config(model)["input_size"] == (3, 384, 384)
+        assert get_model_input_config(model)["fixed_input_size"]
+    by_size.set_input_size(448)
+    assert get_model_input_config(by_size)["input_size"] == (3, 448, 448)
+    assert grey.in_chans == 1 and grey.patch_embed.conv1.weight.shape[1] == 1
 
 
 def test_other_channels_are_taken():
