@@ -146,6 +146,8 @@ def test_commands_exist_and_take_these_options(command: Command) -> None:
         assert subcommand in named[1].split(","), f"{command.place}: no {subcommand}"
     known = set(re.findall(r"--[a-z][\w-]*", help_of(command.module, subcommand)))
     for option in command.words:
+        if option == "--":
+            break  # what follows is another command
         if option.startswith("--"):
             assert option.partition("=")[0] in known, f"{command.place}: no option {option}"
 
