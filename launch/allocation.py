@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from refiner_ds.config import RunFile
 from refiner_ds.config.batch import BatchPlan
+from refiner_ds.errors import LaunchError
 
 from .cluster import ClusterProfile
+from .slurm import Nodes
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,22 @@ class Allocation:
     """A run and the machines it is to have.
 
     Args:
+        nodes: nodes it asks for.
         gpus: GPUs, and so processes, a node; 0 trains on CPU with ``profile.tasks_per_node`` processes.
         local: the processes of all nodes run on this machine.
+        cpus_per_task: cores a process; None leaves it to Slurm.
+        mem_mb: memory a node, MB; 0 all of it; None leaves it to Slurm.
+        min_nodes: nodes it can do with when there are no more; None: ``nodes``.
     """
 
     run: RunFile
     profile: ClusterProfile
     nodes: int
     gpus: int
-    local: bool
+    local: bool = False
+    cpus_per_task: int | None = None
+    mem_mb: int | None = None
+    min_nodes: int | None = None
 
     @property
     def tasks(self) -> int:
@@ -40,12 +49,69 @@ class Allocation:
         """Batch arithmetic. Raises ConfigError where the batch does not divide over the processes."""
         return self.run.batch(self.world_size)
 
+    @property
+    def nodes_text(self) -> str | int:
+        """The node count as sbatch takes it."""
+        return self.nodes if self.min_nodes in (None, self.nodes) else f"{self.min_nodes}-{self.nodes}"
+
     def __str__(self) -> str:
         kind = "GPU" if self.gpus else "CPU"
         if self.local:
             return f"{_count(self.world_size, 'process', 'es')} on this machine, {kind}"
         each = f"{_count(self.tasks, kind)} each" if self.gpus else f"{_count(self.tasks, 'process', 'es')} each, CPU"
-        return f"{_count(self.nodes, 'node')}, {each}"
+        nodes = _count(self.nodes, "node") if self.min_nodes is None else f"{self.nodes_text} nodes"
+        return f"{nodes}, {each}"
+
+    def resources(self) -> str:
+        """Cores and memory in words; empty where they are left to Slurm."""
+        cores = f"{_count(self.cpus_per_task, 'core')} a process" if self.cpus_per_task else ""
+        memory = {None: "", 0: "all memory of a node"}.get(self.mem_mb, f"{(self.mem_mb or 0) / 1024:.0f} GB a node")
+        return ", ".join(filter(None, (cores, memory)))
+
+    def warnings(self) -> list[str]:
+        """What can be asked for but will be slow."""
+        workers = self.run.refiner.data.workers
+        if self.cpus_per_task is not None and self.cpus_per_task < workers + 1:
+            return [
+                f"{_count(self.cpus_per_task, 'core')} a process for {_count(workers, 'loader worker')} and training;"
+                f" raise cpus_per_task to {workers + 1}, or lower refiner.data.workers"
+            ]
+        return []
+
+
+def on_slurm(run: RunFile, profile: ClusterProfile, nodes: int, has: Nodes, min_nodes: int | None = None) -> Allocation:
+    """The allocation on a partition's nodes: GPUs as asked for or all of them, cores and memory by their share.
+
+    Raises:
+        LaunchError: the nodes have no GPUs and none were ruled out, too few, or not all the same number.
+    """
+    gpus = _gpus(profile, has)
+    tasks, most = gpus or profile.tasks_per_node, max(has.gpus)
+    share = min(1.0, gpus / most) if gpus else 1.0
+    cpus, memory = profile.cpus_per_task, round(profile.mem_gb * 1024) if profile.mem_gb else None
+    if cpus is None and has.cpus:
+        cpus = max(1, int(has.cpus * share) // tasks)
+    if memory is None and has.mem_mb > 1:  # 1 where a site does not tell Slurm its nodes' memory
+        memory = int(has.mem_mb * share) if share < 1 else 0
+    return Allocation(run, profile, nodes, gpus, False, cpus, memory, min_nodes)
+
+
+def _gpus(profile: ClusterProfile, has: Nodes) -> int:
+    if profile.gpus is not None:
+        if profile.gpus > max(has.gpus):
+            raise LaunchError(
+                f"nodes of {has.partition} have {max(has.gpus)} GPUs, not {profile.gpus};"
+                " lower --gpus-per-node, or name another --partition"
+            )
+        return profile.gpus
+    if len(has.gpus) > 1:
+        found = " or ".join(map(str, has.gpus))
+        raise LaunchError(f"nodes of {has.partition} have {found} GPUs; say how many with --gpus-per-node")
+    if has.gpus[0] == 0:
+        raise LaunchError(
+            f"nodes of {has.partition} have no GPUs; name another --partition, or train on CPU with --gpus-per-node 0"
+        )
+    return has.gpus[0]
 
 
 def _count(number: int, word: str, plural: str = "s") -> str:

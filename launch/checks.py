@@ -5,30 +5,32 @@ A job may wait in the queue for a day; a typing mistake found then has cost a da
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from refiner_ds.config.addresses import has_secrets, is_address, redacted
 from refiner_ds.errors import LaunchError
+from refiner_ds.files import write_atomically
+from refiner_ds.run_folder import RunFolder
 
 from . import local, slurm
 from .allocation import Allocation
-from .snapshot import ROOT
+from .snapshot import ROOT, sources
 
 CODE_SECONDS = 300  # importing torch from a cold shared file system takes its time
+KEPT_SIGNATURES = 200
 
 
 def check_resources(allocation: Allocation) -> None:
-    """Refuse a job that already runs, or that asks this machine for GPUs it has not."""
+    """Refuse a run whose job has not ended, or one that asks this machine for GPUs it has not."""
     if not allocation.local:
-        active = slurm.unfinished_job(allocation.run.folder)
-        if active:
-            number = active.partition(" ")[0]
-            raise LaunchError(
-                f"{allocation.run.folder}: belongs to job {active}; wait for it, or end it with scancel {number}"
-            )
+        refuse_unfinished(RunFolder(allocation.run.folder))
     elif allocation.gpus and allocation.world_size > len(local.visible_devices()):
         have = len(local.visible_devices())
         raise LaunchError(
@@ -36,12 +38,21 @@ def check_resources(allocation: Allocation) -> None:
         )
 
 
-def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT) -> None:
+def refuse_unfinished(run_folder: RunFolder) -> None:
+    """Refuse a run folder that belongs to a job which waits or runs."""
+    active = slurm.unfinished_job(run_folder.jobs)
+    if active:
+        number = active.partition(" ")[0]
+        raise LaunchError(f"{run_folder}: belongs to job {active}; wait for it, or end it with scancel {number}")
+
+
+def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT) -> bool:
     """Refuse what the job itself would refuse when it starts: ``refiner_ds/train.py --ready``, by this clone's code.
 
     That is: code that does not import, a model that does not build, data that is missing, a run folder that cannot be
-    written, holds another run, a complete one, or one of another number of processes. Packaged sets are made if they
-    are not there. With data on a server it is ``--check``: only the nodes can say whether they reach it.
+    written, holds another run, or a complete one. Packaged sets are made if they are not there. With data on a server
+    it is ``--check``: only the nodes can say whether they reach it. Returns False where nothing that it depends on has
+    changed since it last passed, and it was not asked again.
     """
     data = allocation.run.refiner.data
     for key, place in (("train", data.train), ("val", data.val)):
@@ -50,7 +61,9 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
                 f"refiner.data.{key} {redacted(place)}: the job's files would hold its password or query string;"
                 " write it as ${NAME}, an environment variable that the job has"
             )
-    remote = [place for place in (data.train, data.val) if place and is_address(place)]
+    remote = any(is_address(place) for place in _data_places(allocation))
+    if Passed(signature(allocation, root)):
+        return False
     sets = [word for override in overrides for word in ("--set", override)]
     command = (
         *(sys.executable, str(root / "refiner_ds" / "train.py"), "--check" if remote else "--ready"),
@@ -68,3 +81,79 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
         if said.startswith("error: "):
             raise LaunchError(said.removeprefix("error: "))
         raise LaunchError(f"{root}: the code does not run: {said}")
+    if not remote:
+        Passed(signature(allocation, root)).note()  # made anew: the check may have made a packaged set
+    return True
+
+
+def signature(allocation: Allocation, root: Path) -> str:
+    """A hash of what ``check_ready`` depends on: code, run file, data and run folder, environment, processes."""
+    folder = RunFolder(allocation.run.folder)
+    watched = [
+        *(file for place in sources(root).values() for file in sorted(place.rglob("*.py"))),
+        *(file for place in _data_places(allocation) for file in _data_files(place, allocation)),
+        *(folder.config, folder.complete, folder.latest_file, folder.path),
+        *(Path(place) for place in sys.path if place.endswith("site-packages")),
+    ]
+    known = {
+        "run": allocation.run.resolved(),
+        "world": allocation.world_size,
+        "python": sys.executable,
+        "files": [_stamp(file) for file in watched],
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _data_places(allocation: Allocation) -> list[str]:
+    data = allocation.run.refiner.data
+    return [place for place in (data.train, data.val) if place]
+
+
+def _data_files(place: str, allocation: Allocation) -> Iterator[Path]:
+    """What stands where data is, or where a packaged set is made; an empty place may be made meanwhile."""
+    folder = Path(place)
+    if place.startswith("package:"):
+        folder = (
+            cache_folder() if allocation.run.refiner.data.cache is None else Path(allocation.run.refiner.data.cache)
+        )
+    with suppress(OSError):
+        yield folder
+        yield from sorted(folder.iterdir())
+        index = folder.parent / f"{folder.name}.index"
+        yield from (index, folder / "index.json")
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return str(file), -1, -1
+    return str(file), found.st_size, found.st_mtime_ns
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept."""
+    return Path(os.environ.get("REFINER_DS_CACHE") or Path.home() / ".cache" / "refiner_ds")
+
+
+class Passed:
+    """Signatures of checks that passed, newest last, in the cache folder."""
+
+    def __init__(self, signature: str) -> None:
+        self._signature = signature
+        self._file = cache_folder() / "checks.json"
+
+    def _known(self) -> list[str]:
+        with suppress(OSError, ValueError):
+            return list(json.loads(self._file.read_text()))
+        return []
+
+    def __bool__(self) -> bool:
+        return self._signature in self._known()
+
+    def note(self) -> None:
+        """Remember it; where that cannot be, the check runs again."""
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            known = [*self._known(), self._signature][-KEPT_SIGNATURES:]
+            write_atomically(self._file, json.dumps(known), writer=str(os.getpid()))

@@ -9,32 +9,24 @@
 from __future__ import annotations
 
 import difflib
+import re
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from refiner_ds.errors import ConfigError
 
-# What the launcher itself decides; a second opinion under ``sbatch:`` would silently win.
-OURS = {
-    "chdir": "the snapshot of the code is the job's folder",
-    "error": "logs lie in the run folder",
-    "gpus-per-node": "use gpus_per_node",
-    "job-name": "it is the name of the run folder",
-    "nodes": "use --nodes",
-    "ntasks": "use gpus_per_node or tasks_per_node",
-    "ntasks-per-node": "use gpus_per_node or tasks_per_node",
-    "open-mode": "a requeued job adds to its log",
-    "output": "logs lie in the run folder",
-    "signal": "use signal_seconds",
-    "time": "use hours",
-}
+from .flags import Flags, refuse_sbatch_flags, refuse_srun_flags
+
+GPU_COUNT = re.compile(r"(?:([A-Za-z][\w.+-]*):)?(\d+)")  # 8, or h100:8 where a cluster has several types
+SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
 class ClusterProfile(BaseModel):
-    """Keys of a cluster profile. Keys left null are left to Slurm."""
+    """Keys of a cluster profile. Keys left null are left to Slurm, or follow from what the partition's nodes have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,42 +34,102 @@ class ClusterProfile(BaseModel):
     account: str | None = Field(None, description="account that is charged")
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="features a node must have")
-    hours: float | None = Field(None, gt=0, description="time limit of one job; a longer run goes on in the next")
-    signal_seconds: int = Field(
-        120, ge=1, description="seconds before the time limit at which the job is told to save and requeue"
-    )
+    hours: float | None = Field(None, gt=0, description="time limit of one job in hours; a longer run is requeued")
+    time: str | int | None = Field(None, description="the same as Slurm writes it: 1-00:00:00, 12:30:00, or minutes")
+    signal_seconds: int = Field(120, ge=1, description="seconds before the time limit at which the job saves")
+    requeue: bool = Field(True, description="false: the job ends where it would be requeued")
     requeues: int = Field(100, ge=0, description="how often a job may requeue itself before it is left to a person")
-    gpus_per_node: int | None = Field(
-        None, ge=0, description="GPUs, and so processes, a node; 0: train on CPU; null: what the nodes have"
+    gpus_per_node: int | str | None = Field(
+        None, description="GPUs, and so processes, a node; h100:8 names a type; 0: train on CPU; null: what nodes have"
     )
     tasks_per_node: int = Field(1, ge=1, description="processes a node where there are no GPUs")
-    cpus_per_task: int | None = Field(None, gt=0, description="cores a process, its loader workers included")
-    mem_gb: float | None = Field(None, gt=0, description="memory a node, GB")
+    cpus_per_task: int | None = Field(None, gt=0, description="cores a process; null: its share of a node's")
+    mem_gb: float | None = Field(None, gt=0, description="memory a node, GB; null: the share of its GPUs")
+    master_addr: str = Field(
+        "name", description="how the first node is reached: its name, its address, or an interface such as ib0"
+    )
+    health_check: bool = Field(True, description="check every node's GPUs, disks and shared memory before training")
+    notify: str | None = Field(
+        None, description="shell command at start, requeue, failure and end; REFINER_EVENT and REFINER_MESSAGE are set"
+    )
     setup: list[str] = Field([], description="shell lines before the job starts, such as: module load cuda")
     environment: dict[str, str] = Field({}, description="environment variables of the job")
-    sbatch: dict[str, str | int | bool] = Field({}, description="further sbatch flags, such as {reservation: maths}")
+    node_environment: dict[str, dict[str, str]] = Field(
+        {}, description="further variables for nodes whose name matches a pattern, such as dgx*"
+    )
+    sbatch: Flags = Field({}, description="further sbatch flags, such as {reservation: maths}")
+    srun: Flags = Field({}, description="further srun flags, such as {cpu-bind: cores}")
 
-    @field_validator("environment", mode="before")
+    @field_validator("environment", "node_environment", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         # NCCL_DEBUG: 1 is a number to YAML and text to a process
         if isinstance(value, dict):
-            return {key: str(word) if isinstance(word, int | float) else word for key, word in value.items()}
-        return value
+            return {key: cls._as_text(word) for key, word in value.items()}
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("gpus_per_node")
+    @classmethod
+    def _gpu_count(cls, value: int | str | None) -> int | str | None:
+        if value is not None and not GPU_COUNT.fullmatch(str(value)):
+            raise ValueError(f"is {value!r}; it must be a number, or a type and a number such as h100:8")
+        return int(str(value)) if str(value).isdigit() else value
+
+    @field_validator("time")
+    @classmethod
+    def _slurm_time(cls, value: str | int | None) -> str | None:
+        if value is not None and (not SLURM_TIME.fullmatch(str(value)) or not _minutes(str(value))):
+            raise ValueError(f"is {value!r}; it must be a time as Slurm writes it, such as 1-00:00:00, 12:30:00 or 90")
+        return None if value is None else str(value)
 
     @field_validator("sbatch")
     @classmethod
-    def _not_ours(cls, flags: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        for flag in flags:
-            name = flag.lstrip("-").replace("_", "-")
-            if name in OURS:
-                raise ValueError(f"cannot set {name}: {OURS[name]}")
-        return {flag.lstrip("-"): value for flag, value in flags.items()}
+    def _sbatch_flags(cls, flags: Flags) -> Flags:
+        return refuse_sbatch_flags(flags)
+
+    @field_validator("srun")
+    @classmethod
+    def _srun_flags(cls, flags: Flags) -> Flags:
+        return refuse_srun_flags(flags)
+
+    @model_validator(mode="after")
+    def _one_time(self) -> Self:
+        if self.hours is not None and self.time is not None:
+            raise ValueError("hours and time both give the time limit; keep one")
+        return self
 
     @property
     def minutes(self) -> int | None:
         """The time limit in whole minutes, as Slurm takes it."""
+        if self.time is not None:
+            return _minutes(str(self.time))
         return None if self.hours is None else max(1, round(self.hours * 60))
+
+    @property
+    def gpus(self) -> int | None:
+        """GPUs a node, without their type; None where the profile leaves it to the partition."""
+        found = GPU_COUNT.fullmatch(str(self.gpus_per_node))
+        return int(found[2]) if found else None
+
+    def environment_on(self, host: str) -> dict[str, str]:
+        """The further environment variables of a node."""
+        matching = [given for pattern, given in self.node_environment.items() if fnmatch(host, pattern)]
+        return {name: value for given in matching for name, value in given.items()}
+
+
+def _minutes(text: str) -> int:
+    """Whole minutes, rounded up, of a time as Slurm writes it."""
+    found = SLURM_TIME.fullmatch(text)
+    assert found is not None
+    parts = [int(part) for part in found["clock"].split(":")]
+    if found["days"]:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        hours += 24 * int(found["days"])
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # minutes[:seconds]
+        hours, minutes, seconds = 0, *(*parts, 0)[:2]
+    return hours * 60 + minutes + (seconds + 59) // 60
 
 
 def load_profile(file: Path | None, overrides: dict[str, Any]) -> ClusterProfile:
@@ -91,15 +143,28 @@ def load_profile(file: Path | None, overrides: dict[str, Any]) -> ClusterProfile
     """
     keys = _read(file) if file else {}
     given = {key: value for key, value in overrides.items() if value is not None}
+    if given.keys() & {"hours", "time"}:  # a flag overrides the file's limit in whichever form it stands
+        keys = {key: value for key, value in keys.items() if key not in ("hours", "time")}
     try:
         return ClusterProfile.model_validate({**keys, **given})
     except ValidationError as error:
         raise ConfigError(_sentence(error, file, given)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 12:30:00 is a text: the sexagesimal integers of YAML 1.1 would make it 45000."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        keys = yaml.safe_load(file.read_text())
+        keys = yaml.load(file.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such cluster profile; launch/clusters/example.yaml is one to copy") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -122,9 +187,11 @@ def _sentence(error: ValidationError, file: Path | None, given: dict[str, Any]) 
     if first["type"] == "extra_forbidden":
         known = ClusterProfile.model_fields
         near = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"a cluster profile knows {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"the keys of a cluster profile are {', '.join(known)}"
         return f"{file}: {key} is not a key; {hint}"
-    source = f"--{key.replace('_', '-')}" if key in given or file is None else f"{file}: {key}"
+    named = f": {key}" if key else ""
+    source = f"--{key.replace('_', '-')}" if key in given or file is None else f"{file}{named}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     shown = "" if first["type"] == "value_error" else f" is {first['input']!r}; it"
-    return f"{source}{shown} {message}"
+    colon = ":" if first["type"] == "value_error" and not key else ""
+    return f"{source}{colon}{shown} {message}"

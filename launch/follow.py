@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-Ending = tuple[str, int]  # how Slurm calls it, and the exit code
-
 
 class Follower:
     """Writes what a file gains, from its beginning, to a stream."""
@@ -30,16 +28,16 @@ class Follower:
             self._out.flush()
 
 
-def follow(log: Path, ended: Callable[[], Ending | None], out: TextIO, every: float = 1.0) -> Ending:
-    """Show ``log`` until ``ended``, asked every ``every`` to 5 × ``every`` seconds, says how the job ended."""
+def follow(log: Path, ended: Callable[[], bool], out: TextIO, every: float = 1.0) -> None:
+    """Show ``log`` until ``ended``, asked every ``every`` to 5 × ``every`` seconds, says that the job has."""
     follower, pause, asked = Follower(log, out), every, time.monotonic()
     while True:
         follower.show()
         if time.monotonic() - asked >= pause:
-            ending = ended()
+            over = ended()
             asked, pause = time.monotonic(), min(pause * 1.5, 5 * every)
-            if ending:
+            if over:
                 time.sleep(every)  # a shared file system shows a node's last lines a little later
                 follower.show()
-                return ending
+                return
         time.sleep(every / 4)

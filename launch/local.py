@@ -1,53 +1,54 @@
-"""The same job on this machine: submitit's local executor, made to end like a job of Slurm's.
+"""The same job on this machine: submitit's local executor, under the supervisor that Slurm jobs have.
 
-submitit's controller waits for every task, even for those that wait for a dead one, and forgets how they ended.
-``python -m launch.local <folder>`` is its own with two differences: the first task to fail ends the others, and the
-controller leaves with that task's exit code.
+submitit's controller waits for every task, even for those that wait for a dead one, and forgets how they ended. Here
+the first task to fail ends the others, and launch/policy.py says whether all start again.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import submitit
 from submitit.local import local
 
 from refiner_ds.exit_codes import RUN_AGAIN
+from refiner_ds.run_folder import RunFolder
 
-from .job import LOCAL_RESTART_COUNT
+from .attempts import Record
+from .diagnosis import TaskEnd
+from .policy import Action, Decision, Limits
+from .supervisor import Outcome, Supervisor
 
 TIMED_OUT = 124  # as timeout(1) has it
 FOR_EVER = 60 * 24 * 366 * 10  # minutes; the controller counts in seconds and must be told something
+ENDING_SECONDS = 1.0  # between the signals that end what is left of a failed job
 
 
 class LocalExecutor(submitit.LocalExecutor):
     """Starts the tasks of a job as processes of this machine.
 
     Args:
-        folder: where logs and pickles go.
         tasks: processes.
         devices: CUDA devices they share.
         environment: added to this process's.
-        code: folder the job runs in.
     """
 
     def __init__(
-        self, folder: Path, *, tasks: int, devices: str, environment: Mapping[str, str], code: Path,
+        self, run_folder: RunFolder, *, tasks: int, devices: str, environment: Mapping[str, str],
         minutes: int | None, signal_seconds: int,
     ) -> None:  # fmt: skip
-        super().__init__(folder)
-        self._tasks, self._code = tasks, code
+        super().__init__(run_folder.jobs)
+        self._tasks, self._run_folder = tasks, run_folder
         self._environment = {
             **os.environ,
             **environment,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH")))),
             "CUDA_VISIBLE_DEVICES": devices,
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_NTASKS": str(tasks),
@@ -60,56 +61,87 @@ class LocalExecutor(submitit.LocalExecutor):
         }
 
     def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
+        # The job's number is its process's, which is known before its snapshot has it as a name.
+        wait = (
+            f'code="$1/$$"; while [ ! -d "$code" ]; do sleep 0.05; done; cd "$code" && '
+            f'PYTHONPATH="$code${{PYTHONPATH:+:$PYTHONPATH}}" exec "$2" -u -m {__name__} "$3"'
+        )
         self.controller = subprocess.Popen(
-            (sys.executable, "-m", __name__, str(self.folder)),
+            ("sh", "-c", wait, "sh", str(self._run_folder.code), sys.executable, str(self._run_folder)),
             env={**self._environment, "SUBMITIT_LOCAL_COMMAND": command},
-            cwd=self._code,
         )
         tasks = list(range(self._tasks))
         return submitit.LocalJob(self.folder, str(self.controller.pid), tasks, process=self.controller)
 
 
-class Controller(local.Controller):
-    """Starts the tasks, again when they ask for it, and ends them all with the first that fails."""
+class Controller(local.Controller, Supervisor):
+    """Starts the tasks, again where the policy says so, and ends them all with the first that fails."""
 
     stopping = False
+
+    def __init__(self, run_folder: RunFolder) -> None:
+        local.Controller.__init__(self, run_folder.jobs)
+        Supervisor.__init__(self, run_folder, self.pid, run_folder.code / self.pid)
+
+    nodes = property(lambda self: socket.gethostname())
+    world = property(lambda self: (self.ntasks, self.ntasks if self.job.gpus else 0))
 
     def _forward_signal(self, signum: signal.Signals, *args: object) -> None:
         self.stopping |= signum == signal.SIGTERM
         super()._forward_signal(signum, *args)
 
-    def wait(self, freq: int = 24) -> list[int | None]:
-        """Exit codes of the tasks, once all have left, one has failed, or the time is over."""
-        begun, told = time.monotonic(), False
+    def run_tasks(self, variables: dict[str, str]) -> Outcome:
+        """Start the processes and wait until all have left, one has failed, or the time is over."""
+        os.environ.update(variables)
+        try:
+            self.start_tasks()
+            return self._wait_for_tasks()
+        finally:
+            self._end_tasks()
+
+    def _wait_for_tasks(self, freq: int = 24) -> Outcome:
+        begun, told, host = time.monotonic(), False, socket.gethostname()
         while True:
             codes = [task.poll() for task in self.tasks]
-            spent = time.monotonic() - begun
-            failed = any(code not in (None, 0, local.LOCAL_REQUEUE_RETURN_CODE) for code in codes)
-            if failed or None not in codes or spent > self.timeout_s:
-                return codes
-            if not told and spent > self.timeout_s - self.signal_delay_s:
+            now = time.monotonic()
+            ends = [TaskEnd(rank, host, _how(code), now) for rank, code in enumerate(codes) if code]
+            if ends:
+                return Outcome(ends, ends[0].exit_code)
+            if None not in codes:
+                return Outcome([], 0)
+            if now - begun > self.timeout_s:
+                return Outcome([], TIMED_OUT, [f"error: the time limit of {self.timeout_s} s is over"])
+            if not told and now - begun > self.timeout_s - self.signal_delay_s:
                 told = True
                 self._forward_signal(signal.SIGUSR2)
             time.sleep(1 / freq)
 
+    def _end_tasks(self) -> None:
+        """End what is left: told to, then killed."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            end = time.monotonic() + ENDING_SECONDS
+            while any(task.poll() is None for task in self.tasks) and time.monotonic() < end:
+                time.sleep(0.05)
+            super()._forward_signal(number)
+        self.kill_tasks()
+
+    def act(self, record: Record, decide: Callable[[Limits], Decision]) -> int:
+        """What is left of the policy on one machine: nobody else requeues, and there is no other node."""
+        profile = self.job.profile
+        return self.conclude(record, decide(Limits(profile.requeue, profile.requeues, cancelled=self.stopping)))
+
     def lead(self) -> int:
         """Run the job to its end and return its exit code."""
         while True:
-            os.environ[LOCAL_RESTART_COUNT] = str(int(os.environ.get(LOCAL_RESTART_COUNT, "-1")) + 1)
-            try:
-                self.start_tasks()
-                codes = self.wait()
-            finally:
-                self.kill_tasks()
-            failed = [code for code in codes if code not in (None, 0, local.LOCAL_REQUEUE_RETURN_CODE)]
-            if failed:
-                return 128 - failed[0] if failed[0] < 0 else failed[0]
-            if None in codes:
-                return TIMED_OUT
-            if local.LOCAL_REQUEUE_RETURN_CODE not in codes:
-                return 0
-            if self.stopping:  # saved because someone asked it to end, not to begin again
-                return RUN_AGAIN
+            code = self.attempt()
+            if self.attempts.records[-1].action == Action.END:
+                return RUN_AGAIN if self.stopping else code
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"Exited with exit code {code}"
+    return signal.strsignal(-code) or f"signal {-code}"
 
 
 def visible_devices() -> list[str]:
@@ -126,6 +158,6 @@ def visible_devices() -> list[str]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(Controller(Path(sys.argv[1])).lead())
+        sys.exit(Controller(RunFolder(sys.argv[1])).lead())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -1,36 +1,36 @@
-"""What is asked of Slurm, through submitit, and what Slurm tells about a job."""
+"""Slurm's commands: what its nodes have, what it says of a job, and a requeue that outlasts an absent controller."""
 
 from __future__ import annotations
 
 import getpass
+import os
 import re
-import shlex
 import shutil
 import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import submitit
 
 from refiner_ds.errors import LaunchError
-from refiner_ds.run_folder import RunFolder
-
-from .cluster import ClusterProfile
 
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
-ANSWER_SECONDS = 60
+ANSWER_SECONDS = 60  # a submission can wait so long for Slurm
+TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
 
 
-def ask(*command: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+def ask(
+    *command: str, given: str | None = None, seconds: float = ANSWER_SECONDS, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands. Raises LaunchError where there is none, or no answer."""
     try:
-        return subprocess.run(command, input=given, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        return subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, env=env)
     except FileNotFoundError:
         raise LaunchError(f"there is no Slurm here ({command[0]} not found); add --local to run here") from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"Slurm has not answered {command[0]} for {ANSWER_SECONDS} s; try again later") from None
+        raise LaunchError(f"Slurm has not answered {command[0]} for {seconds:g} s; try again later") from None
 
 
 def require_slurm() -> None:
@@ -40,83 +40,156 @@ def require_slurm() -> None:
             raise LaunchError(f"there is no Slurm here ({program} not found); add --local to run on this machine")
     answer = ask("sinfo", "--noheader", "--format=%P")
     if answer.returncode:
-        raise LaunchError(f"Slurm does not answer: {_last_line(answer.stderr)}; add --local to run on this machine")
+        raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}; add --local to run on this machine")
 
 
-def gpus_of_nodes(partition: str | None) -> int:
-    """GPUs that every node of the partition (None: the default one) has."""
+@dataclass(frozen=True)
+class Nodes:
+    """What every node of a partition has.
+
+    Attributes:
+        partition: as a sentence names it.
+        gpus: GPUs of each kind of node, fewest first; of the wanted type alone, where one is wanted.
+        cpus, mem_mb: of the smallest node that has the GPUs.
+    """
+
+    partition: str
+    gpus: tuple[int, ...]
+    cpus: int
+    mem_mb: int
+
+
+def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
+    """What the nodes of a partition (None: the default one) have.
+
+    Raises:
+        LaunchError: Slurm knows no node of it, or none with that type of GPU.
+    """
     which = (f"--partition={partition}",) if partition else ()
-    answer = ask("sinfo", "--noheader", "--format=%P %G", *which)
-    rows = [line.split() for line in answer.stdout.splitlines()]
-    rows = [row for row in rows if partition or row[0].endswith("*")]  # the asterisk marks the default partition
-    counts = sorted({sum(int(n) for n in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", row[1])) for row in rows})
+    answer = ask("sinfo", "--noheader", "--format=%P|%G|%c|%m", *which)
+    rows = [line.split("|") for line in answer.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == 4 and (partition or row[0].endswith("*"))]  # the default has an asterisk
     named = f"partition {partition}" if partition else "the default partition"
-    if not counts:
-        raise LaunchError(f"Slurm knows no node of {named}; say which with --partition, or give --gpus-per-node")
-    if len(counts) > 1:
-        found = " or ".join(map(str, counts))
-        raise LaunchError(f"nodes of {named} have {found} GPUs; say how many with --gpus-per-node")
-    return counts[0]
+    if not rows:
+        raise LaunchError(f"Slurm knows no node of {named}; say which with --partition")
+    counted = [(_gpus(row[1], gpu_type), int(row[2].rstrip("+")), int(row[3].rstrip("+"))) for row in rows]
+    if gpu_type:
+        counted = [row for row in counted if row[0]]
+        if not counted:
+            raise LaunchError(f"no node of {named} has GPUs of type {gpu_type}; sinfo --format='%P %G' lists them")
+    return Nodes(
+        named,
+        tuple(sorted({gpus for gpus, _, _ in counted})),
+        min(cpus for _, cpus, _ in counted),
+        min(memory for _, _, memory in counted),
+    )
 
 
-def executor(
-    profile: ClusterProfile, *, nodes: int, gpus: int, tasks: int, run_folder: Path, code: Path
-) -> submitit.SlurmExecutor:
-    """submitit's executor for a job of ``nodes`` × ``tasks`` processes run from the snapshot ``code``."""
-    slurm = submitit.SlurmExecutor(folder=RunFolder(run_folder).jobs)
-    wanted: dict[str, Any] = {
-        "job_name": run_folder.name,
-        "nodes": nodes,
-        "ntasks_per_node": tasks,
-        "gpus_per_node": gpus or None,
-        "cpus_per_task": profile.cpus_per_task,
-        "mem": f"{round(profile.mem_gb * 1024)}M" if profile.mem_gb else None,
-        "time": profile.minutes,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "wckey": None,  # submitit's own would be refused where keys are enforced
-        "signal_delay_s": profile.signal_seconds,
-        "stderr_to_stdout": True,
-        "setup": _setup(profile, code),
-        "srun_args": _srun_arguments(profile),
-        "additional_parameters": {"chdir": str(code), "requeue": True, **profile.sbatch},
-    }
-    slurm.update_parameters(**wanted)
-    return slurm
+def _gpus(gres: str, gpu_type: str | None) -> int:
+    found = re.findall(r"\bgpu(?::([^:,(]+))?:(\d+)", gres)
+    return sum(int(count) for kind, count in found if gpu_type in (None, kind))
 
 
-def script(slurm: submitit.SlurmExecutor) -> str:
-    """The batch script that a submission through ``slurm`` writes."""
-    return slurm._make_submission_file_text(slurm._submitit_command_str, "")
+def spare_nodes(partition: str | None, without: Iterable[str]) -> int:
+    """Nodes of a partition that are up, ``without`` those named; 0 where Slurm does not answer."""
+    which = (f"--partition={partition}",) if partition else ()
+    try:
+        answer = ask("sinfo", "--noheader", "--Node", "--format=%N %t", *which, seconds=TASK_ANSWER_SECONDS)
+    except LaunchError:
+        return 0
+    states = dict(line.split()[:2] for line in answer.stdout.splitlines() if len(line.split()) >= 2)
+    up = {node for node, state in states.items() if re.match(r"(idle|mix|alloc|comp|resv|plnd|plan)", state)}
+    return len(up - set(without))
 
 
-def _setup(profile: ClusterProfile, code: Path) -> list[str]:
-    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    variables = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
-    return [*profile.setup, *variables, path]  # the path last: a module may set it too
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says of a job.
+
+    Attributes:
+        state: RUNNING, PENDING, FAILED, …
+        exit_code, signal: as in ExitCode=0:9.
+        restarts: how often it was requeued.
+        fields: everything else that ``scontrol show job`` says.
+    """
+
+    state: str
+    reason: str
+    exit_code: int
+    signal: int
+    restarts: int
+    nodes: str
+    fields: dict[str, str]
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will not run again."""
+        return self.state in ENDED
+
+    @property
+    def exit_code_or_signal(self) -> int:
+        """As a shell has it: 128 + the number of a signal; 1 for a failure that has neither."""
+        return self.exit_code or (128 + self.signal if self.signal else 1)
+
+    @property
+    def exit_text(self) -> str:
+        """State, reason and exit code in Slurm's own words."""
+        reason = f", {self.reason}" if self.reason else ""
+        return f"{self.state}{reason}, exit code {self.exit_code}:{self.signal}"
 
 
-def _srun_arguments(profile: ClusterProfile) -> list[str]:
-    # The others would wait for a dead rank until the time limit; and srun no longer reads sbatch's cores a task.
-    cores = [f"--cpus-per-task={profile.cpus_per_task}"] if profile.cpus_per_task else []
-    return ["--kill-on-bad-exit=1", *cores]
+def job_state(job_id: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
+    """What the controller says of a job, or accounting; None where the controller is away.
+
+    Raises:
+        LaunchError: Slurm no longer knows the job.
+    """
+    try:
+        shown = ask("scontrol", "show", "job", "--oneliner", job_id, seconds=seconds)
+    except LaunchError as error:
+        if "not found" in str(error):
+            raise
+        return None
+    if shown.returncode == 0 and shown.stdout.strip():
+        return _parsed(shown.stdout)
+    if "Invalid job id" not in shown.stderr:
+        return None
+    if shutil.which("sacct"):
+        form = "--format=State,ExitCode,NodeList"
+        kept = ask("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", form, seconds=seconds)
+        state, *rest = kept.stdout.strip().partition("\n")[0].split("|")
+        if rest:
+            code, _, number = (rest[0] or "0:0").partition(":")
+            return JobState(state.split()[0], "", _int(code), _int(number), 0, rest[-1], {})
+    raise LaunchError(f"Slurm no longer knows job {job_id}; its logs are in the run folder")
 
 
-def test_only(batch_script: str) -> None:
-    """Have Slurm look at a batch script without taking it. Raises LaunchError with its objection."""
-    answer = ask("sbatch", "--test-only", given=batch_script)
-    if answer.returncode:
-        raise LaunchError(f"Slurm refuses the job: {_last_line(answer.stderr)}")
+def _parsed(line: str) -> JobState:
+    fields = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", line))
+    code, _, number = fields.get("ExitCode", "0:0").partition(":")
+    return JobState(
+        fields.get("JobState", ""),
+        fields.get("Reason", "").replace("None", ""),
+        _int(code),
+        _int(number),
+        _int(fields.get("Restarts", "0")),
+        fields.get("NodeList", "").replace("(null)", ""),
+        fields,
+    )
 
 
-def unfinished_job(run_folder: Path) -> str | None:
-    """A job of this run that still waits or runs: "12 (RUNNING)"."""
-    submitted = {file.name.partition("_")[0] for file in (RunFolder(run_folder).jobs).glob("*_submission.sh")}
+def _int(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def unfinished_job(jobs: Path) -> str | None:
+    """A job submitted from this jobs/ folder that still waits or runs: "12 (RUNNING)"."""
+    submitted = {file.name.partition("_")[0] for file in jobs.glob("*_submission.sh")}
     if not submitted:
         return None
     answer = ask("squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}")
+    if answer.returncode:
+        raise LaunchError(f"Slurm does not say which jobs have ended: {last_line(answer.stderr)}; try again later")
     for line in answer.stdout.splitlines():
         number, _, state = line.partition(" ")
         if number in submitted:
@@ -124,35 +197,58 @@ def unfinished_job(run_folder: Path) -> str | None:
     return None
 
 
-def ending(job_id: str) -> tuple[str, int] | None:
-    """State and exit code of a job that has ended, else None.
+def requeue(job_id: str) -> str | None:
+    """Have Slurm requeue a running job. Returns its objection, None where it did."""
+    return _control("requeue", job_id)
+
+
+def exclude(job_id: str, nodes: str) -> str | None:
+    """Keep a job that waits, or has just been requeued, off these nodes. Returns Slurm's objection."""
+    return _control("update", f"JobId={job_id}", f"ExcNodeList={nodes}")
+
+
+def comment(job_id: str, text: str) -> str | None:
+    """Leave a sentence with Slurm itself, for when the run folder cannot take one. Returns Slurm's objection."""
+    return _control("update", f"JobId={job_id}", f"Comment={text[:200]}")
+
+
+def _control(*words: str) -> str | None:
+    try:
+        answer = ask("scontrol", *words, seconds=TASK_ANSWER_SECONDS)
+    except LaunchError as error:
+        return str(error)
+    return (answer.stderr.strip() or f"exit code {answer.returncode}") if answer.returncode else None
+
+
+def expected_start(batch_script: str, env: dict[str, str]) -> str:
+    """Have Slurm look at a batch script without taking it. Returns when it would start.
 
     Raises:
-        LaunchError: Slurm has forgotten the job.
+        LaunchError: Slurm's objection.
     """
-    shown = ask("scontrol", "show", "job", "--oneliner", job_id)
-    if shown.returncode == 0:
-        fields = dict(field.partition("=")[::2] for field in shown.stdout.split())
-        return _ending(fields.get("JobState", ""), fields.get("ExitCode", "0:0"))
-    if "Invalid job id" not in shown.stderr:
-        return None  # the controller is away for a moment; it keeps the job
-    if shutil.which("sacct"):
-        kept = ask("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
-        state, bar, code = kept.stdout.strip().partition("|")
-        if bar:
-            return _ending(state.split()[0], code)
-    raise LaunchError(f"Slurm no longer knows job {job_id}; its logs are in the run folder")
+    answer = ask("sbatch", "--test-only", given=batch_script, env=env)
+    if answer.returncode:
+        raise LaunchError(f"Slurm refuses the job: {last_line(answer.stderr)}")
+    found = re.search(r"to start at (\S+)", answer.stderr + answer.stdout)
+    return found[1] if found else "unknown"
 
 
-def _ending(state: str, exit_code: str) -> tuple[str, int] | None:
-    if state not in ENDED:
-        return None
-    code, _, number = exit_code.partition(":")
-    if state == "COMPLETED":
-        return state, 0
-    return state, int(code) or (128 + int(number) if number.strip("0") else 1)
-
-
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """The last line of what a Slurm command complained, without the words that only say that it is a complaint."""
     lines = text.strip().splitlines()
     return re.sub(r"^(\w+: )?(error: )?(allocation failure: )?", "", lines[-1]) if lines else "it gave no reason"
+
+
+def restart_count() -> int:
+    """How often the job that this process belongs to has been restarted."""
+    return int(os.environ.get("REFINER_RESTART_COUNT") or os.environ.get("SLURM_RESTART_COUNT") or "0")
+
+
+def until(deadline: float, every: float = 5.0) -> Iterable[int]:
+    """0, 1, 2, … with a pause between, for asking again until ``deadline`` (of time.monotonic)."""
+    attempt = 0
+    yield attempt
+    while time.monotonic() + every < deadline:
+        time.sleep(every)
+        attempt += 1
+        yield attempt

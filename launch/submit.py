@@ -13,35 +13,49 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
-import submitit
 from pydantic.fields import FieldInfo
 
 from refiner_ds.config import load
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder
 
-from . import checks, local, slurm
-from .allocation import Allocation
+from . import checks, local, slurm, submission
+from .allocation import Allocation, on_slurm
+from .attempts import Attempts
+from .batch import Executor, submission_environment
 from .cluster import ClusterProfile, load_profile
 from .follow import follow
-from .job import Failure, TrainJob
-from .snapshot import RUN_FILE, take_snapshot
+from .why import why
 
-FLAG_TYPES = {"str | None": str, "float | None": float, "int | None": int, "int": int}
+FLAG_TYPES: dict[str, Callable[[str], Any]] = {
+    "str | None": str, "str": str, "float | None": float, "int | None": int, "int": int,
+    "int | str | None": str, "str | int | None": str, "bool": lambda word: {"true": True, "false": False}[word],
+}  # fmt: skip
 
 
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit code: 0, 2 where it refuses, or with ``--wait`` and ``--local`` the job's."""
     args = _parser().parse_args(argv)
-    return _submit(args)
+    profile = load_profile(args.cluster, {key: getattr(args, key) for key in profile_flags()})
+    allocation = make_allocation(args, profile)
+    batch = allocation.batch  # refuses one that does not divide
+    print(f"{allocation.run.path}: {allocation}; {batch}", file=sys.stderr)
+    for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
+        print(line, file=sys.stderr)
+    start = check(allocation, args.set)
+    if args.dry_run:
+        return _dry_run(allocation, start)
+    return _run_here(allocation) if allocation.local else _run_on_slurm(allocation, args.wait)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,121 +64,107 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the run file"
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    add_machine_flags(parser)
     parser.add_argument("--local", action="store_true", help="run on this machine, all nodes' processes, and wait")
     parser.add_argument("--wait", action="store_true", help="show the log until the job ends; leave with its exit code")
     parser.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
+    return parser
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say on how many nodes of which cluster a run goes."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
     site = parser.add_argument_group("the site", "keys of the cluster profile, each of which a flag overrides")
     site.add_argument("--cluster", type=Path, metavar="FILE", help="cluster profile; see launch/clusters/example.yaml")
-    for key, field in _profile_flags().items():
+    for key, field in profile_flags().items():
         flag = f"--{key.replace('_', '-')}"
         site.add_argument(flag, type=FLAG_TYPES[_type(key)], metavar="X", help=field.description)
-    return parser
 
 
 def _type(key: str) -> str:
     return str(ClusterProfile.__annotations__[key])
 
 
-def _profile_flags() -> dict[str, FieldInfo]:
+def profile_flags() -> dict[str, FieldInfo]:
+    """Keys of the cluster profile that a flag can give."""
     return {key: field for key, field in ClusterProfile.model_fields.items() if _type(key) in FLAG_TYPES}
 
 
-def _submit(args: argparse.Namespace) -> int:
-    profile = load_profile(args.cluster, {key: getattr(args, key) for key in _profile_flags()})
-    allocation = _allocation(args, profile)
-    batch = allocation.batch  # refuses one that does not divide
-    print(f"{allocation.run.path}: {allocation}; {batch}", file=sys.stderr)
-    checks.check_resources(allocation)
-    code = RunFolder(allocation.run.folder).code
-    batch_script = None if allocation.local else slurm.script(_slurm_executor(allocation, code))
-    if batch_script:
-        slurm.test_only(batch_script)
-    print("checking the code and the data …", file=sys.stderr)
-    checks.check_ready(allocation, args.set)
-    if args.dry_run:
-        print(batch_script or f"{allocation}: refiner_ds.train {' '.join(_arguments(code))}")
-        return 0
-    take_snapshot(allocation.run)
-    return _run_here(allocation, code) if allocation.local else _run_on_slurm(allocation, code, args.wait)
-
-
-def _allocation(args: argparse.Namespace, profile: ClusterProfile) -> Allocation:
+def make_allocation(args: argparse.Namespace, profile: ClusterProfile) -> Allocation:
+    """The run that is asked for and the machines it is to have. Raises ConfigError or LaunchError."""
     if args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job has at least one node")
     run = load(args.config, args.set)
-    gpus = profile.gpus_per_node
-    if not args.local:
-        slurm.require_slurm()
-        gpus = slurm.gpus_of_nodes(profile.partition) if gpus is None else gpus
-    elif gpus is None:
-        gpus = len(local.visible_devices()) // args.nodes
-    return Allocation(run, profile, args.nodes, gpus, args.local)
+    if getattr(args, "local", False):
+        here = len(local.visible_devices()) // args.nodes
+        return Allocation(run, profile, args.nodes, here if profile.gpus is None else profile.gpus, local=True)
+    slurm.require_slurm()
+    gpu_type = str(profile.gpus_per_node).rpartition(":")[0] or None
+    return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type))
 
 
-def _job(allocation: Allocation, code: Path) -> TrainJob:
-    return TrainJob(_arguments(code), str(allocation.run.folder), allocation.gpus > 0, allocation.profile.requeues)
+def check(allocation: Allocation, overrides: list[str]) -> str:
+    """Every check that needs more than the run file, side by side. Returns when Slurm would start the job.
+
+    Raises:
+        ConfigError, LaunchError: the first refusal, Slurm's before the code's.
+    """
+    checks.check_resources(allocation)
+    script = None if allocation.local else Executor(allocation).script()
+    with ThreadPoolExecutor(2) as pool:
+        ready = pool.submit(checks.check_ready, allocation, overrides)
+        start = pool.submit(slurm.expected_start, script, submission_environment(script)) if script else None
+        print("checking the code and the data …", file=sys.stderr)
+        expected = start.result() if start else "now"
+        if not ready.result():
+            print("nothing has changed since they last passed", file=sys.stderr)
+    return expected
 
 
-def _arguments(code: Path) -> list[str]:
-    return ["--config", str(code / RUN_FILE)]
+def _dry_run(allocation: Allocation, start: str) -> int:
+    if allocation.local:
+        print(f"{allocation}: refiner_ds.train --config {allocation.run.path}")
+        return 0
+    print(Executor(allocation).script())
+    print(f"Slurm would start it at {start}", file=sys.stderr)
+    return 0
 
 
-def _slurm_executor(allocation: Allocation, code: Path) -> submitit.SlurmExecutor:
-    return slurm.executor(
-        allocation.profile,
-        nodes=allocation.nodes,
-        gpus=allocation.gpus,
-        tasks=allocation.tasks,
-        run_folder=allocation.run.folder,
-        code=code,
-    )
-
-
-def _run_on_slurm(allocation: Allocation, code: Path, wait: bool) -> int:
-    try:
-        job = _slurm_executor(allocation, code).submit(_job(allocation, code))
-    except submitit.core.utils.FailedJobError as error:
-        raise LaunchError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}") from None
+def _run_on_slurm(allocation: Allocation, wait: bool) -> int:
+    job = submission.submit(allocation)
     _print_summary(allocation, job.job_id, stop=f"scancel {job.job_id}")
     if not wait:
         return 0
     try:
-        state, exit_code = follow(job.paths.stdout, lambda: slurm.ending(job.job_id), sys.stdout)
+        follow(job.paths.stdout, lambda: _ended(job.job_id), sys.stdout)
     except KeyboardInterrupt:
-        print(f"\njob {job.job_id} goes on; scancel {job.job_id} ends it", file=sys.stderr)
+        print(f"\njob {job.job_id} continues; scancel {job.job_id} ends it", file=sys.stderr)
         return 128 + signal.SIGINT
-    return _print_ending(allocation, job.job_id, state, exit_code)
+    return print_ending(RunFolder(allocation.run.folder), job.job_id)
 
 
-def _run_here(allocation: Allocation, code: Path) -> int:
-    executor = local.LocalExecutor(
-        RunFolder(allocation.run.folder).jobs,
-        tasks=allocation.world_size,
-        devices=",".join(local.visible_devices()[: allocation.world_size]) if allocation.gpus else "",
-        environment=allocation.profile.environment,
-        code=code,
-        minutes=allocation.profile.minutes,
-        signal_seconds=allocation.profile.signal_seconds,
-    )
+def _ended(job_id: str) -> bool:
+    state = slurm.job_state(job_id)
+    return state is not None and state.ended
+
+
+def _run_here(allocation: Allocation) -> int:
     signal.signal(signal.SIGTERM, _leave)
-    job = executor.submit(_job(allocation, code))
+    job, executor = submission.start_here(allocation)
     _print_summary(allocation, job.job_id, stop=f"kill {job.job_id}")
+    controller, interrupted = executor.controller, False
     try:
-        state, exit_code = follow(job.paths.stdout, lambda: _left(executor.controller.poll()), sys.stdout, every=0.2)
+        follow(job.paths.stdout, lambda: controller.poll() is not None, sys.stdout, every=0.2)
     except KeyboardInterrupt:
-        state, exit_code = "INTERRUPTED", 128 + signal.SIGINT  # Ctrl-C reaches the job's processes too
+        interrupted = True  # Ctrl-C reaches the job's processes too
     finally:
-        if executor.controller.poll() is None:
-            executor.controller.terminate()
-            executor.controller.wait()
-    return _print_ending(allocation, job.job_id, state, exit_code)
-
-
-def _left(exit_code: int | None) -> tuple[str, int] | None:
-    if exit_code is None:
-        return None
-    return ("FAILED" if exit_code else "COMPLETED"), exit_code if exit_code >= 0 else 128 - exit_code
+        if controller.poll() is None:
+            controller.terminate()
+            controller.wait()
+    if interrupted:
+        print(f"job {job.job_id}: INTERRUPTED, exit code {128 + signal.SIGINT}")
+        return 128 + signal.SIGINT
+    return print_ending(RunFolder(allocation.run.folder), job.job_id, controller.returncode)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -172,11 +172,12 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _print_summary(allocation: Allocation, job_id: str, stop: str) -> None:
-    folder = allocation.run.folder
+    folder = RunFolder(allocation.run.folder)
     rows = {
         "run folder": str(folder),
-        "log": f"tail -F {folder}/jobs/{job_id}_0_log.out",
-        "curves": f"tensorboard --logdir {folder}/tensorboard",
+        "log": f"tail -F {folder.jobs}/{job_id}_0_log.out",
+        "status": f"python launch/jobs.py status {folder}",
+        "curves": f"tensorboard --logdir {folder.tensorboard}",
         "accuracy": f"python refiner_ds/evaluate.py {folder}",
         "stop": stop,
     }
@@ -186,14 +187,29 @@ def _print_summary(allocation: Allocation, job_id: str, stop: str) -> None:
     sys.stdout.flush()
 
 
-def _print_ending(allocation: Allocation, job_id: str, state: str, exit_code: int) -> int:
-    failure = Failure.noted(Failure.file(allocation.run.folder, job_id)) if exit_code else None
-    if failure:
-        exit_code = failure.exit_code
-    where = f", first on rank {failure.rank} ({failure.host})" if failure else ""
-    log = RunFolder(allocation.run.folder).jobs / f"{job_id}_{failure.rank if failure else '*'}_log.out"
-    print(f"job {job_id}: {state}, exit code {exit_code}{where}; log {log}")
-    return exit_code
+def print_ending(run_folder: RunFolder, job_id: str, local_code: int | None = None) -> int:
+    """Say how a job ended and why. Returns its exit code.
+
+    Args:
+        local_code: exit code of a job on this machine; None asks Slurm.
+    """
+    state = slurm.job_state(job_id) if local_code is None else None
+    records = Attempts.of(run_folder, job_id).records
+    ended = [record.exit_code for record in records if record.exit_code is not None]
+    if state is None:
+        code = local_code or 0
+        code = code if code >= 0 else 128 - code
+        print(f"job {job_id}: {'FAILED' if code else 'COMPLETED'}, exit code {code}", end="")
+    else:
+        code = 0 if state.state == "COMPLETED" else (ended[-1] if ended and ended[-1] else state.exit_code_or_signal)
+        slurms = "" if state.state == "COMPLETED" else f" (Slurm: {state.exit_text})"
+        print(f"job {job_id}: {state.state}, exit code {code}{slurms}", end="")
+    if code == 0:
+        print()
+        return 0
+    rank = records[-1].rank if records else None
+    print(f"; {why(run_folder, job_id, state)}; log {run_folder.jobs}/{job_id}_{rank or 0}_log.out")
+    return code
 
 
 if __name__ == "__main__":

@@ -9,12 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch import snapshot, submission
+from launch.allocation import Allocation
+from launch.cluster import ClusterProfile
+from refiner_ds.config import load
+from tests.slurm.cluster import SlurmCluster
 from tests.slurm.fixture import slurm, slurm_of_session  # noqa: F401  (fixtures: pytest finds them by name here)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,17 +33,23 @@ class Clone:
     root: Path
     output: Path
     cache: Path
+    name: str = "quickstart"
 
     @property
     def run_folder(self) -> Path:
-        """Where the quickstart's results go."""
-        return self.output / "quickstart"
+        """Where the results of its run go."""
+        return self.output / self.name
+
+    def another(self, name: str) -> Clone:
+        """The same clone for a run of another name."""
+        return replace(self, name=name)
 
     def behave(self, **how: Any) -> None:
         """Tell the double how to leave; see double_of_train.py. Ranks are spelt r0, r1, …"""
         self.output.mkdir(exist_ok=True)
         ranks = {key.removeprefix("r"): value for key, value in how.items() if key != "reduce"}
-        (self.output / "behaviour.json").write_text(json.dumps({**ranks, "reduce": how.get("reduce", False)}))
+        behaviour = {**ranks, "reduce": how.get("reduce", False)}
+        (self.output / f"{self.name}.behaviour.json").write_text(json.dumps(behaviour))
 
     def train_for_real(self) -> None:
         """Put training itself where the double is."""
@@ -46,7 +57,7 @@ class Clone:
 
     def command(self, *words: str) -> tuple[str, ...]:
         """``python <root>/launch/submit.py …`` with its results under ``output``."""
-        place = ("--set", f"refiner.run.output={self.output}")
+        place = ("--set", f"refiner.run.output={self.output}", "--set", f"refiner.run.name={self.name}")
         return (sys.executable, str(self.root / "launch/submit.py"), *place, *words)
 
     def submit(
@@ -77,6 +88,21 @@ class Clone:
     def logs(self) -> str:
         """Every log of every job."""
         return "\n".join(f"{file.name}:\n{file.read_text()}" for file in self.run_folder.glob("jobs/*_log.out"))
+
+    def submit_here(
+        self, cluster: SlurmCluster, nodes: int = 1, gpus: int = 0, dependency: str = "", **profile: Any
+    ) -> str:
+        """Submit in this process, which costs no start of another; unchecked. Returns the job's number."""
+        run = load(
+            self.root / "ds_configs/quickstart.json",
+            [f"refiner.run.output={self.output}", f"refiner.run.name={self.name}", "train_batch_size=48"],
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(snapshot, "ROOT", self.root)
+            for key, value in {**cluster.env, "REFINER_DS_CACHE": str(self.cache)}.items():
+                patch.setenv(key, value)
+            known = ClusterProfile(gpus_per_node=gpus, cpus_per_task=1, **profile)
+            return submission.submit(Allocation(run, known, nodes, gpus, cpus_per_task=1), dependency=dependency).job_id
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,24 @@
 
     <run folder>/seen/<rank>.<attempt>.json     environment, arguments, where the code came from, sum over ranks
 
-``<output>/behaviour.json`` says how. {"reduce": true}: the ranks meet in an all-reduce first. {"<rank>": […]}:
-one entry an attempt, 0 beyond the list: a number to leave with, or a word: "raise", "hang" (until killed), "saved"
-(75 once it was signalled), "early" (a signal finds no handlers of training yet), "late" (3, once the others have
-begun) or "step" (a new checkpoint, then 75).
+``<output>/<run>.behaviour.json`` says how. {"reduce": true}: the ranks meet in an all-reduce first. {"<rank>": […]}:
+one entry an attempt, 0 beyond the list, each of them a number to leave with, or
+
+    "raise"               an exception           "kill"      by signal 9, once the others have begun
+    "hang"                until killed           "verdict"   a watchdog says that it hangs; 75
+    "saved"               75, once signalled,    "full"      an error: a disk is full
+                          or <run folder>/go     "step"      a new checkpoint, then 75
+                          is there               "late"      3, once the others have begun
+    "early"               as "hang"; a signal finds no handlers of training yet
+    {"raise": [name, text]}       that exception
+    {"say": line, "code": code}   a line on stderr, then that exit code; {"after": seconds}
+    {"die": number}               of that signal
 """
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
 import signal
@@ -17,6 +27,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 KEYS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
@@ -31,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     from refiner_ds.config import load
 
     run = load(words[words.index("--config") + 1])
-    file = run.folder.parent / "behaviour.json"
+    file = run.folder.parent / f"{run.folder.name}.behaviour.json"
     behaviour = json.loads(file.read_text()) if file.exists() else {}
     seen, rank = run.folder / "seen", os.environ["RANK"]
     seen.mkdir(parents=True, exist_ok=True)
@@ -68,15 +79,46 @@ def _sum_over_ranks() -> float:
     return one.item()
 
 
-def _leave(way: int | str, signalled: list[int], latest: Path, attempt: int) -> int:
+def _leave_as_told(way: dict[str, Any]) -> int:
+    if "raise" in way:
+        name, text = way["raise"]
+        raise type(name, (getattr(builtins, name, RuntimeError),), {})(text)
+    if "die" in way:
+        signal.signal(way["die"], signal.SIG_DFL)
+        os.kill(os.getpid(), way["die"])
+    time.sleep(way.get("after", 0))
+    print(way["say"], file=sys.stderr, flush=True)
+    return int(way["code"])
+
+
+def _hang(run_folder: Path) -> int:
+    """As training's watchdog ends a rank that hangs."""
+    rank = int(os.environ["RANK"])
+    (run_folder / "heartbeats").mkdir(exist_ok=True)
+    sentence = f"no progress for 30 s: rank {rank} (process {os.getpid()} on {os.uname().nodename}) is stuck there"
+    verdict = {"ranks": [rank], "sentence": sentence, "by": 0}
+    (run_folder / "heartbeats/verdict.json").write_text(json.dumps(verdict))
+    os._exit(75)
+
+
+def _leave(way: int | str | dict[str, Any], signalled: list[int], latest: Path, attempt: int) -> int:
     if way == "raise":
         raise RuntimeError("the double was asked to crash")
-    if way == "late":
+    if isinstance(way, dict):
+        return _leave_as_told(way)
+    if way in ("late", "kill"):
         time.sleep(2)
+        if way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         return 3
+    if way == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(latest.parent / "checkpoints/step_00000001/model"))
+    if way == "verdict":
+        return _hang(latest.parent)
     if way == "step":
         latest.write_text(f"step_{attempt:08d}\n")
         return 75
-    while way in ("hang", "early") or (way == "saved" and not signalled):
+    go = latest.parent / "go"
+    while way in ("hang", "early") or (way == "saved" and not signalled and not go.exists()):
         time.sleep(0.05)
     return 75 if way == "saved" else int(way)

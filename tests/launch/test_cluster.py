@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launch import flags
 from launch.cluster import ClusterProfile, load_profile
 from refiner_ds.config import ConfigError
 
@@ -60,11 +61,12 @@ def test_numbers_of_an_environment_become_text(tmp_path: Path) -> None:
 
 def test_an_unknown_key_is_refused_with_the_nearest(refused) -> None:  # type: ignore[no-untyped-def]
     assert refused("partitoin: gpu\n") == "mine.yaml: partitoin is not a key; did you mean partition?"
-    assert "knows partition, account" in refused("colour: blue\n")
+    assert "the keys of a cluster profile are partition, account" in refused("colour: blue\n")
 
 
 def test_a_wrong_value_is_refused_with_what_would_be_right(refused) -> None:  # type: ignore[no-untyped-def]
-    assert refused("gpus_per_node: eight\n") == "mine.yaml: gpus_per_node is 'eight'; it must be a valid integer"
+    said = "must be a number, or a type and a number such as h100:8"
+    assert refused("gpus_per_node: eight\n") == f"mine.yaml: gpus_per_node is 'eight'; it {said}"
     assert refused("hours: 0\n") == "mine.yaml: hours is 0; it must be greater than 0"
     assert refused("", cpus_per_task=0) == "--cpus-per-task is 0; it must be greater than 0"
 
@@ -72,6 +74,62 @@ def test_a_wrong_value_is_refused_with_what_would_be_right(refused) -> None:  # 
 def test_what_the_launcher_decides_cannot_be_set_beside_it(refused) -> None:  # type: ignore[no-untyped-def]
     assert refused("sbatch: {nodes: 3}\n") == "mine.yaml: sbatch cannot set nodes: use --nodes"
     assert "use hours" in refused("sbatch: {--time: 60}\n")
+    for flag in (
+        "array",
+        "no-requeue",
+        "tasks-per-node",
+        "tasks_per_node",
+        "-N",
+        "p",
+        "no-req",
+        "gpus",
+        "wrap",
+        "hold",
+    ):
+        assert "sbatch cannot set" in refused(f"sbatch: {{{flag}: 1}}\n"), flag
+    for flag in ("ntasks", "n", "kill-on-bad-exit", "output", "multi-prog", "nodelist"):
+        assert "srun cannot set" in refused(f"srun: {{{flag}: 1}}\n"), flag
+
+
+def test_other_flags_are_passed_on_under_their_long_names() -> None:
+    profile = ClusterProfile(sbatch={"--reservation": "maths", "x": "node7", "exclusive": False}, srun={"l": True})
+    assert profile.sbatch == {"reservation": "maths", "exclude": "node7", "exclusive": False}
+    srun = {"cpu-bind": "cores", "mpi": "pmix", "container-image": "/images/a.sqsh", "gpu-bind": "single:1"}
+    assert ClusterProfile(srun=srun).srun == srun
+    assert flags.words({**profile.sbatch, **profile.srun}) == ["--reservation=maths", "--exclude=node7", "--label"]
+
+
+@pytest.mark.parametrize(
+    "text, minutes",
+    [
+        ("time: 1-00:00:00", 1440), ("time: 12:30:00", 750), ("time: 90", 90), ("time: 2-12", 3600),
+        ("time: 1-2:30", 1590), ("time: 0:30", 1), ("hours: 0.5", 30), ("hours: 24", 1440), ("{}", None),
+    ],
+)  # fmt: skip
+def test_the_time_limit_is_taken_as_slurm_writes_it(text: str, minutes: int | None, tmp_path: Path) -> None:
+    """12:30:00 is a number of seconds to YAML 1.1."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert load_profile(file, {}).minutes == minutes
+
+
+def test_two_time_limits_are_refused_and_a_flag_overrides_either(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "hours and time both give the time limit" in refused("hours: 1\ntime: 60\n")
+    assert "such as 1-00:00:00" in refused("time: a day\n")
+    assert "such as 1-00:00:00" in refused("time: 0\n")
+    (tmp_path / "day.yaml").write_text("time: 1-00:00:00\n")
+    assert load_profile(tmp_path / "day.yaml", {"hours": 2.0}).minutes == 120
+
+
+def test_gpus_can_have_a_type() -> None:
+    assert (ClusterProfile(gpus_per_node="h100:8").gpus, ClusterProfile(gpus_per_node="4").gpus_per_node) == (8, 4)
+    assert (ClusterProfile(gpus_per_node=0).gpus, ClusterProfile().gpus) == (0, None)
+
+
+def test_nodes_of_another_make_have_variables_of_their_own() -> None:
+    profile = ClusterProfile(node_environment={"dgx*": {"NCCL_SOCKET_IFNAME": "ib0"}, "dgx7": {"NCCL_DEBUG": "INFO"}})
+    assert profile.environment_on("dgx7") == {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "INFO"}
+    assert profile.environment_on("hgx1") == {}
 
 
 def test_a_file_that_is_no_profile_is_refused(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -6,11 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launch.attempts import Attempts, Record
+from refiner_ds.run_folder import RunFolder
 from tests.slurm.cluster import SlurmCluster
 
 from .conftest import Clone, Done
@@ -24,25 +27,47 @@ def signal_tasks(slurm: SlurmCluster, job: str, name: str = "USR2") -> None:
     slurm.client("scancel", f"--signal={name}", job)
 
 
-def test_four_nodes_meet_and_run_the_code_that_was_submitted(clone: Clone, slurm: SlurmCluster) -> None:
+def records(clone: Clone, job: str) -> list[Record]:
+    """What the job wrote down of its attempts."""
+    return Attempts.of(RunFolder(clone.run_folder), job).records
+
+
+def test_four_nodes_meet_and_run_the_code_that_was_submitted(
+    clone: Clone, slurm: SlurmCluster, job_id: Callable[[Done], str]
+) -> None:
     clone.behave(reduce=True)
     profile = clone.output.parent / "mine.yaml"
-    profile.write_text("setup: [export GREETING=hello]\nenvironment: {NCCL_SOCKET_IFNAME: ib0}\n")
+    told = clone.output.parent / "told"
+    profile.write_text(
+        "setup: [export GREETING=hello]\nenvironment: {NCCL_SOCKET_IFNAME: ib0}\nmaster_addr: lo\n"
+        "node_environment: {'node[34]': {NCCL_SOCKET_IFNAME: ib1}}\nsrun: {label: false, cpu-bind: none}\n"
+        f"notify: echo $REFINER_EVENT $REFINER_MESSAGE >> {told}\n"
+    )
     words = ("--nodes", "4", *CPU, "--wait", "--cluster", str(profile), "--set", "refiner.recipe.epochs=2")
-    done = clone.submit(*words, env=slurm.env | {"OMP_NUM_THREADS": "1"})
+    inside = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "9999999", "SLURM_NTASKS": "64", "SBATCH_TIMELIMIT": "1"}
+    done = clone.submit(*words, env=slurm.env | inside | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr + clone.logs()
-    seen = clone.seen()
+    assert "4 cores a process" in done.stderr  # all that a node has
+    assert "warning: 4 cores a process for 4 loader workers" not in done.stderr  # the quickstart has fewer
+    seen, job = clone.seen(), job_id(done)
     assert [seen[f"{rank}.0"]["host"] for rank in range(4)] == ["node1", "node2", "node3", "node4"]
     for rank in range(4):
-        told = seen[f"{rank}.0"]
-        assert (told["RANK"], told["WORLD_SIZE"], told["sum"]) == (str(rank), "4", 4.0)
-        assert (told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"], told["CUDA_VISIBLE_DEVICES"]) == ("0", "1", "")
-        assert told["MASTER_ADDR"] == "node1" and 20000 <= int(told["MASTER_PORT"]) < 30000
-        assert (told["GREETING"], told["NCCL_SOCKET_IFNAME"]) == ("hello", "ib0")
-        assert Path(told["code"]).is_relative_to(clone.run_folder / "code")
-        assert (told["python"], told["epochs"]) == (sys.executable, 2)
+        told_rank = seen[f"{rank}.0"]
+        assert (told_rank["RANK"], told_rank["WORLD_SIZE"], told_rank["sum"]) == (str(rank), "4", 4.0)
+        for name, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+            assert told_rank[name] == value
+        assert told_rank["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(told_rank["MASTER_PORT"]) < 30000
+        assert (told_rank["GREETING"], told_rank["NCCL_SOCKET_IFNAME"]) == ("hello", "ib0" if rank < 2 else "ib1")
+        assert Path(told_rank["code"]).is_relative_to(clone.run_folder / "code" / job)
+        assert (told_rank["python"], told_rank["epochs"]) == (sys.executable, 2)
     assert "rank 0 of the double" in done.stdout  # the log was shown
     assert "COMPLETED, exit code 0" in done.stdout.splitlines()[-1]
+    assert "cost: 0.0" in done.stdout and "process-hours" in done.stdout
+    assert [line.split()[0] for line in told.read_text().splitlines()] == ["start", "end"]
+    (record,) = records(clone, job)
+    assert (record.nodes, record.tasks, record.cause) == ("node[1-4]", 4, "finished")
+    environment = json.loads((clone.run_folder / f"jobs/{job}_environment.json").read_text())
+    assert environment["host"] == "node1" and "torch" in environment["packages"]
 
 
 def test_two_nodes_with_two_gpus_each_get_four_tasks(clone: Clone, slurm: SlurmCluster) -> None:
@@ -54,6 +79,7 @@ def test_two_nodes_with_two_gpus_each_get_four_tasks(clone: Clone, slurm: SlurmC
     ]
     assert {one["CUDA_VISIBLE_DEVICES"] for one in told} == {"0,1"}
     assert {one["LOCAL_WORLD_SIZE"] for one in told} == {"2"}
+    assert {one["MASTER_ADDR"] for one in told} == {"node1"}
 
 
 def test_a_job_runs_what_was_submitted_though_the_clone_is_edited_while_it_waits(
@@ -70,27 +96,47 @@ def test_a_job_runs_what_was_submitted_though_the_clone_is_edited_while_it_waits
 
 
 def test_the_first_task_to_fail_ends_the_job_with_its_exit_code(clone: Clone, slurm: SlurmCluster) -> None:
-    clone.behave(r0=["hang"], r1=["hang"], r2=["late"], r3=["hang"])
+    clone.behave(r0=["hang"], r1=["early"], r2=["late"], r3=["hang"])  # "early" would take TERM for a preemption
     done = clone.submit("--nodes", "4", *CPU, "--wait", env=slurm.env)
     assert done.returncode == 3, done.stdout + done.stderr + clone.logs()
-    assert "FAILED, exit code 3, first on rank 2 (node3); log " in done.stdout
-    assert done.stdout.strip().endswith("_2_log.out")
+    ending = done.stdout.strip().splitlines()[-1]
+    assert "FAILED, exit code 3 (Slurm: FAILED, NonZeroExitCode, exit code 3:0); rank 2 (node3) diverged" in ending
+    assert ending.endswith("_2_log.out")
     assert set(clone.seen()) == {"0.0", "1.0", "2.0", "3.0"}
 
 
-def test_a_task_ended_because_another_failed_does_not_requeue_the_job(clone: Clone, slurm: SlurmCluster) -> None:
-    """The one that is ended has not begun to train, and would otherwise take the signal for a preemption."""
-    clone.behave(r0=["early"], r1=["late"])
-    done = clone.submit("--nodes", "2", *CPU, "--wait", env=slurm.env)
-    assert "exit code 3, first on rank 1" in done.stdout, done.stdout + done.stderr + clone.logs()
-    assert set(clone.seen()) == {"0.0", "1.0"}
+def test_a_killed_rank_brings_the_job_back_while_it_gets_further(clone: Clone, slurm: SlurmCluster) -> None:
+    """Signal 9 leaves no word in the rank's log, and rank 0, on another node, complains of a lost connection."""
+    peer = {"say": "RuntimeError: Connection closed by peer [127.0.1.2]:4153", "code": 1, "after": 2.2}
+    clone.behave(r0=["step", peer], r1=[75, "kill"])
+    job = clone.submit_here(slurm, nodes=2)
+    clone.wait_for("0.2", "1.2", seconds=120)
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    told = records(clone, job)
+    assert [record.cause for record in told] == ["interrupted", "crashed", "finished"]
+    assert (told[1].rank, told[1].node, told[1].exit_code) == (1, clone.seen()["1.1"]["host"], 137)
+    ports = {clone.seen()[f"0.{attempt}"]["MASTER_PORT"] for attempt in range(3)}
+    assert len(ports) == 3  # a port that is taken once is not taken again
 
 
-def test_a_crash_leaves_its_traceback_in_the_log(clone: Clone, slurm: SlurmCluster) -> None:
-    clone.behave(r0=["raise"])
+def test_a_node_that_fails_twice_in_a_row_is_left_out(clone: Clone, slurm: SlurmCluster) -> None:
+    clone.behave(r0=["hang", "hang"], r1=["kill", "verdict"])
+    job = clone.submit_here(slurm, nodes=2)
+    clone.wait_for("0.2", "1.2", seconds=120)
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    first, second, third = records(clone, job)
+    assert (first.cause, second.cause, third.cause) == ("crashed", "hung", "finished")
+    assert second.action == "requeue without the node" and second.node == first.node == "node2"
+    assert f"ExcNodeList={first.node}" in slurm.client("scontrol", "show", "job", job)
+    assert first.node not in {clone.seen()[who]["host"] for who in ("0.2", "1.2")}
+
+
+def test_a_job_that_gets_no_further_ends_with_the_exit_code_of_what_failed(clone: Clone, slurm: SlurmCluster) -> None:
+    clone.behave(r0=["raise"] * 9)
     done = clone.submit(*CPU, "--wait", env=slurm.env)
     assert done.returncode == 1
-    assert "RuntimeError: the double was asked to crash" in done.stdout
+    assert done.stdout.count("\nRuntimeError: the double was asked to crash") == 3  # three tracebacks
+    assert "3 times in a row it got no further than checkpoint none" in done.stdout.splitlines()[-1]
 
 
 def test_a_signalled_job_saves_on_every_rank_and_resumes_when_it_restarts(
@@ -103,38 +149,29 @@ def test_a_signalled_job_saves_on_every_rank_and_resumes_when_it_restarts(
     clone.wait_for("0.1", "1.1", "2.1", "3.1")
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
     assert "Restarts=1" in slurm.client("scontrol", "show", "job", job)
-    assert json.loads((clone.run_folder / f"jobs/{job}_requeues.json").read_text())["requeues"] == 1
+    assert [record.cause for record in records(clone, job)] == ["interrupted", "finished"]
 
 
-def test_a_signal_before_training_has_begun_requeues_at_once(
-    clone: Clone, slurm: SlurmCluster, job_id: Callable[[Done], str]
-) -> None:
-    clone.behave(r0=["early"], r1=["early"])
-    job = job_id(clone.submit("--nodes", "2", *CPU, env=slurm.env))
-    clone.wait_for("0.0", "1.0")
-    signal_tasks(slurm, job)
-    clone.wait_for("0.1", "1.1")
-    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
-
-
-def test_a_time_limit_tells_the_tasks_and_the_job_goes_on(clone: Clone, slurm: SlurmCluster) -> None:
-    clone.behave(r0=["saved"])
-    words = ("--hours", str(1 / 60), "--signal-seconds", "58")  # told two seconds in, or a little before
-    done = clone.submit(*CPU, "--wait", *words, env=slurm.env)
-    assert done.returncode == 0, done.stdout + done.stderr + clone.logs()
-    assert set(clone.seen()) == {"0.0", "0.1"}
-
-
-def test_a_cancelled_job_stays_cancelled_though_it_saved(
-    clone: Clone, slurm: SlurmCluster, job_id: Callable[[Done], str]
-) -> None:
-    clone.behave(r0=["saved"])
-    job = job_id(clone.submit(*CPU, env=slurm.env))
-    clone.wait_for("0.0")
-    slurm.client("scancel", job)
-    assert slurm.wait(job, "CANCELLED", "FAILED", "PENDING") == "CANCELLED"
-    assert "it was cancelled" in clone.logs()
-    assert set(clone.seen()) == {"0.0"}
+def test_interrupted_jobs_come_back_whoever_interrupts_them(clone: Clone, slurm: SlurmCluster) -> None:
+    """A signal before training has begun; a time limit; ``scontrol requeue``; and not scancel."""
+    runs = {name: clone.another(name) for name in ("early", "limit", "requeued", "cancelled")}
+    runs["early"].behave(r0=["early"])
+    for name in ("limit", "requeued", "cancelled"):
+        runs[name].behave(r0=["saved"])
+    jobs = {name: run.submit_here(slurm) for name, run in runs.items() if name != "limit"}
+    jobs["limit"] = runs["limit"].submit_here(slurm, hours=1 / 60, signal_seconds=58)  # told two seconds in
+    for name in ("early", "requeued", "cancelled"):
+        runs[name].wait_for("0.0")
+    signal_tasks(slurm, jobs["early"])
+    slurm.client("scontrol", "requeue", jobs["requeued"])
+    slurm.client("scancel", jobs["cancelled"])
+    assert slurm.wait(jobs["cancelled"], "CANCELLED", "FAILED", "PENDING") == "CANCELLED"
+    for name in ("early", "limit", "requeued"):
+        runs[name].wait_for("0.1")
+        assert slurm.wait(jobs[name], "COMPLETED", "FAILED") == "COMPLETED"
+    assert "it was cancelled" in runs["cancelled"].logs() and set(runs["cancelled"].seen()) == {"0.0"}
+    assert "Slurm has requeued it" in runs["requeued"].logs()
+    assert "cancelled:" not in runs["requeued"].logs() and "not requeued" not in runs["requeued"].logs()
 
 
 def test_a_preempted_job_saves_and_comes_back(clone: Clone, slurm: SlurmCluster, job_id: Callable[[Done], str]) -> None:
@@ -163,7 +200,40 @@ def test_a_lost_node_brings_the_job_back_on_the_others(
         slurm.node_up(lost)
 
 
-def test_waiting_can_be_left_and_the_job_goes_on(clone: Clone, slurm: SlurmCluster) -> None:
+def test_a_requeue_waits_for_a_controller_that_is_away(clone: Clone, slurm: SlurmCluster) -> None:
+    clone.behave(r0=["saved"])
+    job = clone.submit_here(slurm)
+    clone.wait_for("0.0")
+    slurm.controller_down()
+    try:
+        (clone.run_folder / "go").touch()
+        time.sleep(3)  # long enough to be refused once
+    finally:
+        slurm.controller_up()
+    clone.wait_for("0.1", seconds=90)
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+
+
+def test_of_two_submissions_at_once_one_is_taken(clone: Clone, slurm: SlurmCluster) -> None:
+    clone.behave(r0=["saved"])
+    env = {**slurm.env, "REFINER_DS_CACHE": str(clone.cache)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": clone.output.parent}
+    both = [subprocess.Popen(clone.command(*CPU), env=env, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    ended = [(one.communicate(timeout=120), one.returncode) for one in both]
+    assert sorted(code for _, code in ended) == [0, 2], ended
+    ((_, refusal),) = [said for said, code in ended if code == 2]
+    assert "another submission of this run is under way" in refusal or "belongs to job" in refusal
+    assert len(list(clone.run_folder.glob("code/*"))) == 1
+
+
+def test_a_job_whose_run_folder_was_given_to_another_does_not_start(clone: Clone, slurm: SlurmCluster) -> None:
+    job = clone.submit_here(slurm, sbatch={"begin": "now+3"})
+    (clone.run_folder / "jobs/owner").write_text("999999\n")
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "FAILED"
+    assert "belongs to job 999999 now" in clone.logs() and not clone.seen()
+
+
+def test_waiting_can_be_left_and_the_job_continues(clone: Clone, slurm: SlurmCluster) -> None:
     clone.behave(r0=["hang"])
     command = clone.command(*CPU, "--wait")
     env = slurm.env | {"REFINER_DS_CACHE": str(clone.cache)}
@@ -175,5 +245,5 @@ def test_waiting_can_be_left_and_the_job_goes_on(clone: Clone, slurm: SlurmClust
         finally:
             waiting.kill()
     assert waiting.returncode == 130
-    assert "goes on; scancel" in said
+    assert "continues; scancel" in said
     assert "RUNNING" in slurm.squeue().values()

@@ -6,20 +6,29 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from launch import snapshot
-from launch.snapshot import sources, take_snapshot
+from launch.snapshot import KEPT, MANIFEST, Snapshot, prune, sources
 from refiner_ds.config import RunFile, load
+from refiner_ds.run_folder import RunFolder
 
 from .conftest import Clone
+
+OWN = {"run.json", "job.json", "commit", "uncommitted.patch", "manifest.json"}
+CHECK = "from pathlib import Path; from launch.snapshot import check_code; check_code(Path.cwd())"
 
 
 @pytest.fixture
 def run(clone: Clone) -> RunFile:
     return load(clone.root / "ds_configs/quickstart.json", [f"refiner.run.output={clone.output}"])
+
+
+def take(run: RunFile, root: Path, job_id: str = "7") -> Path:
+    return Snapshot(run, {"nodes": 1}, root).assign(job_id)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -31,36 +40,71 @@ def test_a_snapshot_is_the_source_and_nothing_else(clone: Clone, run: RunFile) -
     source = {f"{place}/{name}": text for place, folder in folders for name, text in files(folder).items()}
     (clone.root / "launch/__pycache__").mkdir()
     (clone.root / "launch/__pycache__/job.pyc").write_bytes(b"compiled")
-    copied = files(take_snapshot(run, clone.root))
+    copied = files(take(run, clone.root))
     assert not list((run.folder / "code").rglob("__pycache__"))
-    assert {"run.json", "commit"} == copied.keys() - source.keys()
+    assert copied.keys() - source.keys() == OWN
     assert {name: copied[name] for name in source} == source
+    assert json.loads(copied["manifest.json"]).keys() == copied.keys() - {"manifest.json"}
 
 
 def test_the_resolved_run_file_in_it_is_the_same_run(clone: Clone, run: RunFile) -> None:
-    again = load(take_snapshot(run, clone.root) / "run.json")
+    again = load(take(run, clone.root) / "run.json")
     assert again.resolved() == run.resolved()
     assert again.folder == run.folder
 
 
-def test_a_new_snapshot_replaces_the_old_as_a_whole(clone: Clone, run: RunFile) -> None:
-    take_snapshot(run, clone.root)
+def test_uncommitted_changes_are_kept_beside_the_commit(clone: Clone, run: RunFile) -> None:
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(clone.root))
+    for words in (("init", "-q"), ("add", "launch/follow.py"), ("commit", "-qm", "one")):
+        subprocess.run((*git, *words), check=True)
+    (clone.root / "launch/follow.py").write_text("edited\n")
+    code = take(run, clone.root)
+    assert (code / "commit").read_text().strip().endswith("-dirty")
+    assert "+edited" in (code / "uncommitted.patch").read_text()
+
+
+def test_each_job_has_its_own_and_the_old_ones_are_pruned(clone: Clone, run: RunFile) -> None:
+    first = take(run, clone.root, "7")
+    before = files(first)
     (clone.root / "launch/local.py").unlink()
     (clone.root / "launch/follow.py").write_text("edited\n")
-    folder = take_snapshot(run, clone.root)
-    assert not (folder / "launch/local.py").exists()
-    assert (folder / "launch/follow.py").read_text() == "edited\n"
-    assert [entry.name for entry in run.folder.iterdir()] == ["code"]
+    second = take(run, clone.root, "8")
+    assert files(first) == before
+    assert not (second / "launch/local.py").exists() and (second / "launch/follow.py").read_text() == "edited\n"
+    for number in range(9, 9 + KEPT):
+        take(run, clone.root, str(number))
+        os.utime(run.folder / "code" / str(number), (time.time() + number,) * 2)
+    prune(RunFolder(run.folder))
+    assert sorted(int(entry.name) for entry in (run.folder / "code").iterdir()) == list(range(9, 9 + KEPT))
 
 
-def test_a_failed_snapshot_leaves_the_one_before(clone: Clone, run: RunFile) -> None:
-    folder = take_snapshot(run, clone.root)
-    before = files(folder)
+def test_a_failed_snapshot_leaves_nothing(clone: Clone, run: RunFile) -> None:
+    before = files(take(run, clone.root))
     (clone.root / "launch/lost.py").symlink_to("nowhere")
     with pytest.raises(Exception, match="lost"):
-        take_snapshot(run, clone.root)
-    assert files(folder) == before
-    assert json.loads(before["run.json"])["refiner"]["run"]["name"] == "quickstart"
+        take(run, clone.root, "8")
+    assert files(run.folder / "code") == {f"7/{name}": text for name, text in before.items()}
+
+
+@pytest.mark.parametrize("loss", ["refiner_ds/models/stem.py", "refiner_ds/models", MANIFEST, "cut", None])
+def test_a_snapshot_that_lost_files_is_not_run(loss: str | None, clone: Clone, run: RunFile) -> None:
+    code = take(run, clone.root)
+    if loss == "cut":
+        (code / "refiner_ds/errors.py").open("a").write("\n# one line more\n")
+    elif loss:
+        subprocess.run(("rm", "-r", str(code / loss)), check=True)
+    environment = {**os.environ, "PYTHONPATH": f"{code}:{clone.root}"}  # as where a clone is installed, too
+    done = subprocess.run((sys.executable, "-c", CHECK), cwd=code, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (loss is None)
+    assert loss is None or "submit again" in done.stderr
+
+
+def test_another_installation_in_place_of_a_purged_package_is_noticed(clone: Clone, run: RunFile) -> None:
+    code = take(run, clone.root)
+    subprocess.run(("rm", "-r", str(code / "refiner_ds")), check=True)
+    environment = {**os.environ, "PYTHONPATH": f"{code}:{clone.root}"}
+    done = subprocess.run((sys.executable, "-c", CHECK), cwd=code, env=environment, capture_output=True, text=True)
+    assert f"refiner_ds comes from {clone.root}/refiner_ds instead" in done.stderr
 
 
 @pytest.mark.parametrize("installed", ["a clone's command", "a wheel"])
@@ -73,6 +117,6 @@ def test_an_installed_command_finds_its_job_in_the_snapshot(
         for folder in ("launch", "ds_configs"):
             (clone.root / folder).rename(clone.root / "refiner_ds" / folder)
     job = "from refiner_ds.launch import job; print(job.__file__)"
-    code = take_snapshot(run, clone.root)
+    code = take(run, clone.root)
     done = subprocess.run((sys.executable, "-c", job), cwd=code, env={**os.environ, "PYTHONPATH": str(code)}, stdout=-1)
     assert done.stdout.decode().strip() == str(code / "refiner_ds/launch/job.py")

@@ -149,6 +149,15 @@ class SlurmCluster:
         self._stop(node)
         self.client("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
+    def controller_down(self) -> None:
+        """Take the controller away; jobs run on, and nothing can be asked."""
+        self._stop("slurmctld")
+
+    def controller_up(self, seconds: float = 30) -> None:
+        """Bring it back, with every job it knew."""
+        self._start("slurmctld", "slurmctld", "-D")
+        self._until(lambda: self.client("squeue", "--noheader", "--states=all"), "the controller answers", seconds)
+
     def node_states(self) -> Mapping[str, str]:
         """State of each node as Slurm has it: idle, allocated, down, …"""
         lines = self.client("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").splitlines()

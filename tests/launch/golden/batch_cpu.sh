@@ -1,8 +1,9 @@
 #!/bin/bash
 
 # Parameters
-#SBATCH --chdir=/shared/runs/refiner_s/code
+#SBATCH --chdir=/shared/runs/refiner_s
 #SBATCH --job-name=refiner_s
+#SBATCH --mem=0
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=2
 #SBATCH --open-mode=append
@@ -11,8 +12,11 @@
 #SBATCH --signal=USR2@120
 
 # setup
-export PYTHONPATH=/shared/runs/refiner_s/code${PYTHONPATH:+:$PYTHONPATH}
+code=/shared/runs/refiner_s/code/$SLURM_JOB_ID
+for _ in {1..60}; do [ -d "$code" ] && break; sleep 1; done
+cd "$code" || { echo 'launch: its code has not appeared in /shared/runs/refiner_s/code for 60 s; submit the run again'; exit 2; }
+export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/refiner_s/jobs/%j_%t_log.out --kill-on-bad-exit=1 <python> -u -m submitit.core._submit /shared/runs/refiner_s/jobs
+exec <python> -u -m launch.supervisor /shared/runs/refiner_s -- srun --unbuffered --output=/shared/runs/refiner_s/jobs/%j_%t_log.out --kill-on-bad-exit=1 <python> -u -m submitit.core._submit /shared/runs/refiner_s/jobs

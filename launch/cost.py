@@ -1,0 +1,53 @@
+"""What a job has cost: GPU-hours, those of them in which nothing was trained, and steps that were done twice."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from refiner_ds.run_folder import RunFolder
+
+from .attempts import Attempts
+
+
+def training_seconds(run_folder: RunFolder, since: float) -> float:
+    """Seconds that optimizer steps took, as training logged them, from a moment (unix seconds) on."""
+    seconds, before = 0.0, None
+    try:
+        lines = run_folder.metrics.read_text().splitlines()
+    except OSError:
+        return 0.0
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if entry["kind"] != "train":
+                continue
+            steps = entry["step"] - before if before is not None and entry["step"] > before else 1
+            if entry["time"] >= since:
+                seconds += steps * entry["step_seconds"]
+            before = entry["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return seconds
+
+
+def hours_held(attempts: Attempts, now: float) -> tuple[float, str]:
+    """GPU-hours held so far, or process-hours on CPUs; and which of the two."""
+    gpus = any(record.gpus for record in attempts.records)
+    held = ((record.gpus or record.tasks) * ((record.ended or now) - record.started) for record in attempts.records)
+    return sum(held) / 3600, "GPU-hours" if gpus else "process-hours"
+
+
+def cost_line(run_folder: RunFolder, attempts: Attempts) -> str:
+    """GPU-hours (node-hours of the processes, without GPUs), idle ones among them, and lost steps, in a sentence."""
+    now = time.time()
+    held = sum((record.ended or now) - record.started for record in attempts.records)
+    began = attempts.records[0].started if attempts.records else now
+    trained = min(held, training_seconds(run_folder, began))
+    hours, unit = hours_held(attempts, now)
+    idle = 100 * (1 - trained / held) if held else 0.0
+    restarts = len(attempts.records) - 1
+    return (
+        f"cost: {hours:.2f} {unit}, of them {idle:.0f} % outside training steps;"
+        f" {restarts} restart{'' if restarts == 1 else 's'}, {attempts.lost_steps} steps done twice"
+    )

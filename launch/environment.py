@@ -1,0 +1,132 @@
+"""What a job finds on its nodes: an address and a port to meet at, a node's faults, and a record of the environment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from refiner_ds.errors import LaunchError
+from refiner_ds.files import write_atomically
+
+PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
+PORT_STRIDE = 617  # between the ports of a job's restarts: jobs of neighbouring numbers do not meet at once
+TOLD = ("NCCL_", "SLURM_JOB", "CUDA_", "OMP_", "LOADEDMODULES", "CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+SIOCGIFADDR = 0x8915
+SHARED_MEMORY_MB, DISK_MB = 64, 64
+
+
+def free_port(job_id: str, restart_count: int) -> int:
+    """A port of this machine for the ranks to meet at: another at every restart, and one that nobody listens at."""
+    number = int(job_id.partition("_")[0]) + restart_count * PORT_STRIDE
+    candidates = [PORTS[(number + i) % len(PORTS)] for i in range(100)]
+    return next((port for port in candidates if _is_free(port)), candidates[0])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):
+            probe.bind(("", port))
+            return True
+    return False
+
+
+def master_address(how: str) -> str:
+    """How other nodes reach this one: by "name", by "address", or by the address of an interface such as ib0.
+
+    Raises:
+        LaunchError: there is no such interface here, or it has no address.
+    """
+    if how == "name":
+        return socket.gethostname()
+    if how == "address":
+        with suppress(OSError):
+            return socket.gethostbyname(socket.gethostname())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            with suppress(OSError):
+                probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel picks the interface that leads out
+                return str(probe.getsockname()[0])
+        raise LaunchError(
+            f"{socket.gethostname()}: has no address; set master_addr to an interface (ip -brief address)"
+        )
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with suppress(OSError):
+            found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", how[:15].encode()))
+            return socket.inet_ntoa(found[20:24])
+    here = ", ".join(name for _, name in socket.if_nameindex())
+    raise LaunchError(f"master_addr: {socket.gethostname()} has no interface {how} with an IPv4 address; it has {here}")
+
+
+def node_faults(run_folder: Path, gpus: int, workers: bool) -> list[str]:
+    """What keeps this node from training, a sentence each; a fraction of a second.
+
+    Args:
+        gpus: GPUs that a process here must see.
+        workers: whether loader workers hand batches over in shared memory.
+    """
+    faults = [fault for fault in (_gpu_fault(gpus) if gpus else None,) if fault]
+    if workers:
+        with suppress(OSError):
+            free = shutil.disk_usage("/dev/shm").free >> 20
+            if free < SHARED_MEMORY_MB:
+                faults.append(f"/dev/shm has {free} MB free, too little for the loader workers")
+    for place in (run_folder, Path(tempfile.gettempdir())):
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"x")
+                file.flush()
+            free = shutil.disk_usage(place).free >> 20
+        except OSError as error:
+            faults.append(f"{place} cannot be written: {error.strerror}")
+            continue
+        if place != run_folder and free < DISK_MB:
+            faults.append(f"{place} has {free} MB free")
+    return faults
+
+
+def _gpu_fault(gpus: int) -> str | None:
+    try:
+        listed = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return None  # another make of GPU; torch will say
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi does not answer within 60 s"
+    if listed.returncode:
+        return f"nvidia-smi: {(listed.stdout + listed.stderr).strip().splitlines()[-1]}"
+    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return f"{count} of {gpus} GPUs answer" if count < gpus else None
+
+
+def capture(file: Path, nodes: str) -> None:
+    """Write down what this node runs with; a full disk cannot take it, and training does not need it."""
+    record: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "nodes": nodes,
+        "platform": platform.platform(),
+        "python": sys.version,
+        "driver": _driver(),
+        "packages": dict(sorted({(d.metadata["Name"] or "", d.version) for d in metadata.distributions()})),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TOLD)},
+    }
+    with suppress(OSError):
+        write_atomically(file, json.dumps(record, indent=1) + "\n")
+
+
+def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.stdout.strip() if done.returncode == 0 else None
+    return None

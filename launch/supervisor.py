@@ -1,0 +1,334 @@
+"""Starts the tasks of a job, sees how they end, and does what launch/policy.py decides.
+
+    sbatch ─▶ batch script ─▶ supervisor ─▶ srun ─▶ one task a process (launch/job.py)
+                                  │
+                  tasks end ─▶ diagnosis ─▶ policy ─▶ requeue, requeue without a node, or end with an exit code
+
+It runs on the first node of a Slurm job, outlives tasks that are killed, and needs nothing from them. The controller of
+a job on one machine (launch/local.py) is another ``Supervisor``, with processes where this one has srun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refiner_ds.errors import LaunchError
+from refiner_ds.exit_codes import REFUSED, RUN_AGAIN
+from refiner_ds.run_folder import RunFolder
+
+from . import policy, slurm
+from .attempts import Attempts, Failure, Record, owner
+from .cluster import ClusterProfile
+from .cost import cost_line
+from .diagnosis import Diagnosis, TaskEnd, diagnose, last_lines, task_ends, verdict_since
+from .environment import capture, free_port, master_address
+from .policy import Action, Cause, Decision, Limits
+from .snapshot import JOB_FILE, check_code
+
+ASK_SECONDS = 5.0  # between two questions to a controller that is away, or refuses
+AWAY_SECONDS = 3600.0  # how long it may be away when the job wants to be requeued
+REFUSED_SECONDS = 120.0  # how long it may answer and refuse
+NOTIFY_SECONDS = 15.0
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)  # meant for the tasks, which get them too
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the submission left for the supervisor in its snapshot (job.json).
+
+    Attributes:
+        tasks: processes a node; ``gpus`` GPUs a node.
+    """
+
+    profile: ClusterProfile
+    nodes: int
+    tasks: int
+    gpus: int
+
+    @staticmethod
+    def read(code: Path) -> Job:
+        """The job of a snapshot."""
+        known = json.loads((code / JOB_FILE).read_text())
+        profile = ClusterProfile.model_validate(known["profile"])
+        return Job(profile, known["nodes"], known["tasks"], known["gpus"])
+
+    def to_json(self) -> dict[str, object]:
+        """What ``read`` reads."""
+        return {"profile": self.profile.model_dump(), "nodes": self.nodes, "tasks": self.tasks, "gpus": self.gpus}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was seen of the tasks: how they ended, srun's exit code, and what srun and Slurm said."""
+
+    ends: Sequence[TaskEnd]
+    exit_code: int
+    said: Sequence[str] = ()
+
+
+class Supervisor(ABC):
+    """What the supervisors of Slurm jobs and of local ones have in common.
+
+    Args:
+        code: the snapshot the job runs from.
+    """
+
+    def __init__(self, run_folder: RunFolder, job_id: str, code: Path) -> None:
+        self.run_folder, self.job_id, self.code = run_folder, job_id, code
+        self.job = Job.read(code)
+        self.attempts = Attempts.of(run_folder, job_id)
+
+    @abstractmethod
+    def run_tasks(self, variables: dict[str, str]) -> Outcome:
+        """Start the tasks with these environment variables and wait until they have ended."""
+
+    @abstractmethod
+    def act(self, record: Record, decide: Callable[[Limits], Decision]) -> int:
+        """Find out the limits, do what is decided, and return the exit code."""
+
+    @property
+    @abstractmethod
+    def nodes(self) -> str:
+        """The nodes of this attempt."""
+
+    @property
+    def address(self) -> str:
+        """Where the ranks meet. One machine's name need not resolve, and often does not on a laptop."""
+        return "127.0.0.1"
+
+    @property
+    @abstractmethod
+    def world(self) -> tuple[int, int]:
+        """Tasks and GPUs of this attempt."""
+
+    def attempt(self) -> int:
+        """One start of the tasks, to its end. Returns the exit code."""
+        record = self.attempts.begin(self.nodes, *self.world, self.run_folder)
+        sizes = {file.name: file.stat().st_size for file in self.run_folder.jobs.glob(f"{self.job_id}_*_log.out")}
+        try:
+            self._refuse()
+            variables = {
+                "REFINER_RESTART_COUNT": str(record.number),
+                "REFINER_MASTER_ADDR": self.address,
+                "REFINER_MASTER_PORT": str(free_port(self.job_id, record.number)),
+            }
+        except LaunchError as error:
+            advice = "correct what the sentence names, and submit again"
+            return self._end(record, Diagnosis(Cause.REFUSED, REFUSED, None, "", "refused", str(error), advice))
+        capture(self.run_folder.jobs / f"{self.job_id}_environment.json", self.nodes)
+        self.notify("restart" if record.number else "start", f"started on {self.nodes}")
+        outcome = self.run_tasks(variables)
+
+        def tail(rank: int) -> list[str]:
+            file = self.run_folder.jobs / f"{self.job_id}_{rank}_log.out"
+            return last_lines(file, sizes.get(file.name, 0))
+
+        failures = Failure.noted(self.run_folder, self.job_id, record.number)
+        verdict = verdict_since(self.run_folder, record.started)
+        return self._end(record, diagnose(outcome.ends, outcome.exit_code, failures, tail, outcome.said, verdict))
+
+    def setup_failed(self, line: str) -> int:
+        """A setup line of the profile failed: an attempt that is refused."""
+        record = self.attempts.begin(self.nodes, *self.world, self.run_folder)
+        advice = "correct the line under setup in the cluster profile, and submit again"
+        return self._end(record, Diagnosis(Cause.REFUSED, REFUSED, None, "", "setup line failed", line, advice))
+
+    def _refuse(self) -> None:
+        """Raise LaunchError where this job may not, or cannot, run."""
+        owned = owner(self.run_folder)
+        if owned not in (None, self.job_id):
+            raise LaunchError(f"{self.run_folder}: belongs to job {owned} now; this one ends")
+        check_code(self.code)
+
+    def _end(self, record: Record, diagnosis: Diagnosis) -> int:
+        newest = self.run_folder.latest_checkpoint()
+        record.ended, record.saved = time.time(), newest.name if newest else None
+        record.step = last_step(self.run_folder)
+        record.cause, record.exit_code = diagnosis.cause, diagnosis.exit_code
+        record.rank, record.node, record.blames_node = diagnosis.rank, diagnosis.node, diagnosis.blames_node
+        record.symptom, record.evidence, record.advice = diagnosis.symptom, diagnosis.evidence, diagnosis.advice
+        before = [earlier.attempt() for earlier in self.attempts.records[:-1]]
+        if diagnosis.cause not in (Cause.FINISHED, Cause.INTERRUPTED):
+            log(str(record))
+
+        def decide(limits: Limits) -> Decision:
+            return policy.decide(record.attempt(), before, limits, record.saved or "none")
+
+        return self.act(record, decide)
+
+    def conclude(self, record: Record, decision: Decision) -> int:
+        """Write down, print and tell what was decided, before it is done: what follows may end this process."""
+        record.action, record.reason = decision.action, decision.reason
+        self.attempts.write()
+        if decision.action != Action.END:
+            without = f" without {decision.node}" if decision.node else ""
+            log(f"requeueing job {self.job_id}{without}: {decision.reason}")
+            self.notify("requeue", f"{record}; requeued{without}")
+            return decision.exit_code
+        if record.cause == Cause.FINISHED:
+            self.notify("end", "finished")
+        else:
+            log(f"job {self.job_id} is not requeued: {decision.reason}")
+            self.notify("failure", f"{record}; {decision.reason}")
+        log(cost_line(self.run_folder, self.attempts))
+        return decision.exit_code
+
+    def notify(self, event: str, message: str) -> None:
+        """Run the profile's ``notify`` command; its failure is logged and changes nothing."""
+        command = self.job.profile.notify
+        if not command:
+            return
+        name = self.run_folder.path.name
+        told = {"REFINER_EVENT": event, "REFINER_RUN": name, "REFINER_JOB": self.job_id}
+        message = f"{name} (job {self.job_id}): {message}"
+        try:
+            done = subprocess.run(
+                ("sh", "-c", command),
+                env={**os.environ, **told, "REFINER_MESSAGE": message},
+                capture_output=True,
+                text=True,
+                timeout=NOTIFY_SECONDS,
+            )
+            if done.returncode:
+                log(f"notify failed with exit code {done.returncode}: {slurm.last_line(done.stderr)}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log(f"notify failed: {error}")
+
+
+class SlurmSupervisor(Supervisor):
+    """The supervisor of a Slurm job: srun starts the tasks, scontrol requeues."""
+
+    def __init__(self, run_folder: RunFolder, command: Sequence[str]) -> None:
+        job_id = os.environ["SLURM_JOB_ID"]
+        super().__init__(run_folder, job_id, run_folder.code / job_id)
+        self._command = command
+        self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+    @property
+    def nodes(self) -> str:
+        return os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+
+    @property
+    def address(self) -> str:
+        several = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1
+        return master_address(self.job.profile.master_addr) if several else super().address
+
+    @property
+    def world(self) -> tuple[int, int]:
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+        return nodes * self.job.tasks, nodes * self.job.gpus
+
+    def run_tasks(self, variables: dict[str, str]) -> Outcome:
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        ends: list[TaskEnd] = []
+        said: list[str] = []
+        with subprocess.Popen(
+            self._command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as tasks:
+            assert tasks.stderr is not None
+            for line in tasks.stderr:
+                print(line, end="", flush=True)
+                said.append(line.rstrip())
+                ends += task_ends(line, time.monotonic())
+        return Outcome(ends, tasks.returncode if tasks.returncode >= 0 else 128 - tasks.returncode, said)
+
+    def act(self, record: Record, decide: Callable[[Limits], Decision]) -> int:
+        if record.cause in (Cause.FINISHED, Cause.REFUSED, Cause.DIVERGED):
+            return self.conclude(record, decide(Limits()))
+        now = time.monotonic()
+        refused_until, concluded = now + REFUSED_SECONDS, False
+        for _ in slurm.until(now + AWAY_SECONDS, ASK_SECONDS):
+            state = slurm.job_state(self.job_id, slurm.TASK_ANSWER_SECONDS)
+            if state is None:
+                refused_until = time.monotonic() + REFUSED_SECONDS
+                continue
+            limits = self._limits(state, record)
+            decision = decide(limits)
+            if decision.action == Action.END or limits.requeued:
+                return self.conclude(record, decision)
+            if not concluded:
+                self.conclude(record, decision)
+                concluded = True
+            objection = slurm.requeue(self.job_id)
+            if objection is None:
+                self._exclude(decision.node)
+                return 0
+            log(f"Slurm did not requeue: {objection}")
+            if time.monotonic() > refused_until:
+                break
+        log(f"job {self.job_id} could not be requeued; submit the run again, and it resumes")
+        record.action, record.reason = Action.END, "Slurm did not requeue it"
+        self.attempts.write()
+        return RUN_AGAIN  # where the site has RequeueExit=75 it is requeued all the same
+
+    def _limits(self, state: slurm.JobState, record: Record) -> Limits:
+        requeued = state.restarts > self._restarts
+        # scancel sends TERM as preemption does, and Slurm would requeue a cancelled job as readily as any other. Until
+        # the tasks have left, the job is COMPLETING; past its time limit it is too, and should go on.
+        ending = state.state in ("CANCELLED", "COMPLETING") and state.reason != "TimeLimit"
+        partition = state.fields.get("Partition")
+        excluded = state.fields.get("ExcNodeList", "(null)")
+        spare = slurm.spare_nodes(partition, expand(self.nodes) + expand(excluded)) if record.blames_node else 0
+        profile = self.job.profile
+        return Limits(profile.requeue, profile.requeues, ending and not requeued, requeued, spare)
+
+    def _exclude(self, node: str) -> None:
+        if not node:
+            return
+        state = slurm.job_state(self.job_id, slurm.TASK_ANSWER_SECONDS)
+        before = state.fields.get("ExcNodeList", "") if state else ""
+        nodes = ",".join(filter(None, (before.replace("(null)", ""), node)))
+        objection = slurm.exclude(self.job_id, nodes)
+        if objection:
+            log(f"Slurm did not exclude {node}: {objection}")
+
+
+def expand(nodes: str) -> list[str]:
+    """The names in Slurm's "node[1-3,7],login1"; empty for "(null)"."""
+    from submitit.slurm.slurm import _parse_node_list
+
+    return [] if nodes in ("", "(null)") else list(_parse_node_list(nodes))
+
+
+def last_step(run_folder: RunFolder) -> int | None:
+    """The last optimizer step that training logged."""
+    for line in reversed(last_lines(run_folder.metrics)):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def log(what: str) -> None:
+    """A line of the launcher's in the job's log."""
+    print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``supervisor RUN_FOLDER -- COMMAND …``, or ``--setup-failed LINE``; on the first node of a job."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--setup-failed", metavar="LINE")
+    parser.add_argument("command", nargs="*", help="what starts the tasks")
+    args = parser.parse_args(argv)
+    supervisor = SlurmSupervisor(RunFolder(args.run_folder), args.command)
+    if args.setup_failed is not None:
+        return supervisor.setup_failed(args.setup_failed)
+    return supervisor.attempt()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
