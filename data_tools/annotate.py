@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"--top {given.top}: a score map holds at most {MAX_TOP_K} classes a place")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: there is no GPU here; take --device cpu")
-    index = open_index(given.set)
+    index = open_index(given.set, class_folders=False)
     out = given.beside or maps_folder(index.folder)
     annotate_set(index, out, settings, given.processes, given.beside is not None)
     maps = ShardIndex.load(out)

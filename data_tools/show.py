@@ -29,7 +29,7 @@ from refiner_ds.data.dense_targets import dense_targets
 from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.permutation import samples_at
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.samples import decode_image, open_reader
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import cannot_write
 from refiner_ds.errors import DataError, report_errors
@@ -131,8 +131,8 @@ def draw_sheet(pairs: list[Image.Image], columns: int) -> Image.Image:
 def load_examples(index: ShardIndex, settings: AugmentSettings, count: int, seed: int, epoch: int) -> list[Example]:
     """The first samples of an epoch's order, augmented as training would."""
     maps = find_maps(index) if index.has_maps or maps_folder(index.folder).exists() else None
-    reader = SampleReader(index)
-    map_reader = SampleReader(maps) if maps else None
+    reader = open_reader(index)
+    map_reader = open_reader(maps) if maps else None
     view_of = TrainView(settings)
     examples = []
     positions = np.arange(min(count, index.count))

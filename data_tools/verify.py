@@ -157,7 +157,7 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    index = open_index(given.set, given.cache, check_files=False)
+    index = open_index(given.set, given.cache, check_files=False, class_folders=False)
     errors = 0
     with interruptible():
         for error in check_set(index, max(1, given.processes), not given.no_decode):

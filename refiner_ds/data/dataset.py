@@ -25,7 +25,7 @@ from refiner_ds.data.augment import (
 from refiner_ds.data.batch import Batch, MapBatch
 from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.sampler import BatchIndices, EvalSampler, TrainSampler
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.samples import decode_image, open_reader
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.errors import DataError
 
@@ -93,12 +93,12 @@ class BatchDataset(Dataset[Any]):
         on_bad_sample: str,
         maps: ShardIndex | None = None,
     ) -> None:
-        self.reader = SampleReader(index)
+        self.reader = open_reader(index)
         self.map_reader = None
         self.map_format = None
         if maps is not None:
             self.map_format = maps.map_format_for(index)
-            self.map_reader = self.reader if maps is index else SampleReader(maps)
+            self.map_reader = self.reader if maps is index else open_reader(maps)
         self.sampler = sampler
         self.settings = settings
         self.train_view = TrainView(settings) if isinstance(settings, AugmentSettings) else None

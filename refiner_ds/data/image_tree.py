@@ -66,9 +66,13 @@ def printable(path: str | Path) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def read_class_folders(folder: Path) -> LabelledImages:
+def read_class_folders(
+    folder: Path, progress: Callable[[int, int, int], None] = lambda classes, of, images: None
+) -> LabelledImages:
     """Read a tree with one folder per class; class names sort into labels.
 
+    Args:
+        progress: called after every class with the classes read, all classes, and the images so far.
     Raises:
         DataError: no such folder; no class folders; folders that are splits rather than classes; a class without
             images; a class name that is not UTF-8.
@@ -96,6 +100,7 @@ def read_class_folders(folder: Path) -> LabelledImages:
             raise DataError(f"{folder / name}: no images in this class{hint}; remove the folder or fill it")
         images += [LabelledImage(image.path, image.size, label) for image in inside]
         ignored += not_taken
+        progress(label + 1, len(names), len(images))
     return LabelledImages(folder, images, names, ignored)
 
 

@@ -80,6 +80,7 @@ class ShardIndex:
         members: np.ndarray,
         tars: str = ".",
         source: str | None = None,
+        members_sha256: str = "",
     ) -> None:
         self.folder = folder
         self.tars = folder / tars
@@ -88,6 +89,7 @@ class ShardIndex:
         self.maps = maps
         self.members = members
         self.source = source
+        self.members_sha256 = members_sha256
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in shards], dtype=np.int64)])
 
     @classmethod
@@ -113,7 +115,7 @@ class ShardIndex:
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder / INDEX_NAME}: not a complete index ({error}); make the set again") from None
         members = _map_members(folder / MEMBERS_NAME, sum(shard.count for shard in shards), members_sha256)
-        index = cls(folder, shards, classes, maps, members, tars, source)
+        index = cls(folder, shards, classes, maps, members, tars, source, members_sha256)
         if check_files:
             for sentence in index.file_errors():
                 raise DataError(sentence)
@@ -125,7 +127,7 @@ class ShardIndex:
 
     def with_classes(self, classes: list[str], labels: np.ndarray) -> ShardIndex:
         """The same set with another class list, a run's; ``labels`` says where in it each class of this set is."""
-        other = object.__new__(ShardIndex)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, classes=list(classes), label_map=labels)
         return other
 
@@ -137,6 +139,12 @@ class ShardIndex:
     def count(self) -> int:
         """Samples in the set."""
         return int(self.starts[-1])
+
+    @property
+    def content_sha256(self) -> str:
+        """What the set holds, wherever it lies: its classes, and its samples, labels and their order."""
+        shards = [(shard.count, shard.bytes, shard.sha256, shard.keys_sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.classes, self.members_sha256, shards]).encode()).hexdigest()
 
     @property
     def has_maps(self) -> bool:

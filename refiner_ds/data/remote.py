@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -27,15 +26,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from refiner_ds.config.addresses import is_redacted, redacted, scrubbed, with_variables
 from refiner_ds.data.index import INDEX_NAME, MEMBERS_NAME, ShardIndex
-from refiner_ds.data.writer import cannot_write, write_whole
+from refiner_ds.data.writer import cannot_write, locked, write_whole
 from refiner_ds.errors import DataError
 
 STALL_SECONDS = 60.0  # a server that sends nothing for so long is given up
@@ -69,7 +68,7 @@ def fetch_set(spec: str, cache: Path) -> Path:
     downloaded.unlink()
     folder = cache / hashlib.sha256(index).hexdigest()[:24]
     folder.mkdir(exist_ok=True)
-    with _file_lock(folder / INDEX_NAME):
+    with locked(folder / INDEX_NAME):
         if not (folder / INDEX_NAME).is_file():
             expected = _members_sha256(spec, index)
             _fetch(
@@ -105,7 +104,7 @@ def fetch_shard(index: ShardIndex, number: int) -> Path:
             return f"{size} of {shard.bytes} bytes came"
         return "" if sha256 == shard.sha256 else BAD_CHECKSUM
 
-    with _file_lock(path):
+    with locked(path):
         if not path.is_file():
             _fetch(index.source, shard.name, path, verify)
     return path
@@ -217,17 +216,3 @@ def _request(address: str) -> urllib.request.Request:
         credentials = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {credentials}")
     return request
-
-
-@contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Hold the lock that belongs to ``path``; it falls with the process that holds it."""
-    try:
-        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise DataError(cannot_write(path, error)) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -17,6 +17,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from refiner_ds.data.class_folders import ClassFolders
+from refiner_ds.data.image_tree import printable
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.remote import fetch_shard
 from refiner_ds.data.tar_format import BLOCK, NAME_BYTES, checksum, header_name, padded, span_bytes, split_name
@@ -32,8 +34,8 @@ class RawSample(NamedTuple):
 
     Attributes:
         name: of its first tar member, ``<key>.<ending>``.
-        shard: path of the tar.
-        number: of the sample in the tar.
+        shard: path of the tar, or of the image's folder.
+        number: of the sample in the tar, or of the image in all class folders.
     """
 
     image: memoryview
@@ -143,6 +145,39 @@ class SampleReader:
         number = sample - int(self.index.starts[shard])
         path = self.index.shard_path(shard)
         return DataError(f"{path}: sample {number} (number {sample} of the set{found}) {reason}")
+
+
+class FileReader:
+    """Reads images of class folders by number."""
+
+    def __init__(self, index: ClassFolders) -> None:
+        self.index = index
+
+    def read(self, sample: int) -> RawSample:
+        """The bytes of image number ``sample``.
+
+        Raises:
+            DataError: the file is missing, cannot be read or has another size than when it was listed.
+        """
+        name, record = self.index.path_of(sample), self.index.members[sample]
+        path = self.index.folder / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{printable(path)}: cannot be read ({error.strerror}); put the image back") from None
+        if len(data) != record["image_bytes"]:
+            raise DataError(
+                f"{printable(path)}: has {len(data)} bytes and had {record['image_bytes']} when it was listed; "
+                f"put the old image back, or remove {self.index.kept} to list the folders again"
+            )
+        view = memoryview(data)
+        label = self.index.label(int(record["label"]))
+        return RawSample(view, view[:0], label, os.path.basename(name), os.path.dirname(path), sample)
+
+
+def open_reader(index: ShardIndex) -> SampleReader | FileReader:
+    """The reader for a set: of shards, or of class folders."""
+    return FileReader(index) if isinstance(index, ClassFolders) else SampleReader(index)
 
 
 def decode_image(raw: RawSample) -> np.ndarray:

@@ -14,7 +14,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ import numpy as np
 from refiner_ds.data.index import FORMAT, INDEX_NAME, MEMBERS_NAME, VERSION, MapFormat, Shard
 from refiner_ds.data.tar_format import END_OF_TAR, MEMBER, checksum, tar_member
 from refiner_ds.errors import DataError
-from refiner_ds.files import fsync_folder, write_atomically
+from refiner_ds.files import exclusive_lock, fsync_folder, write_atomically
 
 
 def shard_name(number: int) -> str:
@@ -42,6 +43,21 @@ def write_whole(path: Path, data: bytes) -> None:
         write_atomically(path, data)
     except OSError as error:
         raise DataError(cannot_write(path, error)) from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that belongs to ``path``, waiting for whoever holds it.
+
+    Raises:
+        DataError: its folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(path))
+        except OSError as error:
+            raise DataError(cannot_write(path, error)) from None
+        yield
 
 
 def cannot_write(path: Path, error: OSError) -> str:
