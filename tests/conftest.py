@@ -1,7 +1,7 @@
-"""What every test can rely on: one torch thread, a package found without installation, and neighbours that do not meet.
+"""What every test can rely on: one torch thread, and a package that needs no installation to be found.
 
-Tests run side by side (``-n 2 --dist loadgroup``). Those of a file that share something made once for it, a run or a
-cluster, stay together in one process; all others go wherever there is time.
+Tests run side by side, file by file (``-n 2 --dist loadfile``): those of a file share what it makes once, a run or a
+cluster. Files that start processes come first, so that none of these long ones is left over at the end.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ def same_randomness_each_test() -> None:
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes as slow, and keep together what shares."""
+    """Mark what starts processes as slow, and in one of several test processes let it come first."""
     for item in items:
         if starts_processes(item):
             item.add_marker("slow")
-        if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-        elif shares(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def starts_processes(item: pytest.Item) -> bool:
@@ -45,12 +42,3 @@ def starts_processes(item: pytest.Item) -> bool:
     names = vars(getattr(item, "module", None) or object)
     launched = any(getattr(names.get(name), "__module__", "") == "tests.training.launched" for name in STARTERS)
     return launched or names.get("subprocess") is subprocess
-
-
-def shares(item: pytest.Item) -> bool:
-    """Whether a test uses something that is made once for all tests of a file or of a session."""
-    definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-    return any(
-        made.scope in ("module", "session", "package") and made.func.__module__.startswith("tests.")
-        for made in (overriding for *_, overriding in definitions)
-    )
