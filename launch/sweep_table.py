@@ -1,0 +1,234 @@
+"""The runs of a sweep, and what they have reached: pure reading of files, no Slurm.
+
+table.json or --grid ─▶ rows × grid ─▶ SweepRun: run file, overrides, a name that is a function of what differs
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from refiner_ds.config import RunFile, load
+from refiner_ds.errors import ConfigError
+from refiner_ds.files import write_atomically
+from refiner_ds.run_folder import RunFolder
+
+KEYS = {"about", "config", "grid", "rows", "name"}
+ROW_KEYS = {"label", "config", "set"}
+SEED = "refiner.run.seed"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its run folder; its label and a signature of ``differs``.
+        differs: run-file keys in which it differs from the others' run file.
+        overrides: ``key=value``, as ``--set`` takes them, output folder and name included.
+    """
+
+    name: str
+    label: str
+    config: Path
+    differs: dict[str, Any]
+    overrides: list[str]
+    run: RunFile
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.run.folder
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has trained to the end of its schedule."""
+        return RunFolder(self.folder).complete.is_file()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a sweep varies.
+
+    Attributes:
+        name: folder that its runs are put in.
+        rows: label, run file and overrides of each row.
+        grid: values of each key; every row is run with every combination.
+    """
+
+    source: str
+    name: str
+    rows: list[tuple[str, Path, dict[str, Any]]]
+    grid: dict[str, list[Any]]
+
+    def runs(self, overrides: list[str]) -> list[SweepRun]:
+        """Every run of the table, each checked against the schema.
+
+        Args:
+            overrides: ``key=value`` for all of them; they have no part in names.
+        Raises:
+            ConfigError: a run file, a key or a value that cannot be meant, or two runs that are the same.
+        """
+        runs = [
+            self._run(label, config, {**keys, **dict(zip(self.grid, values, strict=True))}, overrides)
+            for label, config, keys in self.rows
+            for values in itertools.product(*self.grid.values())
+        ]
+        seen: set[str] = set()
+        for run in runs:
+            if run.name in seen:
+                raise ConfigError(f"{self.source}: two runs are the same ({run.name}); take one of them out")
+            seen.add(run.name)
+        return runs
+
+    def _run(self, label: str, config: Path, differs: dict[str, Any], overrides: list[str]) -> SweepRun:
+        # The signature is of what differs and of the run file's name, not its text: a run that was begun is
+        # recognised after an edit, and what the edit may not change is refused by the run folder.
+        known = json.dumps({"config": config.name, **differs}, sort_keys=True)
+        signature = hashlib.sha256(known.encode()).hexdigest()[:8]
+        parts = [label] if label else []
+        parts += [f"{key.rpartition('.')[2]}-{_word(differs[key])}" for key in self.grid]
+        readable = re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join(parts))[:80].strip("-_.") or config.stem
+        sets = [f"{key}={json.dumps(value)}" for key, value in differs.items()]
+        shared = load(config, overrides)
+        output = Path(shared.refiner.run.output) / self.name
+        name = f"{readable}_{signature}"
+        sets = [*overrides, *sets, f"refiner.run.output={json.dumps(str(output))}", f"refiner.run.name={name}"]
+        return SweepRun(name, label, config, differs, sets, load(config, sets))
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read_table(file: Path) -> Table:
+    """Read a table. Raises ConfigError, naming the file and the key."""
+    try:
+        given = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such table") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as a table: {error}") from None
+    _refuse_unknown(file, "", given, KEYS)
+    rows = given.get("rows", [{}])
+    grid = given.get("grid", {})
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(f"{file}: rows must be a list of at least one row")
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ConfigError(f"{file}: grid must name keys of the run file, each with a list of values")
+    read = []
+    for number, row in enumerate(rows):
+        _refuse_unknown(file, f"rows[{number}]", row, ROW_KEYS)
+        config = row.get("config", given.get("config"))
+        if not isinstance(config, str):
+            raise ConfigError(f"{file}: config is missing; name the run file that the rows change")
+        if not isinstance(keys := row.get("set", {}), dict):
+            raise ConfigError(f"{file}: rows[{number}].set must be keys of the run file and their values")
+        if twice := keys.keys() & grid.keys():
+            raise ConfigError(f"{file}: rows[{number}].set and grid both set {min(twice)}; keep one")
+        read.append((str(row.get("label", "")), file.parent / config, keys))
+    return Table(str(file), str(given.get("name", file.stem)), read, grid)
+
+
+def _refuse_unknown(file: Path, where: str, given: Any, known: set[str]) -> None:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{file}: {where or 'a table'} must be an object with {', '.join(sorted(known))}")
+    for key in given:
+        if key not in known:
+            at = f"{where}.{key}" if where else key
+            raise ConfigError(f"{file}: {at} is not a key of a table; there are {', '.join(sorted(known))}")
+
+
+def table_from_flags(config: Path, grid: list[str]) -> Table:
+    """A table of one row from ``--config`` and ``--grid key=v1,v2``; a value is JSON where it parses as JSON."""
+    values: dict[str, list[Any]] = {}
+    for text in grid:
+        key, equals, given = text.partition("=")
+        if not equals or not key or not given:
+            raise ConfigError(f"--grid {text}: write --grid key=value,value, e.g. --grid refiner.run.seed=0,1,2")
+        if key in values:
+            raise ConfigError(f"--grid {text}: {key} is given twice; list all values at once")
+        values[key] = [_parsed(word) for word in given.split(",")]
+    if not values:
+        raise ConfigError("--grid is missing: a sweep without one is a single run; use launch/submit.py")
+    return Table(f"--grid {' '.join(grid)}", f"{config.stem}_sweep", [("", config, {})], values)
+
+
+def _parsed(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except json.JSONDecodeError:
+        return word
+
+
+def collect(runs: list[SweepRun], file: Path | None = None) -> str:
+    """What the runs have reached, one line a run, and where they differ by seed a line with mean and deviation.
+
+    Args:
+        file: where to write the runs' lines as CSV too.
+    """
+    keys = list(dict.fromkeys(key for run in runs for key in run.differs))
+    header = ["run", *(key.rpartition(".")[2] for key in keys), "state", "step", "top1", "ema_top1"]
+    rows = [[run.name, *(_shown(run.differs.get(key)) for key in keys), *_reached(run)] for run in runs]
+    if file is not None:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+        write_atomically(file, buffer.getvalue())
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *_over_seeds(runs)])
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else _word(value)
+
+
+def _reached(run: SweepRun) -> list[str]:
+    folder = RunFolder(run.folder)
+    evaluated = _evaluations(folder)
+    newest = folder.latest_checkpoint()
+    state = "finished" if run.finished else "begun" if newest else "missing"
+    step = str(int(newest.name.removeprefix("step_"))) if newest else ""
+    found = (evaluated.get(weights) for weights in ("model", "ema"))
+    return [state, step, *(f"{line['top1']:.2f}" if line else "" for line in found)]
+
+
+def _evaluations(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """The last evaluation of each kind of weights."""
+    last: dict[str, dict[str, Any]] = {}
+    with suppress(OSError):
+        for text in folder.metrics.read_text().splitlines():
+            with suppress(ValueError):  # the last line of a run that was killed
+                line = json.loads(text)
+                if line.get("kind") == "eval":
+                    last[line["weights"]] = line
+    return last
+
+
+def _over_seeds(runs: list[SweepRun]) -> list[str]:
+    if not any(SEED in run.differs for run in runs):
+        return []
+    groups: dict[str, list[SweepRun]] = {}
+    for run in runs:
+        words = [run.label] if run.label else []
+        words += [f"{key.rpartition('.')[2]} {_word(value)}" for key, value in run.differs.items() if key != SEED]
+        groups.setdefault(", ".join(words) or "all", []).append(run)
+    lines = ["", "EMA top-1 over seeds, finished runs: mean ± standard deviation (n)"]
+    for name, members in groups.items():
+        reached = [
+            line["top1"] for run in members if run.finished and (line := _evaluations(RunFolder(run.folder)).get("ema"))
+        ]
+        spread = f" ± {stdev(reached):.2f}" if len(reached) > 1 else ""
+        figure = f"{mean(reached):.2f}{spread}" if reached else "missing"
+        lines.append(f"  {name}: {figure} ({len(reached)} of {len(members)})")
+    return lines
