@@ -1,15 +1,15 @@
-"""The way back of the released refiner in four kernels, over the stacks h2 and h3 that the way there left.
+"""The backward passes of the released refiner by four kernels, from A and the activations h2 and h3.
 
-    1  bwd_output            A, h3, V, ∂out ──> ∂T, ∂V, sums that norms 3 and 4 need
-    2  bwd_reduce               A, h3, ∂T, h2  ──> m2 (the gradient behind norm 2), ∂reduce, its sums
-    3  first                A, h2, m2      ──> the expanded share of ∂A, ∂kernel, sums that norm 1 needs
+    1  bwd_output           A, h3, V, ∂out ──> ∂T, ∂V, the sums that norms 3 and 4 need
+    2  bwd_reduce           A, h3, ∂T, h2  ──> m2 (the gradient after norm 2), ∂reduce, the sums that norm 2 needs
+    3  bwd_expand_local     A, h2, m2      ──> the expanded share of ∂A, ∂kernel, the sums that norm 1 needs
     4  bwd_map_statistics   A, h3, ∂T, share ──> ∂A
 
-Between them the caller turns sums into coefficients: h3's gradient, for one, is a number a head times each of ∂T, h3
-and A. Sums leave a program in fp32 and are added up in float64. Pass 3 is in bottleneck_backward_first.py.
+Between them the caller turns sums into coefficients: ∂h3, for one, is ∂T, h3 and A, each times a number a head. Sums
+leave a program in fp32 and are added up in float64. Pass 3 is in triton_backward_local.py.
 
-Axes: B batch, H heads, E expanded maps, N tokens, d head width, L positions of a program's step, G expanded maps worked
-on together, R query rows and C keys of a tile, P programs.
+Axes: B batch, H heads, E expanded maps, N tokens, d head width, L positions of a program's step, G expanded maps of a
+group, R query rows and C keys of a tile, P programs.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ __all__ = ["bwd_output", "bwd_reduce", "bwd_map_statistics"]
 # A tile of pass 1: the fewest rows that warp-group products take; in fp32 half of that, or registers spill.
 ROWS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 KEYS = 64
-GROUPS = 3  # of expanded maps are one program's of pass 2, of 16 heads; with more registers spill
+GROUPS = 3  # of expanded maps in a program of pass 2, of 16 heads; with more, registers spill
 POSITIONS = 128  # of a program of pass 4
-# Of pass 2: each warp has a cut of its own, as many positions as keep all groups of maps in registers at once.
+# Of pass 2: each warp has a cut of its own, of as many positions as let all groups stay in registers.
 WARPS, LANES = 4, 16
-STEPS = 16  # of a program of pass 2: what its sums take is 2 % of what it reads
+STEPS = 16  # of a program of pass 2: its sums are 2 % of the bytes that it reads
 
 
 # -- pass 1 --------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def _bwd_output(
     grad_Nd = grad_BHNd + image * grad_strides[0] + head * grad_strides[1]
     valid_Cd = (key_C[:, None] < TOKENS) & (feature_d[None, :] < width)
     value_Cd = tl.load(value_Nd + key_C[:, None] * value_strides[2] + feature_d[None, :], mask=valid_Cd, other=0.0)
-    # T is affine in h3 and A: both meet ∂out apart, and every sum follows from the two products and V.
+    # T is affine in h3 and A: each is multiplied with ∂out, and every sum follows from the two products and V.
     reduced_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
     map_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
     grad_d = tl.zeros([WIDTH], dtype=tl.float32)
@@ -69,7 +69,7 @@ def _bwd_output(
         stored_RC = (row_R[:, None] < TOKENS) & (key_C[None, :] < STRIDE)
         map_RC = tl.load(map_NN + offset_RC, mask=stored_RC, other=0.0)
         reduced_RC = tl.load(reduced_NN + offset_RC, mask=stored_RC, other=0.0)
-        dt_RC = dot(grad_Rd, tl.trans(value_Cd))  # zero behind the last key, as the values are
+        dt_RC = dot(grad_Rd, tl.trans(value_Cd))  # zero after the last key, as the values are
         tl.store(dt_NN + offset_RC, dt_RC.to(dt_BHNN.dtype.element_ty), mask=stored_RC)
         reduced_Cd += dot(tl.trans(reduced_RC), grad_Rd)
         map_Cd += dot(tl.trans(map_RC), grad_Rd)
@@ -106,7 +106,7 @@ def bwd_output(
     Args:
         map_BHNN, reduced_BHNN: A and h3, one dtype.
         value_BHNd, grad_BHNd: values, and the gradient of the output; multiplied in the maps' dtype.
-        alpha_H, beta_H, gamma_H: what norms 3 and 4 come to.
+        alpha_H, beta_H, gamma_H: norms 3 and 4, folded.
         mean3_H, mean_H: means of h3 and A.
     Returns:
         ∂V in its dtype and ∂T in the maps', both [B, H, N, ·]; the sums of ∂T, ∂T·(h3 − mean) and ∂T·(A − mean),
@@ -132,7 +132,7 @@ def bwd_output(
 
 
 def to_columns(vectors: Iterable[Tensor]) -> Tensor:
-    """Vectors of one length as one fp32 tensor, as kernels read them."""
+    """Vectors of one length stacked in fp32, as kernels read them."""
     return torch.stack(tuple(vectors)).float()
 
 
@@ -140,27 +140,63 @@ def to_columns(vectors: Iterable[Tensor]) -> Tensor:
 
 
 @triton.jit
+def _reduced_gradient(
+    map_H1, reduced_H1, dt_H1, start, lane_L, cut_L, stored_HL, gain, on_reduced, on_map, level,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """∂h3 at a program's step, from ∂T, h3 and A: all groups of expanded maps multiply it, and it is never written."""
+    # Cuts are added last: known when compiling, they cost loads nothing.
+    map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+    reduced_HL = tl.load(reduced_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+    dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+    valid_HL = stored_HL & ((start + cut_L + lane_L) % STRIDE < TOKENS)
+    # Zero after rows' last keys, and so is all that follows from it.
+    return tl.where(valid_HL, gain * dt_HL + on_reduced * reduced_HL + on_map * map_HL + level, 0.0)
+
+
+@triton.jit
+def _expanded_gradient(
+    local_BEL, m2_BEL, stored_L, norm_2E, reduce_HE, map_G1, head_H, dh3_HL, heads, expanded,
+    WARPS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """u2, m2 and h2 of one group of expanded maps, [warps, G, L]; m2 is stored, as the next pass starts from it."""
+    gain_G1 = tl.load(norm_2E + map_G1, mask=map_G1 < expanded, other=0.0)
+    shift_G1 = tl.load(norm_2E + expanded + map_G1, mask=map_G1 < expanded, other=0.0)
+    reduce_GH = tl.load(
+        reduce_HE + head_H[None, None, :] * expanded + map_G1,
+        mask=(head_H[None, None, :] < heads) & (map_G1 < expanded), other=0.0,
+    )  # fmt: skip
+    reduce_WGH = tl.broadcast_to(reduce_GH, [WARPS, GROUP, PADDED])
+    stored_GL = (map_G1 < expanded) & stored_L
+    local_GL = tl.load(local_BEL, mask=stored_GL, other=0.0).to(tl.float32)
+    before_GL = gain_G1 * local_GL + shift_G1
+    du2_GL = tl.dot(reduce_WGH, dh3_HL, input_precision=PRECISION)
+    m2_GL = tl.where((before_GL > 0.0) & (before_GL < 6.0), du2_GL, 0.0)
+    tl.store(m2_BEL, m2_GL.to(m2_BEL.dtype.element_ty), mask=stored_GL)
+    return relu6(before_GL), m2_GL, local_GL
+
+
+@triton.jit
 def _bwd_reduce(
-    map_BHNN, reduced_BHNN, dt_BHNN, local_BENN, to_narrow_4H, norm_2E, reduce_HE, m2_BENN, d_reduce_PEH, sums_P2E,
+    map_BHNN, reduced_BHNN, dt_BHNN, local_BENN, to_reduced_4H, norm_2E, reduce_HE, m2_BENN, d_reduce_PEH, sums_P2E,
     heads, expanded,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     WARPS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     image, part, start_G = tl.program_id(0), tl.program_id(1), tl.program_id(2) * GROUPS * GROUP
     AREA: tl.constexpr = TOKENS * STRIDE
-    first, expanded_base = image.to(tl.int64) * heads * AREA, image.to(tl.int64) * expanded * AREA
+    first, first_expanded = image.to(tl.int64) * heads * AREA, image.to(tl.int64) * expanded * AREA
     head_H, map_G = tl.arange(0, PADDED), tl.arange(0, GROUP)
-    # All in three dimensions, [warps, maps, lanes]: each warp multiplies what is its own.
+    # All in three dimensions, [warps, maps, lanes]: each warp multiplies its own cut.
     head_H1, cut_L = head_H[None, :, None], tl.arange(0, WARPS)[:, None, None] * LANES
     lane_L = tl.arange(0, LANES)[None, None, :]
     mask_H = head_H1 < heads
-    gain = tl.load(to_narrow_4H + head_H1, mask=mask_H, other=0.0)
-    on_reduced = tl.load(to_narrow_4H + heads + head_H1, mask=mask_H, other=0.0)
-    on_map = tl.load(to_narrow_4H + 2 * heads + head_H1, mask=mask_H, other=0.0)
-    level = tl.load(to_narrow_4H + 3 * heads + head_H1, mask=mask_H, other=0.0)
+    gain = tl.load(to_reduced_4H + head_H1, mask=mask_H, other=0.0)
+    on_reduced = tl.load(to_reduced_4H + heads + head_H1, mask=mask_H, other=0.0)
+    on_map = tl.load(to_reduced_4H + 2 * heads + head_H1, mask=mask_H, other=0.0)
+    level = tl.load(to_reduced_4H + 3 * heads + head_H1, mask=mask_H, other=0.0)
     map_H1, reduced_H1 = map_BHNN + first + head_H1 * AREA, reduced_BHNN + first + head_H1 * AREA
     dt_H1 = dt_BHNN + first + head_H1 * AREA
-    program = image.to(tl.int64) * tl.num_programs(1) + part
     d_reduce, sums0, sums1 = tl.tuple(()), tl.tuple(()), tl.tuple(())
     for _ in tl.static_range(GROUPS):
         d_reduce += (tl.zeros([WARPS, GROUP, PADDED], dtype=tl.float32),)
@@ -169,37 +205,23 @@ def _bwd_reduce(
     for step in range(STEPS):
         start = (part * STEPS + step) * WARPS * LANES
         stored_L = start + cut_L + lane_L < AREA
-        stored_HL = mask_H & stored_L
-        # Cuts are added last: known when compiling, they cost loads nothing.
-        map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
-        reduced_HL = tl.load(reduced_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
-        dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
-        valid_HL = stored_HL & ((start + cut_L + lane_L) % STRIDE < TOKENS)
-        # Zero behind rows' last keys, and so is all that follows from it.
-        dh3_HL = tl.where(valid_HL, gain * dt_HL + on_reduced * reduced_HL + on_map * map_HL + level, 0.0)
+        dh3_HL = _reduced_gradient(
+            map_H1, reduced_H1, dt_H1, start, lane_L, cut_L, mask_H & stored_L, gain, on_reduced, on_map, level,
+            TOKENS, STRIDE,
+        )  # fmt: skip
         d_reduce_next, sums0_next, sums1_next = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for group in tl.static_range(GROUPS):
             map_G1 = start_G + group * GROUP + map_G[None, :, None]
-            gain_G1 = tl.load(norm_2E + map_G1, mask=map_G1 < expanded, other=0.0)
-            shift_G1 = tl.load(norm_2E + expanded + map_G1, mask=map_G1 < expanded, other=0.0)
-            reduce_GH = tl.load(
-                reduce_HE + head_H[None, None, :] * expanded + map_G1,
-                mask=(head_H[None, None, :] < heads) & (map_G1 < expanded), other=0.0,
+            local_G1, m2_G1 = local_BENN + first_expanded + map_G1 * AREA, m2_BENN + first_expanded + map_G1 * AREA
+            u2_GL, m2_GL, local_GL = _expanded_gradient(
+                local_G1 + start + lane_L + cut_L, m2_G1 + start + lane_L + cut_L, stored_L, norm_2E, reduce_HE,
+                map_G1, head_H, dh3_HL, heads, expanded, WARPS, GROUP, PADDED, PRECISION,
             )  # fmt: skip
-            local_G1, m2_G1 = local_BENN + expanded_base + map_G1 * AREA, m2_BENN + expanded_base + map_G1 * AREA
-            reduce_WGH = tl.broadcast_to(reduce_GH, [WARPS, GROUP, PADDED])
-            stored_GL = (map_G1 < expanded) & stored_L
-            local_GL = tl.load(local_G1 + start + lane_L + cut_L, mask=stored_GL, other=0.0).to(tl.float32)
-            before_GL = gain_G1 * local_GL + shift_G1
-            u2_GL = relu6(before_GL)
-            du2_GL = tl.dot(reduce_WGH, dh3_HL, input_precision=PRECISION)
-            m2_GL = tl.where((before_GL > 0.0) & (before_GL < 6.0), du2_GL, 0.0)
-            tl.store(m2_G1 + start + lane_L + cut_L, m2_GL.to(m2_BENN.dtype.element_ty), mask=stored_GL)
             d_reduce_next += (tl.dot(u2_GL, tl.permute(dh3_HL, (0, 2, 1)), d_reduce[group], input_precision=PRECISION),)
             sums0_next += (sums0[group] + tl.sum(m2_GL, 2),)
             sums1_next += (sums1[group] + tl.sum(m2_GL * local_GL, 2),)
         d_reduce, sums0, sums1 = d_reduce_next, sums0_next, sums1_next
-    padded = tl.num_programs(2) * GROUPS * GROUP
+    program, padded = image.to(tl.int64) * tl.num_programs(1) + part, tl.num_programs(2) * GROUPS * GROUP
     for group in tl.static_range(GROUPS):
         entry_G = start_G + group * GROUP + map_G
         entry_GH = entry_G[:, None] * PADDED + head_H[None, :]
@@ -225,10 +247,10 @@ def bwd_reduce(
 
     Args:
         map_BHNN, reduced_BHNN, dt_BHNN, local_BENN: A, h3, ∂T and h2, one dtype.
-        to_reduced: what multiplies ∂T, h3 and A in the gradient of h3, and what is added, each [H].
+        to_reduced: coefficients of ∂T, h3 and A in ∂h3, and a constant, each [H].
         gain2_E, shift2_E: norm 2 as an affine map.
         mean2_E: the mean of h2.
-        reduce_HE: the projection.
+        reduce_HE: the reduction.
     Returns:
         m2, [B, E, N, N] in the maps' dtype; ∂reduce [H, E]; the sums of m2 and of m2·(h2 − mean), [E]; float64.
     """
@@ -236,7 +258,7 @@ def bwd_reduce(
     batch, heads, tokens, _ = map_BHNN.shape
     expanded, stride, padded = local_BENN.shape[1], row_stride(tokens), padded_size(heads)
     parts, groups = triton.cdiv(tokens * stride, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
-    shares = triton.cdiv(groups * padded, GROUPS * 16)  # of the groups, each one program's
+    shares = triton.cdiv(groups * padded, GROUPS * 16)  # of the groups, one for each program
     groups = triton.cdiv(groups, shares)
     m2_BENN = empty_padded(local_BENN)
     d_reduce_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=torch.float32)
@@ -254,7 +276,7 @@ def bwd_reduce(
 
 
 def precision(map_BHNN: Tensor) -> str:
-    """How products of fp32 numbers that come of stored maps are formed: no finer than the maps are stored."""
+    """The precision of fp32 products of stored maps: no finer than the maps are stored."""
     return "tf32x3" if map_BHNN.dtype == torch.float32 else "tf32"
 
 
@@ -283,7 +305,7 @@ def _bwd_map_statistics(
     dt_HL = tl.load(dt_BHNN + first + offset_HL, mask=stored_HL, other=0.0).to(tl.float32)
     share_HL = tl.load(share_BHNN + first + offset_HL, mask=stored_HL, other=0.0).to(tl.float32)
     if map_HL.dtype == tl.float16:
-        map_HL = map_HL.to(tl.float32)  # it knows no numbers as small as what pulls
+        map_HL = map_HL.to(tl.float32)  # its smallest numbers are too large for the gain
     d_map_HL = share_HL + gain_H1 * dt_HL + on_reduced_H1 * reduced_HL + level_H1
     d_map_HL = tl.where((offset_L % STRIDE < TOKENS)[None, :], dot_split_weight(gain_HH, map_HL, d_map_HL), 0.0)
     tl.store(share_BHNN + first + offset_HL, d_map_HL.to(share_BHNN.dtype.element_ty), mask=stored_HL)
@@ -298,13 +320,13 @@ def bwd_map_statistics(
     gain_HH: Tensor,
     level_H: Tensor,
 ) -> Tensor:
-    """Pass 4: the gradient of A, written over the share that came through the expanded maps.
+    """Pass 4: the gradient of A, written over the share through the expanded maps.
 
     Reads A, h3, ∂T and the share and writes ∂A: 5 entries per entry of A.
 
     Args:
         map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN: A, h3, ∂T and the share, one dtype.
-        to_map: what multiplies ∂T, h3 and A on the direct way to A, and what is added, each [H].
+        to_map: coefficients of ∂T, h3 and A in the direct share of ∂A, and a constant, each [H].
         gain_HH, level_H: the way through the statistics of norm 1, pull · A + level.
     Returns:
         ∂A, in the share's offset if that is laid out as kernels read it.

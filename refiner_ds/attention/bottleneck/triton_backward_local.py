@@ -28,23 +28,22 @@ from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_pad
 
 __all__ = ["bwd_expand_local"]
 
-KEYS = (
-    4  # of a fragment: of 24 columns 16 come out; of 40 with 8 it would be 32, but 80 to 216 bytes of registers spill
-)
-ROWS = 16  # that are gathered at a time: 18 are read, and a program's offset in the cache is 16 kB
-PROGRAMS = 4096  # about as many as fill a card a few times over: with more, their places would be too many
+# Of a fragment: 24 columns are computed for 16 of output. With 8 it would be 40 for 32, but 80 to 216 bytes spill.
+KEYS = 4
+ROWS = 16  # accumulated at a time: 18 are read, and a program's scratch memory is 16 kB
+PROGRAMS = 4096  # fill a card a few times over; with more, their scratch memory would be too large
 
 _FRAGMENTS = tl.constexpr(FRAGMENTS)
 
 
 @triton.jit
 def _local_gradient(m2_L, local_L, plane_M1, mask_M, stored_L, valid_L, gain_MM, slope_MM, level_M1):
-    """∂h2 at some places, zero outside the map. Diagonal matrices leave it where products leave their results."""
+    """∂h2 at some positions, zero outside the map. Products with diagonal matrices give it the layout of products."""
     stored_ML = stored_L[None, :] & mask_M[:, None]
     m2_ML = tl.load(m2_L[None, :] + plane_M1[:, None], mask=stored_ML, other=0.0)
     local_ML = tl.load(local_L[None, :] + plane_M1[:, None], mask=stored_ML, other=0.0)
     if m2_ML.dtype == tl.float16:
-        m2_ML, local_ML = m2_ML.to(tl.float32), local_ML.to(tl.float32)  # it knows no numbers as small as slopes
+        m2_ML, local_ML = m2_ML.to(tl.float32), local_ML.to(tl.float32)  # its smallest numbers are too large for slopes
     sums_ML = tl.zeros([plane_M1.shape[0], valid_L.shape[0]], dtype=tl.float32)
     sums_ML = dot_split_weight(gain_MM, m2_ML, sums_ML)
     return dot_split_weight(slope_MM, local_ML, sums_ML) + level_M1 * valid_L.to(tl.float32)[None, :]
@@ -52,15 +51,15 @@ def _local_gradient(m2_L, local_L, plane_M1, mask_M, stored_L, valid_L, gain_MM,
 
 @triton.jit
 def _sum_fragments(sums_ML, MAPS: tl.constexpr, KEYS: tl.constexpr):
-    """Sums over the fragment that a thread holds, [M, S]."""
+    """Sums over each thread's fragment, [M, S]."""
     return tl.sum(tl.sum(tl.reshape(sums_ML, [MAPS, KEYS // 2, _FRAGMENTS, 2]), 3), 1)
 
 
 @triton.jit
 def _accumulate_taps(
-    sums, u1_before_ML, u1_now_ML, u1_behind_ML, right_ML, dh2_ML, left_ML, MAPS: tl.constexpr, KEYS: tl.constexpr
+    sums, u1_before_ML, u1_now_ML, u1_after_ML, right_ML, dh2_ML, left_ML, MAPS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """∂kernel, tap by tap: the sums, and u1 of three rows times ∂h2 of the one between them and beside it."""
+    """∂kernel, tap by tap: to the sums, u1 of three rows times ∂h2 of the middle one and its neighbours."""
     return (
         sums[0] + _sum_fragments(u1_before_ML * right_ML, MAPS, KEYS),
         sums[1] + _sum_fragments(u1_before_ML * dh2_ML, MAPS, KEYS),
@@ -68,9 +67,9 @@ def _accumulate_taps(
         sums[3] + _sum_fragments(u1_now_ML * right_ML, MAPS, KEYS),
         sums[4] + _sum_fragments(u1_now_ML * dh2_ML, MAPS, KEYS),
         sums[5] + _sum_fragments(u1_now_ML * left_ML, MAPS, KEYS),
-        sums[6] + _sum_fragments(u1_behind_ML * right_ML, MAPS, KEYS),
-        sums[7] + _sum_fragments(u1_behind_ML * dh2_ML, MAPS, KEYS),
-        sums[8] + _sum_fragments(u1_behind_ML * left_ML, MAPS, KEYS),
+        sums[6] + _sum_fragments(u1_after_ML * right_ML, MAPS, KEYS),
+        sums[7] + _sum_fragments(u1_after_ML * dh2_ML, MAPS, KEYS),
+        sums[8] + _sum_fragments(u1_after_ML * left_ML, MAPS, KEYS),
     )
 
 
@@ -92,26 +91,26 @@ def _weights(
 
 @triton.jit
 def _store_share(
-    gathered_HL, share_HL, top_L, stored_L, mask_H, TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr
+    scratch_HL, share_HL, top_L, stored_L, mask_H1, TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Store the share of some rows from the offset where it was gathered, which is then free for the next ones."""
+    """Store the share of some rows from scratch memory, which is then free for the next rows."""
     for row in range(ROWS):
-        stored_HL = (stored_L & (top_L + row < TOKENS))[None, :] & mask_H[:, None]
-        gathered = tl.load(gathered_HL + row * (gathered_HL.shape[0] * gathered_HL.shape[1]))
+        stored_HL = (stored_L & (top_L + row < TOKENS))[None, :] & mask_H1
+        share = tl.load(scratch_HL + row * (scratch_HL.shape[0] * scratch_HL.shape[1]))
         offset_HL = share_HL + (top_L[None, :] + row) * STRIDE
-        tl.store(offset_HL, gathered.to(share_HL.dtype.element_ty), mask=stored_HL)
+        tl.store(offset_HL, share.to(share_HL.dtype.element_ty), mask=stored_HL)
     tl.debug_barrier()
 
 
 @triton.jit
-def _add(offset, more, again):
-    """Add to what this program stored before, if it did; nobody else writes there."""
-    tl.store(offset, tl.load(offset, mask=again, other=0.0) + more)
+def _add(address, more, again):
+    """Add to what this program stored there before, if it did; no other program writes there."""
+    tl.store(address, tl.load(address, mask=again, other=0.0) + more)
 
 
 @triton.jit
 def _add_sums(sums_10E, cross_EH, sums, sum_MS, cross_MH, map_M, step, WIDE: tl.constexpr):
-    """What some rows bring to ∂kernel and to the sums of m1, added to what the program's earlier rows brought."""
+    """Add some rows' share of ∂kernel and of the sums of m1 to those of the program's earlier rows."""
     again_M = step + 0 * map_M > 0  # the interpreter makes no mask of one number
     for tap in tl.static_range(9):
         _add(sums_10E + tap * WIDE + map_M, tl.sum(sums[tap], 1), again_M)
@@ -122,8 +121,52 @@ def _add_sums(sums_10E, cross_EH, sums, sum_MS, cross_MH, map_M, step, WIDE: tl.
 
 
 @triton.jit
+def _activated(
+    map_HL, row, limit, stored_L, valid_L, mask_H1, folded_MH, shift_M1, STRIDE: tl.constexpr
+):  # fmt: skip
+    """u1 of one row above ``limit``, zero outside: read once, it serves three rows of ∂kernel and its own gate."""
+    row_L = row + tl.zeros_like(valid_L).to(tl.int32)  # the interpreter makes no mask of one number
+    map_HL = tl.load(map_HL + row * STRIDE, mask=(stored_L & (row_L < limit))[None, :] & mask_H1, other=0.0)
+    empty_ML = tl.zeros([folded_MH.shape[0], valid_L.shape[0]], dtype=tl.float32)
+    u1_ML = relu6(dot_split_weight(folded_MH, map_HL, empty_ML) + shift_M1)
+    return tl.where((valid_L & (row_L < limit))[None, :], u1_ML, 0.0)
+
+
+@triton.jit
+def _local_gradient_row(
+    m2_BENN, local_BENN, row, at_L, at_Q, stored_L, valid_L, valid_Q, plane_M, mask_M, gain_MM, slope_MM, level_M1,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """∂h2 of one row, and its neighbours along the keys: all nine taps of ∂u1 and ∂kernel come from these."""
+    row_L, row_Q = row + 0 * at_L, row + 0 * at_Q
+    in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), valid_Q & (row_Q >= 0) & (row_Q < TOKENS)
+    dh2_ML = _local_gradient(
+        m2_BENN + at_L + row * STRIDE, local_BENN + at_L + row * STRIDE, plane_M, mask_M, stored_L & in_L,
+        valid_L & in_L, gain_MM, slope_MM, level_M1,
+    )  # fmt: skip
+    dh2_MQ = _local_gradient(
+        m2_BENN + at_Q + row * STRIDE, local_BENN + at_Q + row * STRIDE, plane_M, mask_M, in_Q, in_Q,
+        gain_MM, slope_MM, level_M1,
+    )  # fmt: skip
+    left_ML, right_ML = neighbours(dh2_ML, dh2_MQ, GROUP, KEYS)
+    return left_ML, dh2_ML, right_ML
+
+
+@triton.jit
+def _through_expansion(
+    map_HL, scratch_HL, m1_ML, cross_MH, stored_HL, mean_H1, folded_MH, again_HL, PRECISION: tl.constexpr
+):  # fmt: skip
+    """m1·(A − μ)ᵀ of one row, added to ``cross``; the row's share of ∂A, added in scratch memory to other groups'."""
+    map_HL = tl.load(map_HL, mask=stored_HL, other=0.0)
+    centred_HL = tl.where(stored_HL, map_HL.to(tl.float32) - mean_H1, 0.0)
+    share_HL = tl.load(scratch_HL, mask=again_HL, other=0.0)
+    tl.store(scratch_HL, tl.dot(tl.trans(folded_MH), m1_ML, share_HL, input_precision=PRECISION))
+    return tl.dot(m1_ML, tl.trans(centred_HL), cross_MH, input_precision=PRECISION)
+
+
+@triton.jit
 def _bwd_expand_local(
-    map_BHNN, local_BENN, m2_BENN, folded_EH, affine_4E, taps_E9, mean_H, share_BHNN, gathered_PRHL, sums_P10E,
+    map_BHNN, local_BENN, m2_BENN, folded_EH, affine_4E, taps_E9, mean_H, share_BHNN, scratch_PRHL, sums_P10E,
     cross_PEH, fragments, steps,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr,
     PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
@@ -132,20 +175,19 @@ def _bwd_expand_local(
     AREA: tl.constexpr = TOKENS * STRIDE
     COLUMNS: tl.constexpr = _FRAGMENTS * KEYS
     head_H, offset_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
-    mask_H = head_H < HEADS
+    mask_H1 = (head_H < HEADS)[:, None]
     image_L, key_L, stored_L, valid_L = fragment_offsets(tile, fragments, TOKENS, STRIDE, KEYS)
     image_Q, key_Q, valid_Q = halo_offsets(tile, fragments, TOKENS, STRIDE, KEYS)
-    reduced_HL = (image_L * (HEADS * AREA) + key_L)[None, :] + (head_H * AREA)[:, None]
-    expanded_L, expanded_Q = image_L * (EXPANDED * AREA) + key_L, image_Q * (EXPANDED * AREA) + key_Q
-    mean_H1 = tl.load(mean_H + head_H, mask=mask_H, other=0.0)[:, None]
+    at_HL = (image_L * (HEADS * AREA) + key_L)[None, :] + (head_H * AREA)[:, None]
+    at_L, at_Q = image_L * (EXPANDED * AREA) + key_L, image_Q * (EXPANDED * AREA) + key_Q
+    mean_H1 = tl.load(mean_H + head_H, mask=head_H < HEADS, other=0.0)[:, None]
     program = (tile * tl.num_programs(1) + segment).to(tl.int64)
-    gathered_HL = gathered_PRHL + program * (ROWS * PADDED * COLUMNS)
-    gathered_HL += head_H[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    scratch_HL = scratch_PRHL + program * (ROWS * PADDED * COLUMNS)
+    scratch_HL += head_H[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     for step in range(steps):
         top = (segment * steps + step) * ROWS
         for group in range(GROUPS):
             map_M = group * GROUP + offset_M
-            mask_M = map_M < EXPANDED
             folded_MH, shift_M1, gain_MM, slope_MM, level_M1, taps = _weights(
                 folded_EH, affine_4E, taps_E9, map_M, head_H, HEADS, EXPANDED, GROUP
             )
@@ -154,54 +196,42 @@ def _bwd_expand_local(
                 sums += (tl.zeros([GROUP, _FRAGMENTS], dtype=tl.float32),)
             sum_MS = tl.zeros([GROUP, _FRAGMENTS], dtype=tl.float32)
             cross_MH = tl.zeros([GROUP, PADDED], dtype=tl.float32)
-            empty_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
-            # ∂u1 of the rows before and at the one just read, as far as it is known, and u1 there.
-            before_ML, now_ML = empty_ML, empty_ML
-            # Triton carries a variable through a loop only if it ends up as another value: one zero for both of these,
-            # of which one becomes the other, and the compiled kernel would see zero for ever.
+            # Partial sums of ∂u1 for the row before the one just read, and for that row.
+            before_ML, now_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32), tl.zeros([GROUP, COLUMNS], tl.float32)
+            # Triton carries a variable through a loop only if it ends up as another value: of two that begin as one
+            # zero and take each other's place, the compiled kernel would see zero for ever.
             u1_before_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
             u1_now_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
             for line in range(ROWS + 2):
-                row = top + line - 1
-                row_L, row_Q = row + 0 * key_L, row + 0 * key_Q  # the interpreter makes no mask of one number
-                far = group * (GROUP * AREA) + row * STRIDE
-                in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), valid_Q & (row_Q >= 0) & (row_Q < TOKENS)
-                dh2_ML = _local_gradient(
-                    m2_BENN + expanded_L + far, local_BENN + expanded_L + far, offset_M * AREA, mask_M,
-                    stored_L & in_L, valid_L & in_L, gain_MM, slope_MM, level_M1,
+                row, plane = top + line - 1, group * (GROUP * AREA)
+                left_ML, dh2_ML, right_ML = _local_gradient_row(
+                    m2_BENN, local_BENN, row, at_L + plane, at_Q + plane, stored_L, valid_L, valid_Q, offset_M * AREA,
+                    map_M < EXPANDED, gain_MM, slope_MM, level_M1, TOKENS, STRIDE, GROUP, KEYS,
                 )  # fmt: skip
-                dh2_MQ = _local_gradient(
-                    m2_BENN + expanded_Q + far, local_BENN + expanded_Q + far, offset_M * AREA, mask_M,
-                    in_Q, in_Q, gain_MM, slope_MM, level_M1,
+                u1_after_ML = _activated(
+                    map_BHNN + at_HL, row + 1, tl.minimum(TOKENS, top + ROWS), stored_L, valid_L, mask_H1,
+                    folded_MH, shift_M1, STRIDE,
                 )  # fmt: skip
-                left_ML, right_ML = neighbours(dh2_ML, dh2_MQ, GROUP, KEYS)
-                behind_L = row_L + 1 < tl.minimum(TOKENS, top + ROWS)
-                stored_HL = (stored_L & behind_L)[None, :] & mask_H[:, None]
-                map_HL = tl.load(map_BHNN + reduced_HL + (row + 1) * STRIDE, mask=stored_HL, other=0.0)
-                u1_behind_ML = relu6(dot_split_weight(folded_MH, map_HL, empty_ML) + shift_M1)
-                u1_behind_ML = tl.where((valid_L & behind_L)[None, :], u1_behind_ML, 0.0)
                 done_ML = before_ML + taps[0] * right_ML + taps[1] * dh2_ML + taps[2] * left_ML
                 before_ML = now_ML + taps[3] * right_ML + taps[4] * dh2_ML + taps[5] * left_ML
                 now_ML = taps[6] * right_ML + taps[7] * dh2_ML + taps[8] * left_ML
                 sums = _accumulate_taps(
-                    sums, u1_before_ML, u1_now_ML, u1_behind_ML, right_ML, dh2_ML, left_ML, GROUP, KEYS
+                    sums, u1_before_ML, u1_now_ML, u1_after_ML, right_ML, dh2_ML, left_ML, GROUP, KEYS
                 )
                 if line >= 2:
                     m1_ML = tl.where((u1_before_ML > 0.0) & (u1_before_ML < 6.0), done_ML, 0.0)
                     sum_MS += _sum_fragments(m1_ML, GROUP, KEYS)
-                    stored_HL = (stored_L & (row_L - 1 < TOKENS))[None, :] & mask_H[:, None]
-                    map_HL = tl.load(map_BHNN + reduced_HL + (row - 1) * STRIDE, mask=stored_HL, other=0.0)
-                    centred_HL = tl.where(stored_HL, map_HL.to(tl.float32) - mean_H1, 0.0)
-                    cross_MH = tl.dot(m1_ML, tl.trans(centred_HL), cross_MH, input_precision=PRECISION)
-                    offset_HL = gathered_HL + (line - 2) * (PADDED * COLUMNS)
-                    share_HL = tl.load(offset_HL, mask=group + 0 * head_H[:, None] > 0, other=0.0)
-                    tl.store(offset_HL, tl.dot(tl.trans(folded_MH), m1_ML, share_HL, input_precision=PRECISION))
-                u1_before_ML, u1_now_ML = u1_now_ML, u1_behind_ML
+                    stored_HL = (stored_L & (row - 1 + 0 * key_L < TOKENS))[None, :] & mask_H1
+                    cross_MH = _through_expansion(
+                        map_BHNN + at_HL + (row - 1) * STRIDE, scratch_HL + (line - 2) * (PADDED * COLUMNS), m1_ML,
+                        cross_MH, stored_HL, mean_H1, folded_MH, group + 0 * head_H[:, None] > 0, PRECISION,
+                    )  # fmt: skip
+                u1_before_ML, u1_now_ML = u1_now_ML, u1_after_ML
             sums_10E = sums_P10E + program * (10 * GROUPS * GROUP)
             cross_EH = cross_PEH + program * (GROUPS * GROUP * PADDED)
             _add_sums(sums_10E, cross_EH, sums, sum_MS, cross_MH, map_M, step, GROUPS * GROUP)
             tl.debug_barrier()  # what this group stored is read by the next one
-        _store_share(gathered_HL, share_BHNN + reduced_HL, top + 0 * key_L, stored_L, mask_H, TOKENS, STRIDE, ROWS)
+        _store_share(scratch_HL, share_BHNN + at_HL, top + 0 * key_L, stored_L, mask_H1, TOKENS, STRIDE, ROWS)
 
 
 def bwd_expand_local(
@@ -240,13 +270,13 @@ def bwd_expand_local(
     segments = triton.cdiv(blocks, steps)
     share_BHNN = empty_padded(map_BHNN)
     programs, wide = tiles * segments, groups * GROUP
-    gathered_PRHL = map_BHNN.new_empty(programs, ROWS, padded, FRAGMENTS * KEYS, dtype=torch.float32)
+    scratch_PRHL = map_BHNN.new_empty(programs, ROWS, padded, FRAGMENTS * KEYS, dtype=torch.float32)
     sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=torch.float32)
     cross_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=torch.float32)
     launch(
         _bwd_expand_local, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.float().contiguous(),
         to_columns((shift1_E, gain2_E, slope_E, level_E)), pad_to_nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
-        gathered_PRHL, sums_P10E, cross_PEH, fragments, steps,
+        scratch_PRHL, sums_P10E, cross_PEH, fragments, steps,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP,
         KEYS=KEYS, ROWS=ROWS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
     )  # fmt: skip

@@ -1,14 +1,14 @@
-"""The released refiner's way there in three kernels; the caller folds the norms between them.
+"""The forward passes of the released refiner in training by three kernels; the caller folds the norms between them.
 
     1  expand_local   A     ──> h2, its mean and variance      u1 = relu6(E₁·A + shift1), h2 = kernel ∗ u1
-    2  reduce        h2, A ──> h3, its moments with A         u2 = relu6(gain2·h2 + shift2), h3 = P·u2
+    2  reduce         h2, A ──> h3, its moments with A         u2 = relu6(gain2·h2 + shift2), h3 = R·u2
     3  output         h3, A ──> out                            out = T·V, T = α·h3 + β·A + γ
 
-u1 and u2 live in registers alone, clipped to [0, 1] instead of [0, 6], which multiplications do for nothing; the six
-goes into the weights behind. bottleneck_narrow.py does 1 and 2 in one go where h2 is not wanted.
+u1 and u2 exist in registers only, clipped to [0, 1] instead of [0, 6], which a multiplication does for nothing; the six
+goes into the weights after them.
 
-Axes: B batch, H heads, E expanded maps, N tokens, d head width, M expanded maps worked on together, L columns or
-positions of a tile, Q its halos (see fragments.py), R query rows and C keys of a tile, P programs.
+Axes: B batch, H heads, E expanded maps, N tokens, d head width, M expanded maps of a group, L columns or positions of a
+tile, Q its halo (see kernels/fragments.py), R query rows and C keys of a tile, P programs.
 """
 
 from __future__ import annotations
@@ -35,24 +35,49 @@ from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_pad
 __all__ = [
     "expand_local",
     "groups_of",
-    "joint_moments",
     "dot_split_both",
     "nan_unless_finite",
     "pad_to_nine_taps",
     "output",
     "reduce",
     "relu6_unit",
-    "store_joint",
 ]
 
-GROUP = 16  # expanded maps at a time: what one dot on tensor cores makes
-KEYS = 8  # of a fragment of expand_local: 20 products where 16 columns come out, in 168 registers
-SEGMENT = 48  # about the rows of a program of expand_local, which works out two more
+GROUP = 16  # expanded maps at a time: the rows of one product on tensor cores
+KEYS = 8  # of a fragment of expand_local: 20 products for 16 columns of output, in 168 registers
+SEGMENT = 48  # rows of a program of expand_local, approximately; it computes two more
 POSITIONS, STEPS = 32, 32  # of a step of reduce, and steps of a program
 ROWS, COLUMNS = 64, 32  # of a tile of output: the fewest rows that warp-group products take, in 106 registers
 
 
 # -- 1: expansion and local attention --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _expanded_row(
+    map_L, map_Q, row, stored_L, valid_L, valid_Q, head_H, folded_MH, shift_M1,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A row of u1 and its neighbours at the key before and after: every row of h2 needs three of these, read once."""
+    row_L, row_Q = tl.where(stored_L, row, -1), tl.where(valid_Q, row, -1)
+    in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), (row_Q >= 0) & (row_Q < TOKENS)
+    mask_H1, plane_H1 = (head_H < HEADS)[:, None], (head_H * (TOKENS * STRIDE))[:, None]
+    map_HL = tl.load((map_L + row * STRIDE)[None, :] + plane_H1, mask=in_L[None, :] & mask_H1, other=0.0)
+    map_HQ = tl.load((map_Q + row * STRIDE)[None, :] + plane_H1, mask=in_Q[None, :] & mask_H1, other=0.0)
+    u1_ML = relu6_unit(folded_MH, map_HL, shift_M1, in_L & valid_L)
+    left_ML, right_ML = neighbours(u1_ML, relu6_unit(folded_MH, map_HQ, shift_M1, in_Q), GROUP, KEYS)
+    return left_ML, u1_ML, right_ML
+
+
+@triton.jit
+def _store_moments(part_M, mask_M, valid_L, rows, pilot_M1, sum_ML, square_ML, EXPANDED: tl.constexpr):
+    """Count, mean and comoment of h2, from sums about a pilot, as one program's row of [P, 3, E]."""
+    count = tl.sum(valid_L.to(tl.float32), 0) * rows
+    mean_M = tl.sum(tl.where(valid_L[None, :], sum_ML, 0.0), 1) / count
+    comoment_M = tl.sum(tl.where(valid_L[None, :], square_ML, 0.0), 1) - mean_M * mean_M * count
+    tl.store(part_M, count + 0.0 * mean_M, mask=mask_M)
+    tl.store(part_M + EXPANDED, tl.sum(pilot_M1, 1) + mean_M, mask=mask_M)
+    tl.store(part_M + 2 * EXPANDED, comoment_M, mask=mask_M)
 
 
 @triton.jit
@@ -62,11 +87,10 @@ def _expand_local(
     PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(1), tl.program_id(2)
-    # The last group may share maps with the one before: both then write the same numbers.
+    # The last group may overlap the one before: both then write the same numbers.
     start = tl.minimum(tl.program_id(0) * SIZE, EXPANDED - SIZE)
     head_H, offset_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
-    mask_H1, mask_M = head_H[:, None] < HEADS, offset_M < SIZE
-    map_M = start + offset_M
+    mask_M, map_M = offset_M < SIZE, start + offset_M
     entry_MH = map_M[:, None] * HEADS + head_H[None, :]
     folded_MH = tl.load(folded_EH + entry_MH, mask=mask_M[:, None] & (head_H[None, :] < HEADS), other=0.0)
     shift_M1 = tl.load(shift_E + map_M, mask=mask_M, other=0.0)[:, None]
@@ -77,23 +101,17 @@ def _expand_local(
     map_L, map_Q = map_BHNN + image_L * (HEADS * AREA) + key_L, map_BHNN + image_Q * (HEADS * AREA) + key_Q
     local_L = local_BENN + (image_L * EXPANDED + start) * AREA + key_L
     empty_ML = tl.zeros([GROUP, 4 * KEYS], dtype=tl.float32)
-    # Of the row before the one just read, and of that row: what earlier rows have given them.
+    # Partial sums of h2 for the row before the one just read, and for that row, from the rows above.
     before_ML, now_ML = empty_ML, empty_ML
     sum_ML, square_ML = empty_ML, empty_ML
     pilot_M1 = tl.sum(empty_ML, 1)[:, None]
     first = segment * ROWS
     for step in range(ROWS + 2):
         row = first + step - 1
-        row_L, row_Q = tl.where(stored_L, row, -1), tl.where(valid_Q, row, -1)
-        in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), (row_Q >= 0) & (row_Q < TOKENS)
-        map_HL = tl.load(
-            (map_L + row * STRIDE)[None, :] + (head_H * AREA)[:, None], mask=in_L[None, :] & mask_H1, other=0.0
-        )
-        map_HQ = tl.load(
-            (map_Q + row * STRIDE)[None, :] + (head_H * AREA)[:, None], mask=in_Q[None, :] & mask_H1, other=0.0
-        )
-        u1_ML = relu6_unit(folded_MH, map_HL, shift_M1, in_L & valid_L)
-        left_ML, right_ML = neighbours(u1_ML, relu6_unit(folded_MH, map_HQ, shift_M1, in_Q), GROUP, KEYS)
+        left_ML, u1_ML, right_ML = _expanded_row(
+            map_L, map_Q, row, stored_L, valid_L, valid_Q, head_H, folded_MH, shift_M1,
+            TOKENS, STRIDE, HEADS, GROUP, KEYS,
+        )  # fmt: skip
         h2_ML = before_ML + taps[6] * left_ML + taps[7] * u1_ML + taps[8] * right_ML
         before_ML = now_ML + taps[3] * left_ML + taps[4] * u1_ML + taps[5] * right_ML
         now_ML = taps[0] * left_ML + taps[1] * u1_ML + taps[2] * right_ML
@@ -108,13 +126,8 @@ def _expand_local(
                 tl.where(valid_L[None, :], h2_ML, 0.0).to(local_BENN.dtype.element_ty),
                 mask=stored_L[None, :] & mask_M[:, None],
             )  # fmt: skip
-    count = tl.sum(valid_L.to(tl.float32), 0) * tl.minimum(TOKENS - first, ROWS)
-    mean_M = tl.sum(tl.where(valid_L[None, :], sum_ML, 0.0), 1) / count
-    comoment_M = tl.sum(tl.where(valid_L[None, :], square_ML, 0.0), 1) - mean_M * mean_M * count
     part_M = parts_P3E + (tile * tl.num_programs(2) + segment) * (3 * EXPANDED) + map_M
-    tl.store(part_M, count + 0.0 * mean_M, mask=mask_M)
-    tl.store(part_M + EXPANDED, tl.sum(pilot_M1, 1) + mean_M, mask=mask_M)
-    tl.store(part_M + 2 * EXPANDED, comoment_M, mask=mask_M)
+    _store_moments(part_M, mask_M, valid_L, tl.minimum(TOKENS - first, ROWS), pilot_M1, sum_ML, square_ML, EXPANDED)
 
 
 @triton.jit
@@ -129,40 +142,40 @@ def expand_local(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Expansion with norm 1 folded into it, clip, and distributed local attention.
 
-    Reads 2 bytes an element of the map (in half precision; the groups of expanded maps share the cache) and writes 2
+    Reads 2 bytes an entry of the map (in half precision; the groups of expanded maps share the cache) and writes 2
     for each of the E / H expanded ones.
 
     Args:
         map_BHNN: maps.
-        folded_EH, shift1_E: what the maps are multiplied with, and what is added.
+        folded_EH, shift1_E: weight and bias of the expansion, norm 1 included.
         kernel_E1kk: kernels of size 1 or 3.
     Returns:
         h2, [B, E, N, N] in the maps' dtype; its mean and biased variance before rounding, [E], float64.
     """
     map_BHNN = to_padded(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    wide, stride = folded_EH.shape[0], row_stride(tokens)
-    groups, size = groups_of(wide)
+    expanded, stride = folded_EH.shape[0], row_stride(tokens)
+    groups, size = groups_of(expanded)
     fragments = batch * stride // KEYS
     rows = triton.cdiv(tokens, max(1, round(tokens / SEGMENT)))
     tiles, segments = triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, rows)
-    local_BENN = empty_padded(map_BHNN, wide)
-    parts_P3E = map_BHNN.new_empty(tiles * segments, 3, wide, dtype=torch.float32)
+    local_BENN = empty_padded(map_BHNN, expanded)
+    parts_P3E = map_BHNN.new_empty(tiles * segments, 3, expanded, dtype=torch.float32)
     taps_E9 = 6 * pad_to_nine_taps(kernel_E1kk) + nan_unless_finite(folded_EH.sum(1), shift1_E)[:, None]
     launch(
         _expand_local, (groups, tiles, segments), map_BHNN, _sixth(folded_EH), _sixth(shift1_E),
         taps_E9, local_BENN, parts_P3E, fragments,
-        TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=wide, SIZE=size, PADDED=padded_size(heads), GROUP=GROUP,
+        TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, SIZE=size, PADDED=padded_size(heads), GROUP=GROUP,
         KEYS=KEYS, ROWS=rows, num_warps=1,
     )  # fmt: skip
     mean_1E, variance_11E = combine_each(parts_P3E[:, 0], parts_P3E[:, 1:2], parts_P3E[:, 2:, None])
     return local_BENN, mean_1E[0], variance_11E[0, 0]
 
 
-def groups_of(wide: int) -> tuple[int, int]:
-    """How many groups E expanded maps are worked on in, and of how many each: as even as can be."""
-    groups = triton.cdiv(wide, GROUP)
-    return groups, triton.cdiv(wide, groups)
+def groups_of(expanded: int) -> tuple[int, int]:
+    """The number and size of the groups of expanded maps, as even as possible."""
+    groups = triton.cdiv(expanded, GROUP)
+    return groups, triton.cdiv(expanded, groups)
 
 
 def pad_to_nine_taps(kernel_E1kk: Tensor) -> Tensor:
@@ -174,7 +187,7 @@ def pad_to_nine_taps(kernel_E1kk: Tensor) -> Tensor:
 def nan_unless_finite(*parts_E: Tensor) -> Tensor:
     """0 for maps all of whose numbers here are finite, otherwise NaN, [E], fp32.
 
-    Clips in kernels turn NaN into 0; added to the weights behind a clip, this hands on what it would hide.
+    Clips in kernels turn NaN into 0; added to the weights after a clip, this propagates what the clip would hide.
     """
     return sum((part_E.float() for part_E in parts_E), start=parts_E[0].new_zeros((), dtype=torch.float32)) * 0.0
 
@@ -183,22 +196,58 @@ def _sixth(weight: Tensor) -> Tensor:
     return weight.float().contiguous() / 6
 
 
-# -- 2: projection ---------------------------------------------------------------------------------------------------
+# -- 2: reduction ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def dot_split_both(weight_HM, maps_ML, sums_HL, DTYPE: tl.constexpr):
-    """sums + weight · maps that were just computed, both fp32: beside maps stored in half precision in two pieces.
+    """sums + weight · maps in registers, both fp32; where maps are stored in half precision both are split in two.
 
-    Three products keep 16 digits, far more than the result will be stored in.
+    Three products keep 16 bits, far more than the result is stored in.
     """
     if DTYPE == tl.float32:
         sums_HL = dot_split_weight(weight_HM, maps_ML, sums_HL)
     else:
-        coarse_ML, fine_ML = split_hi_lo(maps_ML, DTYPE)
-        sums_HL = dot_split_weight(weight_HM, coarse_ML, sums_HL)
-        sums_HL += dot(weight_HM.to(DTYPE), fine_ML)
+        high_ML, low_ML = split_hi_lo(maps_ML, DTYPE)
+        sums_HL = dot_split_weight(weight_HM, high_ML, sums_HL)
+        sums_HL += dot(weight_HM.to(DTYPE), low_ML)
     return sums_HL
+
+
+@triton.jit
+def _load_groups(
+    affine_2E, reduce_HE, head_H, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr,
+    SIZE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Norm 2's gain and shift and the reduction of every group: all positions of a program use them from registers."""
+    offset_M, mask_H = tl.arange(0, GROUP), head_H < HEADS
+    gains, shifts, weights = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for group in tl.static_range(GROUPS):
+        # The last group may overlap the one before: zero weights keep its maps from counting twice.
+        map_M = min(group * SIZE, EXPANDED - SIZE) + offset_M
+        mask_M = (offset_M < SIZE) & (map_M >= group * SIZE)
+        gains += (tl.load(affine_2E + map_M, mask=mask_M, other=0.0)[:, None],)
+        shifts += (tl.load(affine_2E + EXPANDED + map_M, mask=mask_M, other=0.0)[:, None],)
+        entry_HM = head_H[:, None] * EXPANDED + map_M[None, :]
+        weights += (tl.load(reduce_HE + entry_HM, mask=mask_H[:, None] & mask_M[None, :], other=0.0),)
+    return gains, shifts, weights
+
+
+@triton.jit
+def _reduced(
+    local_L, stored_1L, gains, shifts, weights, PADDED: tl.constexpr, AREA: tl.constexpr, EXPANDED: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """h3 at some positions, [H, L] in fp32: u2 of each group is made, multiplied and forgotten."""
+    offset_M = tl.arange(0, GROUP)
+    stored_ML = stored_1L & (offset_M < SIZE)[:, None]
+    h3_HL = tl.zeros([PADDED, local_L.shape[0]], dtype=tl.float32)
+    for group in tl.static_range(GROUPS):
+        local_1L = (local_L + min(group * SIZE, EXPANDED - SIZE) * AREA)[None, :]
+        h2_ML = tl.load(local_1L + (offset_M * AREA)[:, None], mask=stored_ML, other=0.0)
+        u2_ML = tl.clamp(h2_ML.to(tl.float32) * gains[group] + shifts[group], 0.0, 1.0)
+        h3_HL = dot_split_both(weights[group], u2_ML, h3_HL, local_L.dtype.element_ty)
+    return h3_HL
 
 
 @triton.jit
@@ -208,17 +257,9 @@ def _reduce(
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    head_H, offset_M, lane_L = tl.arange(0, PADDED), tl.arange(0, GROUP), tl.arange(0, POSITIONS)
+    head_H, lane_L = tl.arange(0, PADDED), tl.arange(0, POSITIONS)
     mask_H = head_H < HEADS
-    gains, shifts, weights = tl.tuple(()), tl.tuple(()), tl.tuple(())
-    for group in tl.static_range(GROUPS):
-        # The last group may share maps with the one before: weights of nothing keep them from counting twice.
-        map_M = min(group * SIZE, EXPANDED - SIZE) + offset_M
-        mask_M = (offset_M < SIZE) & (map_M >= group * SIZE)
-        gains += (tl.load(affine_2E + map_M, mask=mask_M, other=0.0)[:, None],)
-        shifts += (tl.load(affine_2E + EXPANDED + map_M, mask=mask_M, other=0.0)[:, None],)
-        entry_HM = head_H[:, None] * EXPANDED + map_M[None, :]
-        weights += (tl.load(reduce_HE + entry_HM, mask=mask_H[:, None] & mask_M[None, :], other=0.0),)
+    gains, shifts, weights = _load_groups(affine_2E, reduce_HE, head_H, HEADS, EXPANDED, GROUPS, SIZE, GROUP)
     AREA: tl.constexpr = TOKENS * STRIDE
     start = part * STEPS * POSITIONS
     empty_HL = tl.zeros([PADDED, POSITIONS], dtype=tl.float32)
@@ -230,14 +271,9 @@ def _reduce(
     for step in range(STEPS):
         offset_L = start + step * POSITIONS + lane_L
         stored_1L, valid_1L = (offset_L < AREA)[None, :], ((offset_L < AREA) & (offset_L % STRIDE < TOKENS))[None, :]
-        stored_HL, stored_ML = stored_1L & mask_H[:, None], stored_1L & (offset_M < SIZE)[:, None]
+        stored_HL = stored_1L & mask_H[:, None]
         map_HL = tl.load(map_L[None, :] + (head_H * AREA)[:, None], mask=stored_HL, other=0.0).to(tl.float32)
-        h3_HL = empty_HL
-        for group in tl.static_range(GROUPS):
-            local_1L = (local_L + min(group * SIZE, EXPANDED - SIZE) * AREA)[None, :]
-            h2_ML = tl.load(local_1L + (offset_M * AREA)[:, None], mask=stored_ML, other=0.0).to(tl.float32)
-            u2_ML = tl.clamp(h2_ML * gains[group] + shifts[group], 0.0, 1.0)
-            h3_HL = dot_split_both(weights[group], u2_ML, h3_HL, local_BENN.dtype.element_ty)
+        h3_HL = _reduced(local_L, stored_1L, gains, shifts, weights, PADDED, AREA, EXPANDED, GROUPS, SIZE, GROUP)
         rounded_HL = tl.where(valid_1L, h3_HL, 0.0).to(reduced_BHNN.dtype.element_ty)
         tl.store(reduced_L[None, :] + (head_H * AREA)[:, None], rounded_HL, mask=stored_HL)
         local_L += POSITIONS
@@ -247,23 +283,23 @@ def _reduce(
             count = tl.sum(valid_1L.to(tl.float32), 1)[:, None]
             pilot3_H1 = tl.sum(tl.where(valid_1L, h3_HL, 0.0), 1)[:, None] / count
             pilot_H1 = tl.sum(map_HL, 1)[:, None] / count
-        apart3_HL = tl.where(valid_1L, h3_HL - pilot3_H1, 0.0)
-        apart_HL = tl.where(valid_1L, map_HL - pilot_H1, 0.0)
-        sum3_HL += apart3_HL
-        sum_HL += apart_HL
-        square3_HL += apart3_HL * apart3_HL
-        cross_HL += apart3_HL * apart_HL
-        square_HL += apart_HL * apart_HL
+        centred3_HL = tl.where(valid_1L, h3_HL - pilot3_H1, 0.0)
+        centred_HL = tl.where(valid_1L, map_HL - pilot_H1, 0.0)
+        sum3_HL += centred3_HL
+        sum_HL += centred_HL
+        square3_HL += centred3_HL * centred3_HL
+        cross_HL += centred3_HL * centred_HL
+        square_HL += centred_HL * centred_HL
     part_H = parts_P6H + (image * tl.num_programs(1) + part) * (6 * HEADS) + head_H
-    seen = tl.load(counts_P + part).to(tl.float32)
-    store_joint(
-        part_H, mask_H, HEADS, seen, pilot3_H1, pilot_H1, tl.sum(sum3_HL, 1), tl.sum(sum_HL, 1),
+    count = tl.load(counts_P + part).to(tl.float32)
+    _store_joint(
+        part_H, mask_H, HEADS, count, pilot3_H1, pilot_H1, tl.sum(sum3_HL, 1), tl.sum(sum_HL, 1),
         tl.sum(square3_HL, 1), tl.sum(cross_HL, 1), tl.sum(square_HL, 1),
     )  # fmt: skip
 
 
 @triton.jit
-def store_joint(
+def _store_joint(
     part_H, mask_H, HEADS: tl.constexpr, count, pilot3_H1, pilot_H1, sum3_H, sum_H, square3_H, cross_H, square_H
 ):  # fmt: skip
     """Count, the means of h3 and A, and their comoments, from sums about pilots, as one program's row of [P, 6, H]."""
@@ -279,36 +315,36 @@ def store_joint(
 def reduce(
     local_BENN: Tensor, map_BHNN: Tensor, gain2_E: Tensor, shift2_E: Tensor, reduce_HE: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm 2 and its clip, projection, and what norms 3 and 4 have to know of the result.
+    """Norm 2 and its clip, reduction, and the moments of the result that norms 3 and 4 need.
 
-    Reads 2 bytes (in half precision) for each of the E / H + 1 elements of h2 and the map, writes 2.
+    Reads 2 bytes (in half precision) for each of the E / H + 1 entries of h2 and A, writes 2.
 
     Args:
         local_BENN, map_BHNN: h2 and the maps.
         gain2_E, shift2_E: norm 2 as an affine map.
-        reduce_HE: the projection.
+        reduce_HE: the reduction.
     Returns:
         h3, [B, H, N, N] in the maps' dtype; its mean before rounding, [H], and the covariance of h3 and A within each
         head, [2, 2, H], float64.
     """
     local_BENN, map_BHNN = to_padded(local_BENN), to_padded(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    wide, stride = local_BENN.shape[1], row_stride(tokens)
-    groups, size = groups_of(wide)
+    expanded, stride = local_BENN.shape[1], row_stride(tokens)
+    groups, size = groups_of(expanded)
     reduced_BHNN, counts_P = empty_padded(map_BHNN), valid_counts(tokens, STEPS * POSITIONS, map_BHNN.device)
     parts = len(counts_P)
     parts_P6H = map_BHNN.new_empty(batch * parts, 6, heads, dtype=torch.float32)
     launch(
         _reduce, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E))),
         6 * reduce_HE.float().contiguous() + nan_unless_finite(gain2_E, shift2_E), reduced_BHNN, parts_P6H,
-        counts_P, TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=wide, GROUPS=groups, SIZE=size,
+        counts_P, TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, SIZE=size,
         PADDED=padded_size(heads), GROUP=GROUP, POSITIONS=POSITIONS, STEPS=STEPS, num_warps=2,
     )  # fmt: skip
-    return reduced_BHNN, *joint_moments(parts_P6H)
+    return reduced_BHNN, *_joint_moments(parts_P6H)
 
 
-def joint_moments(parts_P6H: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of h3, [H], and the covariance of h3 and A, [2, 2, H], of what :func:`store_joint` stored."""
+def _joint_moments(parts_P6H: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of h3, [H], and the covariance of h3 and A, [2, 2, H], from what :func:`_store_joint` stored."""
     comoments_P22H = parts_P6H[:, [3, 4, 4, 5]].unflatten(1, (2, 2))
     mean_2H, joint_22H = combine_each(parts_P6H[:, 0], parts_P6H[:, 1:3], comoments_P22H)
     return mean_2H[0], joint_22H
@@ -329,7 +365,7 @@ def _output(
     value_1d = value_BHNd + plane // HEADS * image_stride + head * head_stride + feature_d[None, :]
     reduced_R1 = reduced_BHNN + plane * (TOKENS * STRIDE) + row_R[:, None] * STRIDE
     map_R1 = map_BHNN + plane * (TOKENS * STRIDE) + row_R[:, None] * STRIDE
-    # T is affine in h3 and A: with both multiplied apart, nothing but what is stored is ever rounded.
+    # T is affine in h3 and A: multiplied separately, nothing is rounded but what is stored.
     from_reduced_Rd = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     from_map_Rd = tl.zeros([ROWS, PADDED], dtype=tl.float32)
     value_d = tl.zeros([PADDED], dtype=tl.float32)
@@ -356,11 +392,11 @@ def output(
 ) -> Tensor:
     """Refined maps α·h3 + β·A + γ times values, [B, H, N, d] in the values' dtype; no refined map is made.
 
-    Reads 4 bytes an element of the map (in half precision).
+    Reads 4 bytes an entry of the map (in half precision).
 
     Args:
         reduced_BHNN, map_BHNN: h3 and the maps.
-        alpha_H, beta_H, gamma_H: what norms 3 and 4 come to.
+        alpha_H, beta_H, gamma_H: norms 3 and 4, folded.
         value_BHNd: values in the maps' dtype, heads lying anywhere.
     """
     reduced_BHNN, map_BHNN, value_BHNd = to_padded(reduced_BHNN), to_padded(map_BHNN), dense_rows(value_BHNd)
