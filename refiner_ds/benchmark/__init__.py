@@ -1,7 +1,9 @@
 """Ratios measured side by side in one run: ``python -m refiner_ds.benchmark model``.
 
-__main__.py   which benchmark        measure.py  time and memory of a step
-model.py      released S beside its plain twin and DeiT-S      traffic.py  bytes that a step moves
-attention.py  each way of computing refined attention, beside the others
-loader.py     what a training sample costs               scale.py    opening sets of up to a billion samples
+__main__.py    which benchmark
+model.py       a released model under every backend, beside its plain twin and DeiT-S
+attention.py   one layer of refined attention under every backend
+kernels.py     each Triton kernel: bytes and time on a GPU, registers without one
+loader.py      the data loader beside PIL and torchvision
+measure.py     time and memory of a step      traffic.py   bytes that a step moves
 """

@@ -1,16 +1,16 @@
-"""What one layer of refined attention costs, each way of computing it side by side, in one run.
+"""Cost of one layer of refined attention, every backend side by side in one run.
 
     python -m refiner_ds.benchmark attention [--tokens 50 197 577] [--dtype bf16] [--plot attention.png]
 
     linear        queries and keys to refined A·V: the paper's refiner
-    bottleneck    a map to refined A·V: the released one; lean and fused keep the map, or also two stacks
+    bottleneck    a map to refined A·V: the released one; tiled and triton save the map, or also two activations
     attention     softmax attention without a refiner, by PyTorch's fused kernel
 
-prints milliseconds an image, MiB kept for backward by one more image, bytes moved in training for each entry of the H
-maps, and the error against float64 on the same inputs, with ratios to the plain composition; and draws memory and time
-against the number of tokens. Of the bytes moved those "far" go to and from storages that a tile's cache could not hold
-(above 4 MiB on CPU, the second-level cache's size on a GPU), on enough images that no stack of maps is small; see
-``traffic.py`` for how they are counted. The fused way appears where it can run and knows the case.
+It prints milliseconds an image, MiB saved for backward by one more image, bytes moved in training for each entry of the
+H maps, and the error against float64 on the same inputs, with ratios to the eager backend. ``--plot`` also draws memory
+and time against the number of tokens. Bytes moved are "uncached" where they go to or from a tensor that does not fit
+into cache (above 4 MiB on CPU, the second-level cache on a GPU), on enough images that no tensor of maps fits;
+``traffic.py`` says how they are counted. The triton backend appears where it supports the case.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from refiner_ds import attention
 from refiner_ds.attention import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels, Norm, RefinerWeights
 from refiner_ds.attention.tiling.tiles import CPU_TILE_BYTES
-from refiner_ds.benchmark.measure import best_seconds, kept_bytes
+from refiner_ds.benchmark.measure import best_seconds, saved_bytes
 from refiner_ds.benchmark.traffic import moved_bytes
 from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "Setting", "main", "measure"]
 
-# Case -> its ways: (label, way, what is kept). The first is the unit of the ratios; fused is left out where it cannot
-# run.
+# Case -> candidates: (label, backend, save_for_backward). The first is the unit of the ratios; triton is left out where
+# it cannot run.
 CASES: dict[str, list[tuple[str, str, str]]] = {
     "linear": [("eager", "eager", "auto"), ("tiled", "tiled", "auto"), ("triton", "triton", "auto")],
     "bottleneck": [
@@ -56,7 +56,7 @@ MOST_IMAGES = 256
 
 @dataclass
 class Row:
-    """One way's figures for one case and number of tokens.
+    """One candidate's figures for one case and number of tokens.
 
     Bytes moved are for each entry of the H maps, errors of the output and the worst gradient.
     """
@@ -66,9 +66,9 @@ class Row:
     backend: str
     training_ms: float
     evaluation_ms: float
-    kept_mib_image: float
+    saved_mib_image: float
     moved_entry: float
-    far_entry: float
+    uncached_entry: float
     output_error: float
     gradient_error: float
 
@@ -115,7 +115,7 @@ class Layer(nn.Module):
         return BottleneckWeights(self.expand, norms[0], local, norms[1], self.project, norms[2], norms[3])
 
     def leaves(self, case: str, images: int) -> list[Tensor]:
-        """Fresh inputs that want gradients: q, k, v, or for a bottleneck the map and v."""
+        """Fresh inputs that require gradients: q, k, v, or for a bottleneck the map and v."""
         dtype = self.expand.dtype if self.setting.dtype == "fp32" else DTYPES[self.setting.dtype]
         q_BHNd, k_BHNd, v_BHNd = (x[:images].to(self.setting.device, dtype) for x in self.inputs)
         if case == "bottleneck":
@@ -155,18 +155,18 @@ def _save_for_backward(layer: Layer, case: str, backend: str, save_for_backward:
     inputs = layer.leaves(case, images)
     layer.train()
     with layer.setting.precision():
-        return kept_bytes(lambda: layer.compute(case, backend, save_for_backward, inputs), layer)
+        return saved_bytes(lambda: layer.compute(case, backend, save_for_backward, inputs), layer)
 
 
-def _ways(layer: Layer) -> dict[str, list[tuple[str, str, str]]]:
-    """The cases' ways as far as this layer can be computed so."""
+def _candidates(layer: Layer) -> dict[str, list[tuple[str, str, str]]]:
+    """The candidates of each case that this layer can be computed with."""
     return {
-        case: [one for one in backends if one[1] != "triton" or _kernels_know(layer, case)]
+        case: [one for one in backends if one[1] != "triton" or _kernels_support(layer, case)]
         for case, backends in CASES.items()
     }
 
 
-def _kernels_know(layer: Layer, case: str) -> bool:
+def _kernels_support(layer: Layer, case: str) -> bool:
     *source, v_BHNd = layer.leaves(case, 1)
     layer.train()
     attn = source[0] if case == "bottleneck" else DeferredMap(source[0], source[1], layer.scale)
@@ -174,27 +174,27 @@ def _kernels_know(layer: Layer, case: str) -> bool:
 
 
 def _moved(setting: Setting, tokens: int, names: list[tuple[str, str, str, str]]) -> list[tuple[float, float]]:
-    """Bytes moved in training for each entry of the H maps, all and far, on images enough to outgrow a cache."""
-    far_above = 2 * CPU_TILE_BYTES
+    """Bytes moved in training for each entry of the H maps, all and uncached, with images enough to exceed it."""
+    cache_bytes = 2 * CPU_TILE_BYTES
     if torch.device(setting.device).type == "cuda":
-        far_above = torch.cuda.get_device_properties(setting.device).L2_cache_size
+        cache_bytes = torch.cuda.get_device_properties(setting.device).L2_cache_size
     entries = setting.heads * tokens**2
-    enough = far_above // (DTYPES[setting.dtype].itemsize * entries) + 1
+    enough = cache_bytes // (DTYPES[setting.dtype].itemsize * entries) + 1
     images = max(setting.batch, min(enough, MOST_IMAGES))
     layer, found = Layer(replace(setting, batch=images), tokens), []
     for case, _, backend, save_for_backward in names:
         inputs = layer.leaves(case, images)
-        moved = moved_bytes(partial(_train, layer, case, backend, save_for_backward, inputs), far_above)
-        found.append((moved.all / (images * entries), moved.far / (images * entries)))
+        moved = moved_bytes(partial(_train, layer, case, backend, save_for_backward, inputs), cache_bytes)
+        found.append((moved.all / (images * entries), moved.uncached / (images * entries)))
     return found
 
 
 def _errors(setting: Setting, tokens: int) -> dict[tuple[str, str], list[float]]:
-    """Error over size of output and gradients for each case and way, by root mean squares, against float64."""
+    """Relative errors of output and gradients for each case and candidate, by root mean squares, against float64."""
     found = {}
     few = Setting(2, setting.heads, setting.width, setting.ratio, setting.device, setting.dtype)
     exact = Layer(Setting(2, setting.heads, setting.width, setting.ratio, setting.device), tokens).double()
-    for case, backends in _ways(Layer(few, tokens)).items():
+    for case, backends in _candidates(Layer(few, tokens)).items():
         layer = Layer(few, tokens)
         inputs = layer.leaves(case, 2)
         doubles = [x.detach().double().requires_grad_() for x in inputs]
@@ -207,10 +207,10 @@ def _errors(setting: Setting, tokens: int) -> dict[tuple[str, str], list[float]]
 
 
 def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
-    """A row for every case and way at one number of tokens; all are timed in the same interleaved rounds."""
+    """A row for every case and candidate at one number of tokens; all are timed in the same interleaved rounds."""
     device = torch.device(setting.device)
     layer, errors = Layer(setting, tokens), _errors(setting, tokens)
-    names = [(case, *backend) for case, backends in _ways(layer).items() for backend in backends]
+    names = [(case, *backend) for case, backends in _candidates(layer).items() for backend in backends]
     moved = _moved(setting, tokens, names)
     inputs = {case: layer.leaves(case, setting.batch) for case in CASES}
     seconds = [
@@ -225,38 +225,38 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
         for step in (_train, _evaluate)
     ]
     rows = []
-    for (case, label, backend, save_for_backward), (moved_entry, far_entry), training, evaluation in zip(
+    for (case, label, backend, save_for_backward), (moved_entry, uncached_entry), training, evaluation in zip(
         names, moved, *seconds, strict=True
     ):
         one, two = (_save_for_backward(layer, case, backend, save_for_backward, images) for images in (1, 2))
         per_image = 1000 / setting.batch
         output, *gradients = errors[case, label]
         times, kept = (training * per_image, evaluation * per_image), (two - one) / MIB
-        rows.append(Row(tokens, case, label, *times, kept, moved_entry, far_entry, output, max(gradients)))
+        rows.append(Row(tokens, case, label, *times, kept, moved_entry, uncached_entry, output, max(gradients)))
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, time and memory with their ratios to the plain composition of the same case and size."""
+    """The rows as text, time and memory with their ratios to eager for the same case and size."""
     columns = {
         "training ms": "training_ms",
         "evaluation ms": "evaluation_ms",
-        "kept MiB/image": "kept_mib_image",
+        "saved MiB/image": "saved_mib_image",
         "moved B/entry": "moved_entry",
     }
     header = f"{'tokens':>6}  {'case':<11}{'backend':<20}" + "".join(f"{title:>24}" for title in columns)
-    lines = [header + f"{'of it far':>11}{'output error':>14}{'gradients':>11}"]
+    lines = [header + f"{'uncached':>11}{'output error':>14}{'gradients':>11}"]
     for row in rows:
         unit = next((one for one in rows if (one.tokens, one.case) == (row.tokens, row.case)), row)
         cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
         figures = "".join(f"{value:>14.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
-        errors = f"{row.far_entry:>11.1f}{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
+        errors = f"{row.uncached_entry:>11.1f}{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
         lines.append(f"{row.tokens:>6}  {row.case:<11}{row.backend:<20}{figures}{errors}")
     return "\n".join(lines)
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
-    """Kept memory and training time of an image against the number of tokens, one line a way, as a PNG."""
+    """Memory saved and training time of an image against the number of tokens, one line a candidate, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -267,7 +267,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     styles = {"eager": "--", "tiled, map": ":", "triton": "-.", "triton, activations": "-.", "triton, map": (0, (1, 3))}
     for panel, (field, label) in zip(
         panels,
-        (("kept_mib_image", "kept for backward, MiB an image"), ("training_ms", "training, ms an image")),
+        (("saved_mib_image", "saved for backward, MiB an image"), ("training_ms", "training, ms an image")),
         strict=True,
     ):
         for case, backends in CASES.items():
@@ -308,12 +308,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the best of each way counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 runs under autocast")
-    parser.add_argument("--plot", type=Path, default=Path("attention.png"), help="where the picture goes")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory and time as a PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(argv)
     if min(given.batch, given.heads, given.width, given.ratio, given.rounds) < 1 or min(given.tokens) < 2:
         raise ConfigError("--batch, --heads, --width, --ratio and --rounds must be 1 or more, --tokens 2")
-    if not given.plot.absolute().parent.is_dir():
+    if given.plot is not None and not given.plot.absolute().parent.is_dir():
         raise ConfigError(f"--plot {given.plot}: its folder does not exist")
     setting = Setting(given.batch, given.heads, given.width, given.ratio, given.device, given.dtype)
     on_cpu = torch.device(given.device).type == "cpu"
@@ -325,9 +325,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{setting.batch} images, {setting.heads} heads of {setting.width}, r = {setting.ratio}, {setting.dtype}, "
         f"{setting.device}, {clock}"
     )
-    draw(rows, given.plot, title)
+    if given.plot is not None:
+        draw(rows, given.plot, title)
     if given.json:
         print(json.dumps({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}))
     else:
-        print(f"{title}; errors against float64\n{table(rows)}\n{given.plot}")
+        print(f"{title}; errors against float64\n{table(rows)}")
     return 0

@@ -1,12 +1,12 @@
-"""What each Triton kernel of refined attention moves and takes, for one pair of blocks and for one linear refiner.
+"""Bytes and time of each Triton kernel of refined attention, for one pair of blocks and for one linear refiner.
 
     python -m refiner_ds.benchmark kernels [--batch 64] [--tokens 197] [--heads 12] [--width 32]
 
 On a GPU: bytes an entry of the H maps, time, and the share of the bandwidth that a plain copy reaches in the same run.
 Without one the kernels are compiled, not run: registers, spilled bytes and shared memory for ``--architecture``.
 
-Bytes are of the tensors a kernel is given, each moved once, which no kernel can do without; so a share of bandwidth is
-what the whole kernel achieves, and traffic that a cache did not save counts against it.
+Bytes are those of the tensors that a kernel is given, each moved once: the least possible. A share of bandwidth is what
+the whole kernel achieves; traffic that the cache did not save counts against it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["Row", "main", "measure"]
 class Row:
     """One kernel in one step.
 
-    ``bytes_entry`` is bytes moved by all its launches for each entry of the H maps; time is 0, and compiler's figures
-    ``None``, where they were not to be had.
+    ``bytes_entry`` is bytes moved by all its launches for each entry of the H maps. Time is 0 where nothing ran, the
+    compiler's figures are ``None`` where nothing was compiled.
     """
 
     step: str
@@ -46,8 +46,8 @@ class Row:
     shared: int | None = None
 
 
-def _go(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
-    """One step of a map-making block, of a bottleneck or of a linear refiner; the numbers do not matter."""
+def run_step(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
+    """One step of a map-making block, of a bottleneck or of a linear refiner, on arbitrary numbers."""
     layer.train(training)
     setting = layer.setting
     q, k, value = (x.detach().to(setting.device, dtype).requires_grad_(training) for x in layer.inputs)
@@ -82,7 +82,7 @@ def measure(setting: Setting, tokens: int, architecture: int | None) -> list[Row
             with ExitStack() as stack:
                 compiled = {} if architecture is None else stack.enter_context(compile_only(architecture))
                 launched = stack.enter_context(recording())
-                _go(layer, name, dtype, training)
+                run_step(layer, name, dtype, training)
             step = f"{name}, {'training' if training else 'evaluation'}"
             for kernel in dict.fromkeys(launch.name for launch in launched):
                 mine = [launch for launch in launched if launch.name == kernel]
@@ -120,13 +120,15 @@ def table(rows: list[Row]) -> str:
         mine = [row for row in rows if row.step == step]
         for row in mine:
             timed = f"{row.milliseconds:>9.3f}{row.share:>8.0%} " if row.milliseconds else f"{'':>18}"
-            told = "".join(
+            resources = "".join(
                 f"{'' if x is None else x:>{w}}" for x, w in ((row.registers, 11), (row.spilled, 9), (row.shared, 9))
             )
-            lines.append(f"{step:<24}{row.kernel:<24}{row.launches:>9}{row.bytes_entry:>9.1f}{timed}{told}".rstrip())
+            lines.append(
+                f"{step:<24}{row.kernel:<24}{row.launches:>9}{row.bytes_entry:>9.1f}{timed}{resources}".rstrip()
+            )
         total = sum(row.milliseconds for row in mine)
         moved = sum(row.bytes_entry for row in mine)
-        lines.append(f"{'':<24}{'in all':<24}{sum(row.launches for row in mine):>9}{moved:>9.1f}".rstrip())
+        lines.append(f"{'':<24}{'total':<24}{sum(row.launches for row in mine):>9}{moved:>9.1f}".rstrip())
         lines[-1] += f"{total:>9.3f}" if total else ""
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Time and memory of a step, on CPU and on GPU, so that several steps can be compared within one run.
 
 best_seconds  interleaved rounds; CPU time of this process, or elapsed time between two CUDA events
-kept_bytes    what autograd keeps for backward, storage by storage
+saved_bytes   what autograd saves for backward, storage by storage
 peak_bytes    highest use above where the step began: CUDA's allocator, or the process's resident set
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["best_seconds", "kept_bytes", "peak_bytes"]
+__all__ = ["best_seconds", "saved_bytes", "peak_bytes"]
 
 Step = Callable[[], object]
 
@@ -48,8 +48,8 @@ def _seconds(step: Step, device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def kept_bytes(forward: Step, model: nn.Module) -> int:
-    """Bytes autograd keeps for the backward of ``forward``, each storage once, the model's own weights left out."""
+def saved_bytes(forward: Step, model: nn.Module) -> int:
+    """Bytes autograd saves for the backward of ``forward``, each storage once, without the model's own weights."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
     held: list[Tensor] = []

@@ -1,14 +1,14 @@
-"""What refining costs: a released model each way of computing it, beside its plain twin and timm's DeiT, in one run.
+"""Cost of refining: a released model under every backend, beside its plain twin and timm's DeiT, in one run.
 
     python -m refiner_ds.benchmark model [--model refiner_vit_s] [--batch 4] [--device cuda --dtype bf16] [--compile]
 
-    reference, compiled     the plain composition of the refined maps, eager and under torch.compile
-    lean, fused             the same numbers without keeping those maps; fused where there is a GPU
+    eager, compiled         every map materialised, eagerly and under torch.compile
+    tiled, triton           the same numbers without saving expanded maps; triton where there is a GPU
     plain twin              the same depth and width without refiners, PyTorch's fused attention
     timm DeiT-S             beside the small model
 
-prints milliseconds an image, memory a step, each as a ratio to the plain twin, and how much faster than the plain
-composition a training step is. ``--largest 130`` finds the largest batch that trains within so many GiB of a GPU.
+It prints milliseconds an image and memory a step, each as a ratio to the plain twin, and how much faster than eager a
+training step is. ``--largest 130`` finds the largest batch that trains within so many GiB of a GPU.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from torch import Tensor, nn
 
 import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
-from refiner_ds.benchmark.measure import best_seconds, kept_bytes, peak_bytes
+from refiner_ds.benchmark.measure import best_seconds, peak_bytes, saved_bytes
 from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "main", "measure"]
 
-UNIT, PLAIN = "plain twin", "eager"
+UNIT, EAGER = "plain twin", "eager"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to a training step: a model of timm's registry, how attention is computed, and whether it is compiled."""
+    """A model of timm's registry, the backend of its attention, and whether it is compiled."""
 
     label: str
     model: str
-    backend: str = PLAIN
+    backend: str = EAGER
     refiner: str | None = None
     compiled: bool = False
 
@@ -53,15 +53,15 @@ class Contender:
 class Row:
     """One contender's figures: milliseconds an image, and MiB.
 
-    ``kept_mib_image`` is what one more image keeps for backward, ``peak_mib`` the most a first training step takes
-    beside the weights: activations, gradients and workspace. ``largest`` is a batch, where it was asked for.
+    ``saved_mib_image`` is what one more image saves for backward, ``peak_mib`` the most that a first training step
+    takes beside the weights: activations, gradients and workspace. ``largest`` is a batch, where it was asked for.
     """
 
     model: str
     parameters: int
     forward_ms: float
     training_ms: float
-    kept_mib_image: float
+    saved_mib_image: float
     peak_mib: float
     largest: int | None = None
 
@@ -179,7 +179,7 @@ def measure(setting: Setting, rounds: int, gib: float | None = None) -> list[Row
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for index, (contender, model) in enumerate(made):
             one, two = (
-                kept_bytes(partial(_loss, setting, contender, model, setting.images(count)), model) for count in (1, 2)
+                saved_bytes(partial(_loss, setting, contender, model, setting.images(count)), model) for count in (1, 2)
             )
             per_image = 1000 / setting.batch
             rows.append(
@@ -198,11 +198,11 @@ def measure(setting: Setting, rounds: int, gib: float | None = None) -> list[Row
 
 def table(rows: list[Row]) -> str:
     """The rows as text, every figure with its ratio to the plain twin."""
-    unit, plain = (next(row for row in rows if row.model == name) for name in (UNIT, PLAIN))
+    unit, eager = (next(row for row in rows if row.model == name) for name in (UNIT, EAGER))
     columns = {
         "forward ms/image": "forward_ms",
         "training ms/image": "training_ms",
-        "kept MiB/image": "kept_mib_image",
+        "saved MiB/image": "saved_mib_image",
         "peak MiB/step": "peak_mib",
     }
     header = f"{'':<22}{'parameters':>12}" + "".join(f"{title:>26}" for title in columns)
@@ -210,7 +210,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
         figures = "".join(f"{value:>16.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
-        faster = f"{plain.training_ms / row.training_ms:>17.2f}x{plain.forward_ms / row.forward_ms:>9.2f}x"
+        faster = f"{eager.training_ms / row.training_ms:>17.2f}x{eager.forward_ms / row.forward_ms:>9.2f}x"
         batch = "" if row.largest is None else f"{row.largest:>9}"
         lines.append(f"{row.model:<22}{row.parameters:>12,}{figures}{faster}{batch}")
     return "\n".join(lines)
@@ -253,6 +253,6 @@ def main(argv: list[str] | None = None) -> int:
         clock = "elapsed time" if torch.device(options.device).type == "cuda" else "CPU time, one thread"
         images = f"{setting.batch} images of {setting.img_size} px"
         print(f"{setting.model}, {images}, {setting.dtype}, {setting.device}, {clock}")
-        print("(x): over the plain twin; faster: than the plain composition")
+        print("(x): over the plain twin; faster: than eager")
         print(table(rows))
     return 0

@@ -1,11 +1,11 @@
-"""Bytes that a step moves, counted operation by operation as PyTorch runs them, kernels by kernels where there are any.
+"""Bytes that a step moves, counted operation by operation as PyTorch runs them, and kernel by kernel for Triton.
 
-    each operation reads its tensors and writes its results: their bytes, an expanded axis once, are what it moves
-    views and empty tensors move nothing; in place is read and written; a Triton kernel moves all it is given once
+    an operation reads its tensors and writes its results: their bytes, a broadcast axis once, are what it moves
+    views and empty tensors move nothing; in place is read and written; a Triton kernel moves each tensor once
 
-This is what the operations ask of the memory system, not what reaches the memory chips. Of a plain composition's maps
-all does, once they outgrow the caches. Of the lean way's tiles nothing should: so operands are told apart by the size
-of the storage they lie in, and ``far`` counts those in storages that no tile's cache could hold.
+This is what the operations ask of the memory system, not what reaches DRAM. All of eager's maps do, once they exceed
+the caches; tiles should not. So operands are told apart by the size of the storage they lie in: ``uncached`` counts
+those in storages too large for a cache.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Moved(NamedTuple):
 
     Args:
         all: by every operation.
-        far: of these, to and from storages above the size asked about.
+        uncached: of these, to and from storages larger than the cache.
     """
 
     all: int
-    far: int
+    uncached: int
 
 
 class _Traffic(TorchDispatchMode):
-    def __init__(self, far_above: int) -> None:
+    def __init__(self, cache_bytes: int) -> None:
         super().__init__()
-        self.far_above, self.all, self.far = far_above, 0, 0
+        self.cache_bytes, self.all, self.uncached = cache_bytes, 0, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,19 +70,19 @@ class _Traffic(TorchDispatchMode):
         shape = zip(tensor.shape, tensor.stride(), strict=True)
         moved = tensor.element_size() * prod(size for size, stride in shape if stride)
         self.all += moved
-        if tensor.untyped_storage().nbytes() > self.far_above:
-            self.far += moved
+        if tensor.untyped_storage().nbytes() > self.cache_bytes:
+            self.uncached += moved
 
 
-def moved_bytes(step: Callable[[], object], far_above: int = 0) -> Moved:
-    """What ``step`` moves, forward and backward alike; ``far_above`` is the size of storage that ``far`` counts."""
+def moved_bytes(step: Callable[[], object], cache_bytes: int = 0) -> Moved:
+    """What ``step`` moves, forward and backward alike; storages above ``cache_bytes`` count as uncached."""
     with ExitStack() as stack:
         launched: list[Any] = []
         if find_spec("triton") is not None:
             from refiner_ds.attention.kernels.launch import recording
 
             launched = stack.enter_context(recording())
-        traffic = stack.enter_context(_Traffic(far_above))
+        traffic = stack.enter_context(_Traffic(cache_bytes))
         step()
     kernels = sum(one.bytes for one in launched)
-    return Moved(traffic.all + kernels, traffic.far + kernels)
+    return Moved(traffic.all + kernels, traffic.uncached + kernels)

@@ -11,7 +11,7 @@ from torch import Tensor
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap
 from refiner_ds.attention.linear import tiled as linear_tiled
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import SCALE, bottleneck, in_dtype, leaf, leaves, linear, maps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,5 +89,5 @@ def test_bytes_saved_for_backward_do_not_depend_on_the_cpu(case, dtype, monkeypa
     saved = []
     for multiplies in (True, False):
         monkeypatch.setattr("refiner_ds.attention.tiling.ops.cpu_multiplies_bf16", lambda it=multiplies: it)
-        saved.append(kept_bytes(TRAINING[case](dtype)[0], torch.nn.Module()))
+        saved.append(saved_bytes(TRAINING[case](dtype)[0], torch.nn.Module()))
     assert saved[0] == saved[1] > 0

@@ -13,7 +13,7 @@ import torch
 import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import SCALE, bottleneck, leaf, linear
 
 HEADS, TOKENS, WIDTH, RATIO = 12, 50, 32, 3
@@ -24,7 +24,7 @@ MIB = 2**20
 
 def per_image(forward) -> float:
     """Bytes kept for one more image."""
-    return kept_bytes(lambda: forward(3), torch.nn.Module()) - kept_bytes(lambda: forward(2), torch.nn.Module())
+    return saved_bytes(lambda: forward(3), torch.nn.Module()) - saved_bytes(lambda: forward(2), torch.nn.Module())
 
 
 @pytest.mark.parametrize(("save_for_backward", "map_bytes"), [("map", 2), ("activations", 2 + 2 * RATIO + 2)])
@@ -70,7 +70,7 @@ def kept_by_model(name: str, size: int, depth: int, save_for_backward: str, imag
 
     attention.set_save_for_backward(save_for_backward)
     try:
-        return kept_bytes(forward, model) / MIB
+        return saved_bytes(forward, model) / MIB
     finally:
         attention.set_save_for_backward("auto")
 

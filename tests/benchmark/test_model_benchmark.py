@@ -12,7 +12,7 @@ from torch import nn
 from refiner_ds.attention.kernels import launch
 from refiner_ds.benchmark import measure
 from refiner_ds.benchmark.__main__ import BENCHMARKS, main
-from refiner_ds.benchmark.measure import best_seconds, kept_bytes, peak_bytes
+from refiner_ds.benchmark.measure import best_seconds, peak_bytes, saved_bytes
 from refiner_ds.benchmark.model import Row, Setting, largest, table
 
 CPU = torch.device("cpu")
@@ -27,9 +27,9 @@ def test_every_model_gets_every_figure(capsys, monkeypatch):
     assert result["setting"]["img_size"] == 64
     for row in rows.values():
         assert row["forward_ms"] > 0 and row["training_ms"] > 0
-        assert row["kept_mib_image"] > 0
-        assert row["peak_mib"] > row["kept_mib_image"]
-    kept = {name: row["kept_mib_image"] for name, row in rows.items()}
+        assert row["saved_mib_image"] > 0
+        assert row["peak_mib"] > row["saved_mib_image"]
+    kept = {name: row["saved_mib_image"] for name, row in rows.items()}
     assert kept["eager"] > kept["tiled"] > kept["plain twin"]
 
 
@@ -58,7 +58,7 @@ def test_a_large_batch_is_found_to_one_in_sixteen():
     assert 1000 * 15 / 16 <= largest(lambda count: count <= 1000) <= 1000
 
 
-def test_kept_bytes_count_each_storage_once_and_no_weight():
+def test_saved_bytes_count_each_storage_once_and_no_weight():
     layer = nn.Linear(64, 64, bias=False)
     x = torch.randn(32, 64)
 
@@ -66,7 +66,7 @@ def test_kept_bytes_count_each_storage_once_and_no_weight():
         hidden = layer(x).relu()  # relu keeps its output, the next layer its input: one storage
         return layer(hidden)
 
-    assert kept_bytes(forward, layer) == 2 * x.numel() * 4
+    assert saved_bytes(forward, layer) == 2 * x.numel() * 4
 
 
 def peak_of_ones(size: int) -> int:

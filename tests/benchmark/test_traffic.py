@@ -40,8 +40,8 @@ def test_backward_counts_too():
 
 def test_far_is_what_lies_in_large_storages_even_where_little_of_it_is_read():
     large, small = torch.ones(100, 100), torch.ones(100)
-    moved = moved_bytes(lambda: large[3] * small, far_above=1000)
-    assert moved.all == 3 * 400 and moved.far == 400
+    moved = moved_bytes(lambda: large[3] * small, cache_bytes=1000)
+    assert moved.all == 3 * 400 and moved.uncached == 400
 
 
 def test_a_plain_expansion_moves_its_maps_once():

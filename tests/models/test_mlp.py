@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from refiner_ds.models.blocks import ScaledMlp
 
 WIDTH, HIDDEN = 6, 10
@@ -59,7 +59,7 @@ def test_half_precision_has_the_same_dtypes_and_errors_as_the_plain_composition(
 
 def test_only_input_and_hidden_layer_are_kept():
     mlp, norm, x = ScaledMlp(WIDTH, HIDDEN), norm_of(WIDTH), torch.randn(2, 5, WIDTH, requires_grad=True)
-    assert kept_bytes(lambda: mlp(x, norm), nn.ModuleList((mlp, norm))) == 4 * (2 * 5 * WIDTH + 2 * 5 * HIDDEN)
+    assert saved_bytes(lambda: mlp(x, norm), nn.ModuleList((mlp, norm))) == 4 * (2 * 5 * WIDTH + 2 * 5 * HIDDEN)
 
 
 def test_dropout_still_drops():

@@ -15,7 +15,7 @@ from triton.compiler.code_generator import CodeGenerator, _is_triton_value
 from refiner_ds import attention
 from refiner_ds.attention.kernels import launch
 from refiner_ds.benchmark.attention import Layer, Setting
-from refiner_ds.benchmark.kernels import _go
+from refiner_ds.benchmark.kernels import run_step
 
 find_carries, set_value, read = CodeGenerator._find_carries, CodeGenerator.set_value, code_generator.ast_to_ttir
 run = launch._run
@@ -67,7 +67,7 @@ with launch.compile_only(90):
         layer = Layer(Setting(2, 12, 32, 3, "cpu"), 50)
         for case in ("map", "bottleneck", "linear"):
             for training in (True, False):
-                _go(layer, case, dtype, training)
+                run_step(layer, case, dtype, training)
         attn = torch.rand(1, 12, 50, 50, dtype=dtype).requires_grad_()
         layer.train()
         out = attention.refine(attn, layer.inputs[0][:1].to(dtype), layer.refiner("bottleneck"), 1.0, "triton", "map")

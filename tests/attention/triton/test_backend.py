@@ -12,7 +12,7 @@ from refiner_ds.attention import BACKENDS, Case, DeferredMap, dispatch
 from refiner_ds.attention.backends import selfcheck
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.kernels.padded import row_stride, to_padded
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import SCALE, bottleneck, leaf, linear, on
 
 TRITON = BACKENDS["triton"]
@@ -54,7 +54,7 @@ def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(save_for_backward, map_byt
     def kept(batch: int) -> int:
         attn = to_padded(torch.rand(batch, 2, 6, 6, device=device).bfloat16()).requires_grad_()
         value = torch.randn(batch, 2, 6, 4, device=device).bfloat16().requires_grad_()
-        return kept_bytes(
+        return saved_bytes(
             lambda: attention.refine(attn, value, refiner, SCALE, "triton", save_for_backward), torch.nn.Module()
         )
 

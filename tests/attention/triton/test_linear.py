@@ -9,7 +9,7 @@ from refiner_ds.attention import Case, DeferredMap, equations, make_map, refined
 from refiner_ds.attention.kernels.padded import to_padded
 from refiner_ds.attention.linear import triton as linear
 from refiner_ds.attention.linear import triton_backward, triton_forward
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import SCALE, leaves
 from tests.attention.cases import linear as refiner_of
 from tests.attention.triton.test_maps import ends_in_zeros
@@ -142,7 +142,7 @@ def test_no_map_is_kept(device):
         with torch.autocast(device.type, torch.bfloat16):
             return linear.refine(Case(DeferredMap(q, k, SCALE), v, refiner), 1.0, "auto")
 
-    kept = [kept_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2)]
+    kept = [saved_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2)]
     assert kept[1] - kept[0] == 3 * 2 * heads * tokens * width + 4 * heads * tokens
 
 

@@ -11,7 +11,7 @@ from refiner_ds import attention
 from refiner_ds.attention import DeferredMap, equations, make_map
 from refiner_ds.attention.kernels.padded import row_stride
 from refiner_ds.attention.map import triton
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.triton.test_maps import TOLERANCE, error, inputs, several_tiles  # noqa: F401  a fixture
 
 SCALE = 0.3
@@ -50,7 +50,7 @@ def test_the_map_that_is_handed_on_is_kept_and_nothing_else_of_its_size(device):
     def kept(tokens: int) -> int:
         q, k, v = (torch.randn(1, 2, tokens, 4, device=device).bfloat16().requires_grad_() for _ in range(3))
         scores = DeferredMap(q, k, SCALE)
-        found = kept_bytes(lambda: made.append(attention.attend(scores, v, backend="triton")[1]), torch.nn.Module())
+        found = saved_bytes(lambda: made.append(attention.attend(scores, v, backend="triton")[1]), torch.nn.Module())
         assert made[-1].data_ptr() in [x.data_ptr() for x in made[-1].grad_fn.saved_tensors]
         return found
 

@@ -8,7 +8,7 @@ import torch
 from refiner_ds.attention import DeferredMap, make_map
 from refiner_ds.attention.kernels.padded import is_padded, to_padded
 from refiner_ds.attention.map import triton, triton_kernels
-from refiner_ds.benchmark.measure import kept_bytes
+from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.triton.test_padded import behind_rows
 
 SCALE = 0.3
@@ -80,7 +80,7 @@ def test_queries_keys_and_a_number_a_row_are_kept(device):
         q, k, residual = inputs((batch, 3, 20, 16), torch.bfloat16, device)
         return triton.make_map(DeferredMap(q, k, SCALE), residual)
 
-    one, two = (kept_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2))
+    one, two = (saved_bytes(lambda batch=batch: forward(batch), torch.nn.Module()) for batch in (1, 2))
     assert two - one == 2 * 2 * 3 * 20 * 16 + 4 * 3 * 20
 
 
