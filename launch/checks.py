@@ -21,6 +21,7 @@ from refiner_ds.run_folder import RunFolder
 
 from . import local, slurm
 from .allocation import Allocation
+from .registry import cache_folder
 from .snapshot import ROOT, sources
 
 CODE_SECONDS = 300  # importing torch from a cold shared file system takes its time
@@ -129,11 +130,6 @@ def _stamp(file: Path) -> tuple[str, int, int]:
     except OSError:
         return str(file), -1, -1
     return str(file), found.st_size, found.st_mtime_ns
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept."""
-    return Path(os.environ.get("REFINER_DS_CACHE") or Path.home() / ".cache" / "refiner_ds")
 
 
 class Passed:

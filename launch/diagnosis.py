@@ -29,6 +29,7 @@ SIGNAL_CODES = {
     "terminated": 143, "illegal instruction": 132, "floating point exception": 136,
 }  # fmt: skip
 SRUN_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
+ABORTED = re.compile(r"\*\*\* (JOB|STEP) .* CANCELLED AT|Job step aborted|Force Terminated|forcing job termination")
 SRUN_NODE = re.compile(
     r"(?:Node failure on|failed on node|aborted on node|Prolog.* on) (?P<node>[\w.-]+)", re.IGNORECASE
 )
@@ -105,6 +106,8 @@ def diagnose(
         said: what srun and Slurm said.
         verdict: what the heartbeats' watchdog wrote in this attempt, of ranks that hang.
     """
+    if not ends and any(ABORTED.search(line) for line in said):
+        return Diagnosis(Cause.INTERRUPTED, RUN_AGAIN)  # Slurm ended the tasks before they had ended themselves
     if not ends and exit_code == FINISHED:
         return Diagnosis(Cause.FINISHED, 0)
     if not ends:

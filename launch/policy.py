@@ -208,7 +208,7 @@ RULES = (
         "it was interrupted",
     ),
     Rule(
-        "a rank hangs: its heartbeat stops (training.md)",
+        "a rank hangs: no progress for `refiner.run.hang_seconds`",
         "stacks of all ranks are written; requeued",
         lambda now, before, limits: now.cause == Cause.HUNG,
         Action.REQUEUE,

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,6 +196,15 @@ def unfinished_job(jobs: Path) -> str | None:
         if number in submitted:
             return f"{number} ({state})"
     return None
+
+
+def states(seconds: float) -> dict[str, str]:
+    """State of each job of this user that the controller remembers; empty where it does not answer in time."""
+    with suppress(LaunchError):
+        command = ("squeue", "--noheader", "--states=all", "--format=%A %T", f"--user={getpass.getuser()}")
+        answer = ask(*command, seconds=seconds)
+        return {number: state for number, _, state in (line.partition(" ") for line in answer.stdout.splitlines())}
+    return {}
 
 
 def requeue(job_id: str) -> str | None:

@@ -6,10 +6,10 @@ lock ─▶ no job of the run has come meanwhile ─▶ snapshot ─▶ sbatch �
 from __future__ import annotations
 
 import fcntl
-import os
+import shlex
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import submitit
@@ -22,10 +22,9 @@ from .allocation import Allocation
 from .attempts import take_ownership
 from .batch import Executor
 from .job import TrainJob
+from .registry import register
 from .snapshot import Snapshot, prune
 from .supervisor import Job
-
-REGISTRY = "runs"  # in the cache folder: run folders that were submitted from here, one a line
 
 
 @contextmanager
@@ -99,27 +98,10 @@ def start_here(allocation: Allocation) -> tuple[submitit.Job[Any], local.LocalEx
 
 
 def _job(allocation: Allocation) -> dict[str, object]:
-    return Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus).to_json()
+    job = Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus)
+    return {**job.to_json(), "local": allocation.local, "command": shlex.join(sys.argv)}
 
 
 def _task(allocation: Allocation) -> TrainJob:
     workers = allocation.run.refiner.data.workers > 0
     return TrainJob(str(allocation.run.folder), allocation.gpus > 0, workers, allocation.profile)
-
-
-def register(run_folder: RunFolder) -> None:
-    """Remember a run folder for ``launch/jobs.py list``."""
-    file = checks.cache_folder() / REGISTRY
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as registry:
-            registry.write(f"{run_folder.path.absolute()}\n")
-
-
-def registered() -> list[Path]:
-    """Run folders that were submitted from here and still exist, newest first."""
-    with suppress(OSError):
-        lines = (checks.cache_folder() / REGISTRY).read_text().splitlines()
-        folders = [Path(line) for line in dict.fromkeys(reversed(lines)) if line]
-        return [folder for folder in folders if os.path.isdir(folder / "jobs")]
-    return []

@@ -61,7 +61,7 @@ def why(run_folder: RunFolder, job_id: str, state: JobState | None) -> str:
     if state is not None and state.state in ("NODE_FAIL", "BOOT_FAIL"):
         return f"a node of {state.nodes or last.nodes} failed: see sinfo -R"
     if last.ended is None and state is None:
-        return f"it started {_ago(last.started)} on {last.nodes} and had not ended when it last wrote"
+        return f"it started {ago(last.started)} on {last.nodes} and had not ended when it last wrote"
     if last.cause is None:
         return _unseen_end(run_folder, job_id, state, last)
     return explain(last)
@@ -136,7 +136,8 @@ def _unseen_end(run_folder: RunFolder, job_id: str, state: JobState | None, last
     return f"its end was not seen{told}; submit the run again: it resumes"
 
 
-def _ago(moment: float) -> str:
+def ago(moment: float) -> str:
+    """How long ago a moment (unix seconds) was, in its largest unit."""
     seconds = int(time.time() - moment)
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:

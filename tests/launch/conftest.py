@@ -40,6 +40,15 @@ class Clone:
         """Where the results of its run go."""
         return self.output / self.name
 
+    @staticmethod
+    def with_double(folder: Path, cache: Path) -> Clone:
+        """A clone in ``folder`` whose training is the double."""
+        root = folder / "clone"
+        for part in ("refiner_ds", "launch", "ds_configs"):
+            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(Path(__file__).with_name("double_of_train.py"), root / "refiner_ds/train.py")
+        return Clone(root, folder / "runs", cache)
+
     def another(self, name: str) -> Clone:
         """The same clone for a run of another name."""
         return replace(self, name=name)
@@ -114,11 +123,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def clone(tmp_path: Path, cache: Path) -> Clone:
     """A fresh clone with the double for training."""
-    root = tmp_path / "clone"
-    for part in ("refiner_ds", "launch", "ds_configs"):
-        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(Path(__file__).with_name("double_of_train.py"), root / "refiner_ds/train.py")
-    return Clone(root, tmp_path / "runs", cache)
+    return Clone.with_double(tmp_path, cache)
 
 
 @pytest.fixture

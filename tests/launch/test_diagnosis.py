@@ -91,6 +91,11 @@ def test_tasks_that_never_started_are_told_by_sruns_words() -> None:
     assert judge([], 0).cause == Cause.FINISHED
 
 
+def test_tasks_that_slurm_ended_have_not_finished_though_srun_says_zero() -> None:
+    said = ["srun: Job step aborted: Waiting up to 32 seconds for job step to finish.", "srun: forcing job termination"]
+    assert judge([], 0, said=said).cause == Cause.INTERRUPTED
+
+
 @pytest.mark.parametrize(
     "line, symptom, node",
     [

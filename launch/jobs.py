@@ -1,0 +1,307 @@
+"""Look after submitted runs.
+
+    python launch/jobs.py list                             every run submitted from here, newest first
+    python launch/jobs.py status RUN                       where it stands, its attempts, what it has cost
+    python launch/jobs.py why RUN                          why it waits, failed or was requeued, in one sentence
+    python launch/jobs.py logs RUN [--rank N] [--follow]   the log of a rank
+    python launch/jobs.py cancel RUN                       end it for good; it saves first if Slurm leaves it the time
+    python launch/jobs.py requeue RUN                      save and start again, or start a failed job again
+
+RUN is a run folder, its name, or a job's number. Where Slurm does not answer, run folders do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if not __package__:  # started as a file: its packages are those of the clone it lies in
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
+
+from refiner_ds.errors import LaunchError, report_errors
+from refiner_ds.run_folder import RunFolder
+
+from . import slurm
+from .attempts import Attempts, Record, owner
+from .cost import cost_line, hours_held
+from .diagnosis import last_lines
+from .follow import follow
+from .policy import Action, Cause
+from .registry import registered
+from .slurm import JobState
+from .snapshot import JOB_FILE
+from .why import ago, why
+
+QUICK_SECONDS = 1.0  # for Slurm to answer a list; a controller that is away takes minutes to say nothing
+
+
+@dataclass(frozen=True)
+class JobOfRun:
+    """The newest job of a run folder, and what can be known of it.
+
+    Attributes:
+        state: what Slurm says; None where it does not answer, no longer knows the job, or never did (a local job).
+    """
+
+    folder: RunFolder
+    job_id: str
+    attempts: Attempts
+    state: JobState | None = None
+
+    @property
+    def records(self) -> list[Record]:
+        """Its attempts, oldest first."""
+        return self.attempts.records
+
+    @property
+    def submitted(self) -> dict[str, object]:
+        """What was asked of the cluster; empty where the snapshot is gone."""
+        with suppress(OSError, ValueError):
+            known: dict[str, object] = json.loads((self.folder.code / self.job_id / JOB_FILE).read_text())
+            return known
+        return {}
+
+    @property
+    def local(self) -> bool:
+        """Whether it runs on this machine, without Slurm."""
+        return bool(self.submitted.get("local"))
+
+    @property
+    def process(self) -> int | None:
+        """The controller of a local job, while it lives."""
+        with suppress(OSError):
+            words = Path(f"/proc/{self.job_id}/cmdline").read_bytes().decode(errors="replace")
+            return int(self.job_id) if str(self.folder) in words else None
+        return None
+
+    @property
+    def word(self) -> str:
+        """Its state in one word, Slurm's where there is one."""
+        if self.state is not None:
+            return self.state.state
+        if self.local and self.process:
+            return "RUNNING"
+        last = self.records[-1] if self.records else None
+        if last is None:
+            return "SUBMITTED"
+        if last.ended is None:
+            return "LOST" if self.local else "STARTED"
+        if last.cause == Cause.FINISHED:
+            return "COMPLETED"
+        return "FAILED" if last.action == Action.END else "REQUEUED"
+
+    @property
+    def moved(self) -> float:
+        """When the run folder last changed, unix seconds."""
+        files = (self.folder.metrics, self.attempts.file, self.folder.jobs / "owner")
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+    def why(self) -> str:
+        """One sentence."""
+        if self.local and self.process:
+            return f"it runs here, process {self.job_id}"
+        return why(self.folder, self.job_id, self.state)
+
+
+def of_folder(folder: RunFolder, job_id: str | None = None) -> JobOfRun | None:
+    """The job of a run folder, without asking Slurm; None where none was submitted."""
+    found = job_id or owner(folder)
+    if found is None:
+        scripts = sorted(folder.jobs.glob("*_submission.sh"), key=lambda file: file.stat().st_mtime)
+        found = scripts[-1].name.partition("_")[0] if scripts else None
+    return None if found is None else JobOfRun(folder, found, Attempts.of(folder, found))
+
+
+def find(target: str) -> JobOfRun:
+    """The job that a person means by a run folder, a name or a number.
+
+    Raises:
+        LaunchError: none, or several.
+    """
+    if (Path(target) / "jobs").is_dir() and (job := of_folder(RunFolder(Path(target).absolute()))):
+        return job
+    folders = known_folders()
+    if target.isdigit():
+        holding = [folder for folder in folders if list((folder / "jobs").glob(f"{target}_*"))]
+        for folder in holding:
+            if job := of_folder(RunFolder(folder), target):
+                return job
+        shown = slurm.job_state(target)
+        folder = Path(shown.fields.get("WorkDir", "/nowhere")) if shown else Path("/nowhere")
+        if (folder / "jobs").is_dir() and (job := of_folder(RunFolder(folder), target)):
+            return job
+    named = [folder for folder in folders if folder.name == target]
+    if len(named) > 1:
+        raise LaunchError(f"{target}: several runs have this name, give the folder: {', '.join(map(str, named))}")
+    if named and (job := of_folder(RunFolder(named[0]))):
+        return job
+    if Path(target).is_dir():
+        raise LaunchError(f"{target}: no job was submitted for it")
+    raise LaunchError(f"{target}: no run that was submitted from here; give its run folder (jobs.py list shows them)")
+
+
+def known_folders() -> list[Path]:
+    """Run folders with jobs: those submitted from here, and those in ./runs."""
+    here = sorted(Path("runs").absolute().glob("*/jobs")) if Path("runs").is_dir() else []
+    return list(dict.fromkeys([*registered(), *(jobs.parent for jobs in here)]))
+
+
+def ask_slurm(job: JobOfRun, seconds: float = QUICK_SECONDS) -> JobOfRun:
+    """The same job with what Slurm says of it, where it answers in time."""
+    if not job.local:
+        with suppress(LaunchError):  # no Slurm here, or it has forgotten the job
+            return replace(job, state=slurm.job_state(job.job_id, seconds))
+    return job
+
+
+def list_runs(limit: int) -> str:
+    """A line a run, newest first."""
+    found = [job for folder in known_folders() if (job := of_folder(RunFolder(folder)))]
+    newest = sorted(found, key=lambda job: -job.moved)[:limit]
+    rows = [("run", "job", "state", "step", "restarts", "cost", "changed", "folder")]
+    states = slurm.states(QUICK_SECONDS)
+    for job in newest:
+        hours, unit = hours_held(job.attempts, time.time())
+        step = last_metric(job.folder, "step")
+        rows.append(
+            (
+                *(job.folder.path.name, job.job_id, (not job.local and states.get(job.job_id)) or job.word),
+                "-" if step is None else f"{step:.0f}",
+                *(str(max(0, len(job.records) - 1)), f"{hours:.1f} {unit}", ago(job.moved), str(job.folder)),
+            )
+        )
+    if len(rows) == 1:
+        return "no run was submitted from here"
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def status(job: JobOfRun) -> str:
+    """Where a run stands, in some lines."""
+    step, loss = last_metric(job.folder, "step"), last_metric(job.folder, "loss")
+    newest = job.folder.latest_checkpoint()
+    lines = [
+        f"run folder   {job.folder}",
+        f"job          {job.job_id}: {job.word}",
+        f"             {job.why()}",
+        f"step         {'none logged yet' if step is None else f'{step:.0f}, loss {loss}'}",
+        f"checkpoint   {newest.name if newest else 'none'}",
+    ]
+    for record in job.records:
+        ended = f"{record.ended - record.started:.0f} s" if record.ended else "running"
+        what = f": {record}" if record.cause else ""
+        lines.append(f"attempt {record.number:<4} {_clock(record.started)}, {ended}, {record.nodes}{what}")
+    if job.records:
+        lines.append(cost_line(job.folder, job.attempts))
+    if command := job.submitted.get("command"):
+        lines.append(f"submitted by {command}")
+    lines.append(f"log          tail -F {job.folder.jobs}/{job.job_id}_0_log.out")
+    return "\n".join(lines)
+
+
+def last_metric(folder: RunFolder, key: str) -> float | None:
+    """A figure of the last training line that was logged."""
+    for line in reversed(last_lines(folder.metrics)):
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if entry["kind"] == "train":
+                return float(entry[key])
+    return None
+
+
+def show_log(job: JobOfRun, rank: int, follows: bool) -> int:
+    """Print the log of a rank, until the job ends where it ``follows``."""
+    file = job.folder.jobs / f"{job.job_id}_{rank}_log.out"
+    if not file.exists() and not follows:
+        raise LaunchError(f"{file}: not there; the job has not started, or has no rank {rank}")
+    if not follows:
+        sys.stdout.write(file.read_text(errors="replace"))
+        return 0
+
+    def ended() -> bool:
+        if job.local:
+            return job.process is None
+        state = slurm.job_state(job.job_id)
+        return state is not None and state.ended
+
+    with suppress(KeyboardInterrupt):
+        follow(file, ended, sys.stdout)
+    return 0
+
+
+def cancel(job: JobOfRun) -> str:
+    """End a job for good."""
+    if job.local:
+        if job.process is None:
+            raise LaunchError(f"{job.folder}: its local job {job.job_id} does not run")
+        os.kill(job.process, signal.SIGTERM)
+        return f"job {job.job_id} saves and ends"
+    answer = slurm.ask("scancel", job.job_id)
+    if answer.returncode:
+        raise LaunchError(f"job {job.job_id}: {slurm.last_line(answer.stderr)}")
+    return f"job {job.job_id} is cancelled"
+
+
+def requeue(job: JobOfRun) -> str:
+    """Have a running job save and start again, or a job that ended start again."""
+    if job.local:
+        raise LaunchError(f"{job.folder}: a local job is not requeued; submit the run again, and it resumes")
+    state = slurm.job_state(job.job_id)
+    if state is None:
+        raise LaunchError("Slurm does not answer; try again later")
+    if state.state == "PENDING":
+        raise LaunchError(f"job {job.job_id} waits already: {job.why()}")
+    if state.state == "RUNNING":
+        answer = slurm.ask("scancel", "--signal=USR2", job.job_id)
+        if answer.returncode:
+            raise LaunchError(f"job {job.job_id}: {slurm.last_line(answer.stderr)}")
+        return f"job {job.job_id} saves and starts again"
+    objection = slurm.requeue(job.job_id)
+    if objection:
+        raise LaunchError(f"job {job.job_id}: {slurm.last_line(objection)}; submit the run again, and it resumes")
+    return f"job {job.job_id} starts again"
+
+
+@report_errors
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Exit code: 0, or 2 where it refuses."""
+    args = _parser().parse_args(argv)
+    if args.command == "list":
+        print(list_runs(args.limit))
+        return 0
+    job = ask_slurm(find(args.run))
+    if args.command == "logs":
+        return show_log(job, args.rank, args.follow)
+    acts = {"status": status, "why": lambda job: f"job {job.job_id}: {job.why()}", "cancel": cancel, "requeue": requeue}
+    print(acts[args.command](job))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list").add_argument("--limit", type=int, default=20, metavar="N", help="runs (20)")
+    for name in ("status", "why", "logs", "cancel", "requeue"):
+        one = commands.add_parser(name)
+        one.add_argument("run", help="run folder, its name, or a job's number")
+        if name == "logs":
+            one.add_argument("--rank", type=int, default=0, metavar="N", help="rank (0)")
+            one.add_argument("--follow", "-f", action="store_true", help="until the job ends")
+    return parser
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
