@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from refiner_ds.data.augment import resize
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.normalise import normalise
-from refiner_ds.data.samples import RawSample, SampleReader, decode_image
+from refiner_ds.data.samples import RawSample, SampleReader
 from refiner_ds.data.score_maps import MAX_CLASSES, ScoreMap, encode
 from refiner_ds.data.writer import write_whole
 from refiner_ds.errors import DataError

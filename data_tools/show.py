@@ -25,11 +25,12 @@ if not __package__:  # started as a file: its packages are those of the clone it
 from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.augment import AugmentSettings, TrainView, View, seed_sample
 from refiner_ds.data.batch import MapBatch
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.dense_targets import dense_targets
 from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.permutation import samples_at
-from refiner_ds.data.samples import decode_image, open_reader
+from refiner_ds.data.samples import open_reader
 from refiner_ds.data.score_maps import ScoreMap, decode
 from refiner_ds.data.writer import cannot_write
 from refiner_ds.errors import DataError, report_errors

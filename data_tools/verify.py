@@ -23,10 +23,11 @@ import xxhash
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MEMBERS_NAME, ShardIndex, find_maps, maps_folder
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.remote import fetch_shard
-from refiner_ds.data.samples import RawSample, SampleReader, decode_image
+from refiner_ds.data.samples import RawSample, SampleReader
 from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.data.tar_format import read_members, split_name
 from refiner_ds.errors import DataError, report_errors

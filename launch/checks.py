@@ -56,7 +56,7 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
     changed since it last passed, and it was not asked again.
     """
     data = allocation.run.refiner.data
-    for key, place in (("train", data.train), ("val", data.val)):
+    for key, place in (("train", data.train), ("maps", data.maps), ("val", data.val)):
         if place and has_secrets(place):
             raise LaunchError(
                 f"refiner.data.{key} {redacted(place)}: the job's files would hold its password or query string;"
@@ -107,7 +107,7 @@ def signature(allocation: Allocation, root: Path) -> str:
 
 def _data_places(allocation: Allocation) -> list[str]:
     data = allocation.run.refiner.data
-    return [place for place in (data.train, data.val) if place]
+    return [place for place in (data.train, data.maps, data.val) if place]
 
 
 def _data_files(place: str, allocation: Allocation) -> Iterator[Path]:

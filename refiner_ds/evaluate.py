@@ -87,6 +87,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         world_size=world.size,
         workers=data.workers if options.workers is None else options.workers,
         on_bad_sample=data.on_bad_sample,
+        decode=data,
     )
     bf16 = evaluates_in_bf16(run, world)
     with report_rank_errors(world.rank):

@@ -3,6 +3,7 @@
     <output>/<name>/
       config.json                 resolved run file
       history.jsonl               one line a start: when, where, by what, with which keys changed
+      data.json                   what the run is trained on, by place and content
       metrics.jsonl               one line a log interval or evaluation
       complete.json               what a finished run reached
       checkpoints/step_00001000/  complete or absent; the files in one are listed in refiner_ds/checkpoint/files.py
@@ -60,6 +61,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.history = self.path / "history.jsonl"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.complete = self.path / "complete.json"
         self.checkpoints = self.path / "checkpoints"

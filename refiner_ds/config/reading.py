@@ -31,7 +31,7 @@ SHIPPED = next(at for at in (PACKAGE / "ds_configs", PACKAGE.parent / "ds_config
 QUICKSTART = SHIPPED / "quickstart.json"
 
 
-DATA_PLACES = ("train", "val")  # keys of refiner.data that name a folder or an address
+DATA_PLACES = ("train", "maps", "val")  # keys of refiner.data that name a folder or an address
 
 
 class Layer(NamedTuple):
@@ -278,6 +278,6 @@ def _with_absolute_paths(keys: RunFileKeys) -> RunFileKeys:
         return str(Path(folder).expanduser().absolute())
 
     data, run = keys.refiner.data, keys.refiner.run
-    data = data.model_copy(update={name: absolute(getattr(data, name)) for name in ("train", "val", "cache")})
+    data = data.model_copy(update={name: absolute(getattr(data, name)) for name in (*DATA_PLACES, "cache")})
     run = run.model_copy(update={"output": absolute(run.output)})
     return keys.model_copy(update={"refiner": keys.refiner.model_copy(update={"data": data, "run": run})})

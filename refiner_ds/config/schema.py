@@ -104,17 +104,20 @@ class ModelKeys(Section):
     )
 
 
-class DataKeys(Section):
-    """``refiner.data``: where samples come from and how evaluation looks at them."""
+class SetKeys(Section):
+    """The part of ``refiner.data`` about the sets, and how evaluation looks at them."""
 
-    may_change = frozenset({"images", "val", "workers", "cache", "eval_crop_ratio", "eval_batch", "on_bad_sample"})
-
-    train: str = Field(..., description="folder of the training shards, or package:digits/train")
+    train: str = Field(
+        ..., description="training set: folder of shards, class folders, an address, or package:digits/train"
+    )
     images: int | None = Field(
         None, gt=0, description="number of training images, for --check without the shards; must agree with the index"
     )
-    val: str | None = Field(None, description="folder of the validation shards; null: no evaluation")
+    val: str | None = Field(None, description="validation set, named like train; null: no evaluation")
     score_maps: bool = Field(False, description="train on the relabel score maps stored beside the images")
+    maps: str | None = Field(
+        None, description="folder or address of the score maps; null: beside the images, or in the folder <train>.maps"
+    )
     workers: int = Field(4, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache: str | None = Field(
         None, description="folder for downloaded and generated sets; null: $REFINER_DS_CACHE, or ~/.cache/refiner_ds"
@@ -130,6 +133,42 @@ class DataKeys(Section):
     on_bad_sample: Literal["error", "skip"] = Field(
         "error", description="what a damaged sample does: end the run, or be skipped and counted"
     )
+
+    @model_validator(mode="after")
+    def _maps_are_used(self) -> Self:
+        if self.maps is not None and not self.score_maps:
+            raise ValueError("maps must be null where score_maps is false")
+        return self
+
+
+class DecodeKeys(Section):
+    """The part of ``refiner.data`` about decoding images; `refiner_ds.data.decoding` reads it as it is."""
+
+    max_megapixels: float = Field(
+        178.95697,
+        gt=0,
+        description="images with more pixels are damaged samples (decompression bombs); the default is Pillow's limit",
+    )
+    exif_orientation: bool = Field(
+        False, description="turn images as their EXIF orientation says; torchvision and timm do not"
+    )
+
+
+class DataKeys(DecodeKeys, SetKeys):
+    """``refiner.data``: where samples come from and how evaluation looks at them."""
+
+    may_change = frozenset(
+        {
+            "train", "maps", "images", "val", "workers", "cache", "eval_crop_ratio", "eval_batch", "on_bad_sample",
+            "max_megapixels",
+        }
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _maps_fit_their_images(self) -> Self:
+        if self.exif_orientation and self.score_maps:
+            raise ValueError("exif_orientation must be false where score_maps is true: maps are of images as stored")
+        return self
 
 
 class OptimizerKeys(Section):

@@ -9,7 +9,9 @@ packaged.py       sets made from installed packages                     (no torc
 remote.py         sets on a server, fetched shard by shard into a cache (no torch)
 permutation.py    which sample comes at which position of an epoch
 sampler.py        which samples a micro-batch of a rank holds
-samples.py        bytes of one sample, decoded
+samples.py        bytes of one sample
+decoding.py       bytes of an image to pixels
+class_folders.py  class folders, listed into the cache and read as they lie (no torch)
 score_maps.py     records of top-k class logits at every location of an image
 augment.py        random views of an image, and where they came from
 dataset.py        micro-batches by number

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.augment import (
     IDENTITY,
     AugmentSettings,
@@ -23,10 +24,12 @@ from refiner_ds.data.augment import (
     seed_sample,
 )
 from refiner_ds.data.batch import Batch, MapBatch
+from refiner_ds.data.decoding import AS_STORED, decode_image
 from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.sampler import BatchIndices, EvalSampler, TrainSampler
-from refiner_ds.data.samples import decode_image, open_reader
-from refiner_ds.data.score_maps import ScoreMap, decode
+from refiner_ds.data.samples import open_reader
+from refiner_ds.data.score_maps import ScoreMap
+from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.errors import DataError
 
 
@@ -81,6 +84,7 @@ class BatchDataset(Dataset[Any]):
         settings: of training views, or of evaluation.
         on_bad_sample: "error" or "skip".
         maps: where score maps come from: ``index`` itself or a set of maps; None: no maps.
+        decode: the run file's keys about decoding.
     Raises:
         DataError: the maps are not those of the set.
     """
@@ -92,6 +96,7 @@ class BatchDataset(Dataset[Any]):
         settings: AugmentSettings | EvalSettings,
         on_bad_sample: str,
         maps: ShardIndex | None = None,
+        decode: DecodeKeys = AS_STORED,
     ) -> None:
         self.reader = open_reader(index)
         self.map_reader = None
@@ -103,6 +108,7 @@ class BatchDataset(Dataset[Any]):
         self.settings = settings
         self.train_view = TrainView(settings) if isinstance(settings, AugmentSettings) else None
         self.on_bad_sample = on_bad_sample
+        self.decode = decode
 
     def __getitem__(self, number: int) -> Batch | DataError:
         """A batch, or the error that stands in its way: raised in a worker it would arrive as a traceback."""
@@ -157,7 +163,7 @@ class BatchDataset(Dataset[Any]):
     def _load_row(self, sample: int, epoch: int, row: int, arrays: _Arrays) -> None:
         """Read one sample and put its view in its row."""
         raw = self.reader.read(sample)
-        image = decode_image(raw)
+        image = decode_image(raw, self.decode)
         arrays.labels_B[row] = raw.label
         if self.train_view is None:
             arrays.pixels_BHWC[row] = eval_view(image, self.settings)  # type: ignore[arg-type]
@@ -171,7 +177,7 @@ class BatchDataset(Dataset[Any]):
 
     def _score_map(self, sample: int) -> ScoreMap:
         raw = self.map_reader.read(sample)  # type: ignore[union-attr]
-        score_map = decode(raw.score_map, raw.location)
+        score_map = decode_map(raw.score_map, raw.location)
         if score_map.format != self.map_format:
             raise DataError(f"{raw.location}: its map is {score_map.format}, the set's are {self.map_format}")
         largest = int(score_map.classes_Khw.view(np.uint16).max())  # unsigned: a negative number is too large as well

@@ -220,16 +220,19 @@ def maps_folder(images: Path) -> Path:
     return images.with_name(images.name + MAPS_SUFFIX)
 
 
-def find_maps(images: ShardIndex, check_files: bool = True) -> ShardIndex:
-    """The set that holds the score maps of ``images``: itself, or the set of maps ``<folder>.maps`` beside it.
+def find_maps(images: ShardIndex, elsewhere: ShardIndex | None = None, check_files: bool = True) -> ShardIndex:
+    """The set that holds the score maps of ``images``: the one given, itself, or ``<folder>.maps`` beside it.
 
     Args:
+        elsewhere: a set of maps, or of images and maps, on another disk or server.
         check_files: as in `ShardIndex.load`.
     Raises:
         DataError: there is neither, or the set of maps belongs to other images.
     """
     beside = maps_folder(images.folder)
-    if images.has_maps or not beside.exists():
+    if elsewhere is not None:
+        maps = elsewhere
+    elif images.has_maps or not beside.exists():
         maps = images
     else:
         maps = ShardIndex.load(beside, check_files)

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.augment import AugmentSettings, EvalSettings
 from refiner_ds.data.batch import Batch, MapBatch
 from refiner_ds.data.dataset import BatchDataset
+from refiner_ds.data.decoding import AS_STORED
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.sampler import EvalSampler, TrainSampler
 from refiner_ds.data.shared_memory import PackingDataset, SharedBuffers, packed_size
@@ -104,6 +106,7 @@ def train_batches(
     workers: int = 0,
     on_bad_sample: str = "error",
     maps: ShardIndex | None = None,
+    decode: DecodeKeys = AS_STORED,
 ) -> Batches:
     """Training batches of one rank, endless over epochs.
 
@@ -117,6 +120,7 @@ def train_batches(
         workers: loader processes; 0 loads batches in the caller.
         on_bad_sample: "error" raises when a damaged sample is met, "skip" fills its place and counts it.
         maps: where score maps come from: ``index`` itself, or the set that `find_maps` returns; None: no maps.
+        decode: the run file's keys about decoding.
     Raises:
         ConfigError: the batch does not divide.
         DataError: the position is not at a step, the maps are not those of the set, or
@@ -126,7 +130,7 @@ def train_batches(
         raise DataError(f"position {position} is not at a step of a global batch of {global_batch}")
     sampler = TrainSampler(index.count, global_batch, micro_batch, rank, world_size, seed)
     first = position // global_batch * sampler.micro_batches_per_step
-    return Batches(BatchDataset(index, sampler, augment, on_bad_sample, maps), sampler, first, workers)
+    return Batches(BatchDataset(index, sampler, augment, on_bad_sample, maps, decode), sampler, first, workers)
 
 
 def eval_batches(
@@ -138,6 +142,7 @@ def eval_batches(
     world_size: int,
     workers: int = 0,
     on_bad_sample: str = "error",
+    decode: DecodeKeys = AS_STORED,
 ) -> Batches:
     """Evaluation batches of one rank: every sample once over all ranks, equally many batches on each.
 
@@ -145,9 +150,9 @@ def eval_batches(
         index: the validation set.
         settings: how images are resized and cropped.
         batch: samples a `Batch`; places without a sample are marked invalid.
-        rank, world_size, workers, on_bad_sample: as in `train_batches`.
+        rank, world_size, workers, on_bad_sample, decode: as in `train_batches`.
     Raises:
         DataError: (while iterating) a sample is damaged.
     """
     sampler = EvalSampler(index.count, batch, rank, world_size)
-    return Batches(BatchDataset(index, sampler, settings, on_bad_sample), sampler, 0, workers)
+    return Batches(BatchDataset(index, sampler, settings, on_bad_sample, decode=decode), sampler, 0, workers)

@@ -1,4 +1,4 @@
-"""The bytes of one sample, read at its indexed place and decoded.
+"""The bytes of one sample, read at its indexed place.
 
 A read fetches image and map together and is checked against the index before anything is decoded: a cut shard, swapped
 bytes or the shard of another set is an error that names shard and sample, never a wrong picture.
@@ -6,16 +6,11 @@ bytes or the shard of another set is an error that names shard and sample, never
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import time
 from collections import OrderedDict
 from typing import Any, NamedTuple
-
-import numpy as np
-import simplejpeg
-from PIL import Image
 
 from refiner_ds.data.class_folders import ClassFolders
 from refiner_ds.data.image_tree import printable
@@ -26,7 +21,6 @@ from refiner_ds.errors import DataError
 
 MAX_OPEN_SHARDS = 256  # file descriptors a process keeps; well under the usual limit of 1,024
 RETRY_AFTER_SECONDS = 600.0  # until a shard that could not be fetched is requested again
-JPEG_START = b"\xff\xd8\xff"
 
 
 class RawSample(NamedTuple):
@@ -178,24 +172,3 @@ class FileReader:
 def open_reader(index: ShardIndex) -> SampleReader | FileReader:
     """The reader for a set: of shards, or of class folders."""
     return FileReader(index) if isinstance(index, ClassFolders) else SampleReader(index)
-
-
-def decode_image(raw: RawSample) -> np.ndarray:
-    """Pixels of a sample, [height, width, 3] uint8 RGB; grey is repeated, CMYK and transparency are flattened.
-
-    Raises:
-        DataError: the bytes are no image that can be decoded.
-    """
-    if raw.image[:3] == JPEG_START:
-        try:
-            return simplejpeg.decode_jpeg(raw.image, "RGB")
-        except ValueError:
-            pass  # CMYK, and files with recoverable faults: Pillow decides
-    try:
-        with Image.open(io.BytesIO(raw.image)) as image:
-            if image.mode.startswith("I"):  # 16 bits of grey: Pillow would cut off what is above 255, most of it white
-                grey_yx = np.rint(np.array(image) / 257).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey_yx[..., None], 3, axis=2)
-            return np.array(image.convert("RGB"))  # a copy: torch warns about memory it must not write to
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{raw.location}: the image cannot be decoded ({error})") from None

@@ -27,6 +27,7 @@ def train_batches_of(ready: Preparation, world: World, step: int) -> Iterator[Ba
             workers=keys.data.workers,
             on_bad_sample=keys.data.on_bad_sample,
             maps=ready.maps,
+            decode=keys.data,
         )
     )
 
@@ -43,4 +44,5 @@ def val_batches_of(ready: Preparation, world: World) -> Batches:
         world_size=world.size,
         workers=keys.data.workers,
         on_bad_sample=keys.data.on_bad_sample,
+        decode=keys.data,
     )

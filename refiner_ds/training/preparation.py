@@ -18,6 +18,7 @@ from refiner_ds.data.locate import open_index
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model
+from refiner_ds.training.data_identity import refuse_other_data
 from refiner_ds.training.schedule import Schedule
 from refiner_ds.training.world import World
 
@@ -78,7 +79,8 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     refuse_unwritable(run.folder)
     refuse_another_run(run)
     train = load_index(run.refiner.data.train, run)
-    maps = find_maps(train, check_files=False) if run.refiner.data.score_maps else None
+    maps = _score_maps(run, train)
+    refuse_other_data(run, train, maps)
     _refuse_disagreement(run, train)
     val, val_note = _validation_set(run, train)
     ready = Preparation(run, batch, train, maps, val, val_note, Schedule(run.refiner.recipe, batch, train.count))
@@ -108,6 +110,13 @@ def refuse_missing_files(run: RunFile, sets: list[ShardIndex], world: World | No
         error = world.first(error)
     if error is not None:
         raise DataError(error)
+
+
+def _score_maps(run: RunFile, train: ShardIndex) -> ShardIndex | None:
+    if not run.refiner.data.score_maps:
+        return None
+    elsewhere = run.refiner.data.maps
+    return find_maps(train, load_index(elsewhere, run) if elsewhere else None, check_files=False)
 
 
 def _validation_set(run: RunFile, train: ShardIndex) -> tuple[ShardIndex | None, str]:

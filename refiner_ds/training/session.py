@@ -17,6 +17,7 @@ from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import choose_attention
 from refiner_ds.training.console import Console, log
+from refiner_ds.training.data_identity import record_data
 from refiner_ds.training.flight_recorder import last_collective
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.logs import write_logs
@@ -124,6 +125,7 @@ def _print_header(ready: Preparation, world: World) -> None:
         console.say(f"validation set: {ready.val_note}")
     console.say(f"run folder {ready.run.folder}")
     if world.is_main:
+        record_data(ready.run, ready.train, ready.maps)
         write_atomically(RunFolder(ready.run.folder).config, json.dumps(ready.run.resolved(), indent=2) + "\n")
     world.barrier()
 

@@ -65,8 +65,10 @@ class Validation:
             return
         data = self._keys.data
         view = EvalSettings(self._keys.model.img_size, data.eval_crop_ratio)
-        ask = {"batch": 1, "rank": 0, "world_size": 1}
-        batch = next(iter(eval_batches(self._ready.val, view, **ask, on_bad_sample=data.on_bad_sample)))
+        first = eval_batches(
+            self._ready.val, view, batch=1, rank=0, world_size=1, on_bad_sample=data.on_bad_sample, decode=data
+        )
+        batch = next(iter(first))
         image = normalise(batch.images_BHWC.to(self._world.device), data.mean, data.std, torch.float32)
         pixels: np.ndarray = batch.images_BHWC[0].numpy()
         self._metrics.picture("attention", attention_picture(self._model, image[0], pixels), step)

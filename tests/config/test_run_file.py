@@ -194,7 +194,7 @@ def test_declared_deepspeed_keys_are_the_installed_deepspeeds() -> None:
         "| `stage` | 0 or 1 or 2 or 3 | `0` | may change | 0: nothing; 1: optimizer states; 2: and gradients;"
         " 3: and parameters |",
         "| `ema_decay` | number | `0.99996` | may change | decay of the EMA weights at each step; 0: no EMA |",
-        "| `train` | string | required | fixed | folder of the training shards, or package:digits/train |",
+        "| `val` | string or null | `null` | may change | validation set, named like train; null: no evaluation |",
         "| `mean` | list of 3 numbers | `[0.5, 0.5, 0.5]` | fixed | channel means, images in [0, 1] |",
         '| `enabled` | true or false or "auto" | `"auto"` | may change |'
         " auto: on where the accelerator computes bf16 natively (not on CPUs) |",

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from refiner_ds.data.augment import EvalSettings
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MapFormat, ShardIndex, find_maps
 from refiner_ds.data.loader import eval_batches, train_batches
-from refiner_ds.data.samples import RawSample, decode_image
+from refiner_ds.data.samples import RawSample
 from refiner_ds.data.score_maps import ScoreMap, encode
 from refiner_ds.data.writer import SetWriter
 from refiner_ds.errors import DataError

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import INDEX_NAME, ShardIndex
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.samples import SampleReader
 from refiner_ds.errors import DataError
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.locate import open_index
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.samples import SampleReader
 from refiner_ds.errors import DataError
 
 

@@ -18,9 +18,10 @@ from PIL import Image
 
 from data_tools.verify import main as verify
 from refiner_ds.data.augment import EvalSettings
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
 from refiner_ds.data.loader import eval_batches, train_batches
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.samples import SampleReader
 from refiner_ds.data.score_maps import ScoreMap, encode
 from refiner_ds.data.webdataset_index import find_tars, index_existing
 from refiner_ds.data.writer import SetWriter

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from data_tools.inspection import Inspection, inspect_image
-from refiner_ds.data.samples import RawSample, decode_image
+from refiner_ds.data.decoding import decode_image
+from refiner_ds.data.samples import RawSample
 from tests.data_tools.conftest import picture
 
 LIMIT = 1_000_000

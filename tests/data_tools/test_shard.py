@@ -17,8 +17,9 @@ from data_tools import shard
 from data_tools.builder import NOTES_NAME
 from data_tools.staging import INPUTS_NAME
 from data_tools.verify import main as verify
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import ShardIndex
-from refiner_ds.data.samples import SampleReader, decode_image
+from refiner_ds.data.samples import SampleReader
 from refiner_ds.data.score_maps import decode
 from refiner_ds.errors import DataError
 from tests.data.small_disk import SmallDisk, on_small_disk
