@@ -1,10 +1,16 @@
-"""From a run file to a job: checks, a snapshot of the code, submission through submitit, and what runs on a task.
+"""From a run file to a job: checks, a snapshot of the code, submission through submitit, and what happens afterwards.
 
-    submit.py    the command                     job.py       what every task of a job runs
-    cluster.py   a site's profile (YAML)         slurm.py     what is asked of Slurm, and told by it
-    checks.py    everything checked beforehand   local.py     the same job on this machine
-    snapshot.py  the code a job will run         follow.py    a job's log, as it grows
-    allocation.py  a run and the machines it gets
+    submit.py        the command              jobs.py         looks after submitted runs
+    cluster.py       a site's profile (YAML)  flags.py        sbatch's and srun's flags in one
+    allocation.py    a run and its machines   checks.py       everything checked beforehand
+    submission.py    one at a time a run      snapshot.py     the code a job will run
+    batch.py         the batch script         slurm.py        Slurm's commands
+    supervisor.py    starts tasks and acts    local.py        the same on this machine
+    job.py           what every task does     environment.py  addresses, ports, a node's faults
+    policy.py        what follows when tasks end, one pure function
+    diagnosis.py     which rank failed first  symptoms.py     and of what
+    attempts.py      what a job leaves about itself           why.py    in one sentence      cost.py    in GPU-hours
+    registry.py      runs submitted from here                 follow.py a log as it grows
 
 Nothing here knows a tensor: torch is imported by the job, never by the command that submits it.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import annotate, shard, show, verify
-from launch import submit
+from launch import jobs, submit
 from refiner_ds import evaluate, train
 from refiner_ds.benchmark import __main__ as benchmark
 from refiner_ds.errors import DataError, report_errors
@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "benchmark": (benchmark.main, ["loader", "--images", "absent"]),
     "train": (train.main, ["--config", "absent", "--check"]),
     "evaluate": (evaluate.main, ["absent"]),
+    "jobs": (jobs.main, ["why", "absent"]),
     "submit": (submit.main, ["--local", "--config", "absent"]),
 }
 
