@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if (args.table is None) == (args.config is None):
         raise LaunchError("give a table, or --config with --grid")
-    table = read_table(args.table) if args.table else table_from_flags(Path(args.config), args.grid)
-    if args.table and args.grid:
-        raise LaunchError(f"{args.table}: has a grid of its own; leave --grid out, or give --config")
+    table = read_table(args.table).across(args.grid) if args.table else table_from_flags(Path(args.config), args.grid)
     runs = table.runs(args.set)
     if args.collect:
         print(collect(runs, args.csv))

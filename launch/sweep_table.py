@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,7 +23,7 @@ from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
 
 KEYS = {"about", "config", "grid", "rows", "name"}
-ROW_KEYS = {"label", "config", "set"}
+ROW_KEYS = {"label", "config", "set", "paper"}
 SEED = "refiner.run.seed"
 
 
@@ -35,6 +35,7 @@ class SweepRun:
         name: of its run folder; its label and a signature of ``differs``.
         differs: run-file keys in which it differs from the others' run file.
         overrides: ``key=value``, as ``--set`` takes them, output folder and name included.
+        paper: top-1 in percent that the paper gives for the row.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SweepRun:
     differs: dict[str, Any]
     overrides: list[str]
     run: RunFile
+    paper: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -56,18 +58,27 @@ class SweepRun:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of a table: its label, run file, the keys it sets, and the paper's top-1 for it."""
+
+    label: str
+    config: Path
+    keys: dict[str, Any]
+    paper: float | None = None
+
+
+@dataclass(frozen=True)
 class Table:
     """What a sweep varies.
 
     Attributes:
         name: folder that its runs are put in.
-        rows: label, run file and overrides of each row.
         grid: values of each key; every row is run with every combination.
     """
 
     source: str
     name: str
-    rows: list[tuple[str, Path, dict[str, Any]]]
+    rows: list[Row]
     grid: dict[str, list[Any]]
 
     def runs(self, overrides: list[str]) -> list[SweepRun]:
@@ -79,8 +90,8 @@ class Table:
             ConfigError: a run file, a key or a value that cannot be meant, or two runs that are the same.
         """
         runs = [
-            self._run(label, config, {**keys, **dict(zip(self.grid, values, strict=True))}, overrides)
-            for label, config, keys in self.rows
+            self._run(row, {**row.keys, **dict(zip(self.grid, values, strict=True))}, overrides)
+            for row in self.rows
             for values in itertools.product(*self.grid.values())
         ]
         seen: set[str] = set()
@@ -90,7 +101,16 @@ class Table:
             seen.add(run.name)
         return runs
 
-    def _run(self, label: str, config: Path, differs: dict[str, Any], overrides: list[str]) -> SweepRun:
+    def across(self, grid: list[str]) -> Table:
+        """The same table, run with every combination of further keys, each ``key=v1,v2``."""
+        added = _read_grid(grid)
+        for key in added:
+            if key in self.grid or any(key in row.keys for row in self.rows):
+                raise ConfigError(f"{self.source}: sets {key} itself; leave --grid {key} out")
+        return replace(self, grid={**self.grid, **added})
+
+    def _run(self, row: Row, differs: dict[str, Any], overrides: list[str]) -> SweepRun:
+        label, config = row.label, row.config
         # The signature is of what differs and of the run file's name, not its text: a run that was begun is
         # recognised after an edit, and what the edit may not change is refused by the run folder.
         known = json.dumps({"config": config.name, **differs}, sort_keys=True)
@@ -103,7 +123,7 @@ class Table:
         output = Path(shared.refiner.run.output) / self.name
         name = f"{readable}_{signature}"
         sets = [*overrides, *sets, f"refiner.run.output={json.dumps(str(output))}", f"refiner.run.name={name}"]
-        return SweepRun(name, label, config, differs, sets, load(config, sets))
+        return SweepRun(name, label, config, differs, sets, load(config, sets), row.paper)
 
 
 def _word(value: Any) -> str:
@@ -135,7 +155,10 @@ def read_table(file: Path) -> Table:
             raise ConfigError(f"{file}: rows[{number}].set must be keys of the run file and their values")
         if twice := keys.keys() & grid.keys():
             raise ConfigError(f"{file}: rows[{number}].set and grid both set {min(twice)}; keep one")
-        read.append((str(row.get("label", "")), file.parent / config, keys))
+        paper = row.get("paper")
+        if paper is not None and not isinstance(paper, int | float):
+            raise ConfigError(f"{file}: rows[{number}].paper must be the paper's top-1, a number in percent")
+        read.append(Row(str(row.get("label", "")), file.parent / config, keys, paper))
     return Table(str(file), str(given.get("name", file.stem)), read, grid)
 
 
@@ -149,7 +172,15 @@ def _refuse_unknown(file: Path, where: str, given: Any, known: set[str]) -> None
 
 
 def table_from_flags(config: Path, grid: list[str]) -> Table:
-    """A table of one row from ``--config`` and ``--grid key=v1,v2``; a value is JSON where it parses as JSON."""
+    """A table of one row from ``--config`` and ``--grid key=v1,v2``."""
+    values = _read_grid(grid)
+    if not values:
+        raise ConfigError("--grid is missing: a sweep without one is a single run; use launch/submit.py")
+    return Table(f"--grid {' '.join(grid)}", f"{config.stem}_sweep", [Row("", config, {})], values)
+
+
+def _read_grid(grid: list[str]) -> dict[str, list[Any]]:
+    """The values of each key; one that parses as JSON is JSON."""
     values: dict[str, list[Any]] = {}
     for text in grid:
         key, equals, given = text.partition("=")
@@ -158,9 +189,7 @@ def table_from_flags(config: Path, grid: list[str]) -> Table:
         if key in values:
             raise ConfigError(f"--grid {text}: {key} is given twice; list all values at once")
         values[key] = [_parsed(word) for word in given.split(",")]
-    if not values:
-        raise ConfigError("--grid is missing: a sweep without one is a single run; use launch/submit.py")
-    return Table(f"--grid {' '.join(grid)}", f"{config.stem}_sweep", [("", config, {})], values)
+    return values
 
 
 def _parsed(word: str) -> Any:
@@ -177,8 +206,10 @@ def collect(runs: list[SweepRun], file: Path | None = None) -> str:
         file: where to write the runs' lines as CSV too.
     """
     keys = list(dict.fromkeys(key for run in runs for key in run.differs))
-    header = ["run", *(key.rpartition(".")[2] for key in keys), "state", "step", "top1", "ema_top1"]
-    rows = [[run.name, *(_shown(run.differs.get(key)) for key in keys), *_reached(run)] for run in runs]
+    header = ["run", *(key.rpartition(".")[2] for key in keys), "paper", "state", "step", "top1", "ema_top1"]
+    rows = [
+        [run.name, *(_shown(run.differs.get(key)) for key in keys), _shown(run.paper), *_reached(run)] for run in runs
+    ]
     if file is not None:
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows([header, *rows])

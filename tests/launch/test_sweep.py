@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.sweep_table import SweepRun, collect, read_table, table_from_flags
 from refiner_ds.errors import ConfigError
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.build import build_model
 from tests.slurm.cluster import SlurmCluster
 
 from .conftest import ROOT, Clone
@@ -40,6 +42,16 @@ def test_a_runs_name_follows_from_what_differs_and_from_nothing_else(tmp_path: P
     # Other rows and seeds beside it leave a run where it is; another value does not.
     fewer = runs_of(tmp_path, rows=rows[:1], grid={"refiner.run.seed": [1, 7]})
     assert fewer[0].name == runs[1].name and fewer[1].name not in {run.name for run in runs}
+
+
+def test_seeds_can_be_added_to_a_table_of_rows() -> None:
+    table = read_table(ROOT / "ds_configs/paper/reduction.json")
+    seeded = table.across(["refiner.run.seed=0,1"]).runs([])
+    assert [(run.label, run.run.refiner.run.seed) for run in seeded] == [
+        ("without", 0), ("without", 1), ("with", 0), ("with", 1)
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="sets refiner.model.reduce itself"):
+        table.across(["refiner.model.reduce=true,false"])
 
 
 def test_flags_make_the_same_table() -> None:
@@ -81,12 +93,32 @@ def test_what_is_collected_counts_finished_runs_alone_and_shows_missing_ones(tmp
         folder.latest_file.write_text("step_00000120\n")
         if top1 > 60:
             folder.complete.write_text("{}")
+    assert "paper" in collect(runs).splitlines()[0]
     text = str(collect(runs, tmp_path / "table.csv"))
     shown = text.splitlines()
     assert [line.split()[3] for line in shown[1:5]] == ["finished", "finished", "begun", "missing"]
     assert shown[1].split()[4:] == ["120", "89.00", "90.00"]
     assert shown[-1].strip() == "lr 0.001: 92.00 ± 2.83 (2 of 4)"
     assert (tmp_path / "table.csv").read_text().splitlines()[1].endswith("finished,120,89.00,90.00")
+
+
+PAPER = {
+    "expansion": [82.3, 82.8, 82.8, 82.9, 83.0],
+    "reduction": [82.99, 82.95],
+    "constraint": [83.0, 82.7, 81.7],
+    "local_attention": [79.5, 81.2, 78.9, 80.3, 79.3, 80.9, 79.2, 81.1],
+}
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_every_row_of_the_papers_tables_is_a_run_that_builds(table: str) -> None:
+    runs = read_table(ROOT / f"ds_configs/paper/{table}.json").runs([])
+    assert [run.paper for run in runs] == PAPER[table]
+    for run in runs:
+        with torch.device("meta"):
+            model = build_model(run.run, 1000)
+        keys = run.run.refiner.model
+        assert (len(model.blocks), model.embed_dim, model.layout) == (keys.depth, keys.embed_dim, "paper")
 
 
 @pytest.mark.slurm
