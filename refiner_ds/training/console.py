@@ -22,7 +22,7 @@ class Console:
         self._prints = prints
         self._total = total_steps
         self._terminal = prints and sys.stdout.isatty()
-        self._began = time.monotonic()
+        self._first: tuple[float, int] | None = None
         self._drawn = 0.0
         self._line = ""
 
@@ -45,8 +45,7 @@ class Console:
         """
         if not self._prints:
             return
-        left = (time.monotonic() - self._began) / max(trained, 1) * (self._total - step)
-        line = "  ".join(f"{name} {value}" for name, value in {**fields, "left": _clock(left)}.items())
+        line = "  ".join(f"{name} {value}" for name, value in {**fields, "left": self._left(step, trained)}.items())
         if logged:
             log.info(line)
         if self._terminal:
@@ -55,6 +54,14 @@ class Console:
                 self._draw()
         elif logged:
             print(line, flush=True)
+
+    def _left(self, step: int, trained: int) -> str:
+        """Time left at the pace since the first report; what came before, loading a checkpoint say, does not recur."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, trained)
+        since, before = self._first
+        return _clock((now - since) / (trained - before) * (self._total - step)) if trained > before else "…"
 
     def done(self) -> None:
         """Take the progress line away."""
