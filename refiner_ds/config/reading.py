@@ -277,7 +277,10 @@ def _with_absolute_paths(keys: RunFileKeys) -> RunFileKeys:
             return folder
         return str(Path(folder).expanduser().absolute())
 
-    data, run = keys.refiner.data, keys.refiner.run
+    data, run, model = keys.refiner.data, keys.refiner.run, keys.refiner.model
     data = data.model_copy(update={name: absolute(getattr(data, name)) for name in (*DATA_PLACES, "cache")})
     run = run.model_copy(update={"output": absolute(run.output)})
-    return keys.model_copy(update={"refiner": keys.refiner.model_copy(update={"data": data, "run": run})})
+    model = model.model_copy(update={"init_from": absolute(model.init_from)})
+    return keys.model_copy(
+        update={"refiner": keys.refiner.model_copy(update={"data": data, "run": run, "model": model})}
+    )

@@ -79,6 +79,17 @@ class ModelKeys(Section):
         None,
         description="none: kernels over queries and keys; spatial: k×k over the patch grid; row+col: 1×k and k×1 there",
     )
+    init_from: str | None = Field(
+        None,
+        description="weights a fresh run starts from, fitted to img_size and classes: a run folder or checkpoint (its"
+        " EMA weights), a .safetensors file or a released one; null: random",
+    )
+    reset_head: bool = Field(False, description="with init_from: leave the heads as freshly initialised")
+    freeze: list[str] = Field(
+        [],
+        description='parameters that are not trained, by name, prefix or pattern: ["patch_embed", "blocks.[0-3]"];'
+        " batch norms frozen whole use their running statistics",
+    )
     return_dense: bool | None = Field(
         None,
         description="train a dense (auxiliary) head on patches beside the class head; false: the class head alone;"
@@ -191,6 +202,9 @@ class OptimizerKeys(Section):
         ge=0,
         description="AdamW's decoupled weight decay; 1-D parameters, position embedding and class token have none",
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="learning rate of a layer over that of the next one (layer-wise decay); null: all alike"
+    )
     betas: Pair = Field((0.9, 0.999), description="decay rates of AdamW's first and second moments")
     eps: float = Field(1e-8, gt=0, description="added to the denominator of AdamW's update")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -226,6 +240,7 @@ class MixKeys(Section):
     mixup: float = Field(0.8, ge=0, description="Beta parameter of mixup; 0: off")
     cutmix: float = Field(1.0, ge=0, description="Beta parameter of CutMix; 0: off")
     mix_probability: Fraction = Field(1.0, description="probability that a batch is mixed at all")
+    mixup_off_epoch: float = Field(0, ge=0, description="epoch from which mixup and CutMix are off; 0: never")
     mix_switch: Fraction = Field(0.5, description="probability of CutMix rather than mixup where both are on")
 
 

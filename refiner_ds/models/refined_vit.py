@@ -11,6 +11,7 @@ h×w the patch grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
@@ -108,6 +109,7 @@ class RefinedViT(nn.Module):
         self.layout, self.refiner = layout, refiner
         self._cos_reg_loss = OneTimeLoss()
         self._fused = False
+        self._frozen_norms: set[str] = set()
 
         self._set_grid(grid_of(img_size, patch_size))
         self.patch_embed = ConvStem(patch_size, in_chans, stem_chs, embed_dim)
@@ -377,6 +379,30 @@ class RefinedViT(nn.Module):
             raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(UNITS)}")
         self.blocks.set_checkpointing(unit if enable else None, checkpoint)
 
+    def freeze(self, patterns: Iterable[str]) -> list[str]:
+        """Leave parameters untrained from now on; batch norms frozen whole use and keep their running statistics.
+
+        Args:
+            patterns: names, prefixes, or shell patterns of either: "pos_embed", "patch_embed", "blocks.[0-3]".
+        Returns:
+            The names of what is frozen now.
+        Raises:
+            ValueError: a pattern names no parameter.
+        """
+        frozen = set()
+        for pattern in patterns:
+            names = [name for name, _ in self.named_parameters() if _matches(name, pattern)]
+            if not names:
+                raise ValueError(f"{pattern} names no parameter; names begin with patch_embed, blocks.0, norm, head …")
+            frozen.update(names)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen:
+                self._frozen_norms.add(name)
+        self.train(self.training)
+        return sorted(frozen)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that optimizers should not decay (beside biases and gains)."""
         return {"pos_embed", "cls_token"}
@@ -412,7 +438,10 @@ class RefinedViT(nn.Module):
         """
         if mode and self._fused:
             raise ValueError("a fused model has no norms left to train; create the model again and load its weights")
-        return super().train(mode)
+        super().train(mode)
+        for name in self._frozen_norms:
+            self.get_submodule(name).training = False
+        return self
 
 
 def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[AttentionOptions], nn.Module]:
@@ -421,6 +450,10 @@ def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[Attentio
     if layout == "paper":
         return RefinedAttention
     return SharedAttention if index % 2 else MapAttention
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _init_linear(module: nn.Module) -> None:

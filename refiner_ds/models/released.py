@@ -21,7 +21,7 @@ from torch import Tensor
 
 from refiner_ds.models.refined_vit import GRID, RefinedViT
 
-__all__ = ["fit_to", "load_released_weights", "read_weights"]
+__all__ = ["fit_to", "fit_weights", "load_released_weights", "read_weight_file"]
 
 State = Mapping[str, Tensor]
 Grid = tuple[int, int]
@@ -60,8 +60,28 @@ def load_released_weights(
             grid that cannot be known.
     """
     given = path_or_state_dict
+    content = given if isinstance(given, Mapping) else read_weight_file(Path(given))
     source = "the state dict" if isinstance(given, Mapping) else str(given)
-    content = given if isinstance(given, Mapping) else read_weights(Path(given))
+    state, notes = fit_weights(model, content, source, old_grid, reset_head)
+    model.load_state_dict(state)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return notes
+
+
+def fit_weights(
+    model: RefinedViT,
+    content: Mapping[str, Any],
+    source: str,
+    old_grid: Grid | None = None,
+    reset_head: bool = False,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A whole state dict for ``model`` out of a checkpoint's content, and what was adapted; see the function above.
+
+    Args:
+        model: may be on the meta device; it is not changed.
+        source: what errors call the checkpoint.
+    """
     try:
         state, notes = fit_to(model, content, old_grid, reset_head)
     except ValueError as error:
@@ -69,13 +89,10 @@ def load_released_weights(
     own = model.state_dict()
     if misfits := _misfits(own, state):
         raise ValueError(f"{source} does not fit the model; {'; '.join(misfits)}")
-    model.load_state_dict({**own, **state})
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return notes
+    return {**own, **state}, notes
 
 
-def read_weights(path: Path) -> Mapping[str, Any]:
+def read_weight_file(path: Path) -> Mapping[str, Any]:
     """The content of a checkpoint file, without running code that may be pickled in it.
 
     Raises:

@@ -16,6 +16,7 @@ from refiner_ds.errors import ConfigError
 from refiner_ds.models import RefinedViT  # importing it registers the names with timm
 
 # The run file's words for what timm's models take; every other key of refiner.model has the same name there.
+NOT_OPTIONS = {"name", "attention", "save_for_backward", "checkpointing", "init_from", "reset_head", "freeze"}
 TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
 
 
@@ -50,7 +51,7 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
         raise ConfigError(f"{run.path}: refiner.model.name {keys.name} does not exist; {hint}")
     options = {
         TIMM_NAMES.get(key, key): value
-        for key, value in keys.model_dump(exclude={"name", "attention", "save_for_backward", "checkpointing"}).items()
+        for key, value in keys.model_dump(exclude=NOT_OPTIONS).items()
         if value is not None and not (isinstance(value, float) and value == 0)
     }
     options["num_classes"] = keys.num_classes or num_classes
@@ -63,6 +64,10 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
             f"{run.path}: refiner.model.name {keys.name} has no patch head to train on token labels;"
             ' for a plain ViT take refined_vit with "refiner": "none"'
         )
+    try:
+        model.freeze(keys.freeze)
+    except ValueError as error:
+        raise ConfigError(f"{run.path}: refiner.model.freeze: {error}") from None
     return model
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.models import RefinedViT
+from refiner_ds.training.parameter_groups import parameter_groups
 from refiner_ds.training.world import World
 
 
@@ -43,9 +43,9 @@ def deepspeed_config(run: RunFile, batch: BatchPlan, bf16: bool) -> dict[str, An
 
 
 def build_optimizer(run: RunFile, model: RefinedViT) -> torch.optim.Optimizer:
-    """AdamW with timm's groups: no decay on 1-D parameters and on what the model names in ``no_weight_decay``."""
+    """AdamW over the groups of ``parameter_groups``."""
     recipe = run.refiner.recipe
-    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    groups = parameter_groups(recipe, model)
     settings: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
     offload = run.keys.zero_optimization.offload_optimizer
     if offload is not None and offload.device not in (None, "none"):
@@ -90,9 +90,9 @@ class Engine:
             self._grad_norm = norm
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step, all groups."""
+        """Learning rate of the next step; groups that scale theirs (layer-wise decay) scale it."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @property
     def grad_norm(self) -> float | None:
@@ -120,7 +120,8 @@ class Engine:
         """Names and parameters; the third is the whole master where no partition has to be gathered (stage 0)."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         if self._stage > 0:
-            yield from ((name, parameter, None) for name, parameter in self.module.named_parameters())
+            trained = ((name, one, None) for name, one in self.module.named_parameters() if one.requires_grad)
+            yield from trained
             return
         wrapped = getattr(self.optimizer, "fp16_groups", None)
         groups = wrapped or [group["params"] for group in self.optimizer.param_groups]
@@ -130,7 +131,8 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every fp32 weight, whole, on the CPU. Every rank must call it."""
-        weights = {}
+        frozen = ((name, one) for name, one in self.module.named_parameters() if not one.requires_grad)
+        weights = {name: one.detach().float().cpu().clone() for name, one in frozen}
         for name, parameter, master in self._named_masters():
             full = safe_get_full_fp32_param(parameter) if master is None else master
             weights[name] = full.detach().float().cpu().clone()

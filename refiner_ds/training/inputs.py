@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refiner_ds.config.schema import RefinerKeys
 from refiner_ds.data.batch import Batch
-from refiner_ds.data.mixing import draw_mix, mix_images, mix_targets
+from refiner_ds.data.mixing import Mix, draw_mix, mix_images, mix_targets
 from refiner_ds.data.normalise import normalise
 from refiner_ds.data.targets import label_targets, map_targets
 from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box
@@ -48,11 +48,18 @@ class InputMaker:
         self._grid = grid
         self._dtype = dtype
 
-    def __call__(self, batch: Batch, seed: int) -> Inputs:
-        """Prepare ``batch``, which is on the device already; ``seed`` decides all mixing."""
+    def __call__(self, batch: Batch, seed: int, epoch: float = 0.0) -> Inputs:
+        """Prepare ``batch``, which is on the device already.
+
+        Args:
+            seed: decides all mixing.
+            epoch: epochs trained before this step; mixup and CutMix may end before the run does.
+        """
         data, recipe, side = self._keys.data, self._keys.recipe, self._keys.model.img_size
         generator = torch.Generator().manual_seed(seed)
         mix = draw_mix(recipe, side, generator)
+        if recipe.mixup_off_epoch and epoch >= recipe.mixup_off_epoch:
+            mix = Mix()
         images_B3HW = mix_images(normalise(batch.images_BHWC, data.mean, data.std, self._dtype), mix)
         how = (self._classes, recipe.label_smoothing, mix, side, self._grid)
         targets = label_targets(batch.labels_B, *how) if batch.maps is None else map_targets(batch.maps, *how)

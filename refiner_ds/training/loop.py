@@ -17,6 +17,7 @@ from refiner_ds.checkpoint.files import skipped
 from refiner_ds.data.batch import Batch
 from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
 from refiner_ds.files import write_atomically
+from refiner_ds.models import RefinedViT
 from refiner_ds.run_folder import RunFolder, State
 from refiner_ds.training.batches import train_batches_of
 from refiner_ds.training.build import build_model, set_recompute
@@ -25,6 +26,7 @@ from refiner_ds.training.console import Console
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.heartbeat import Heartbeat
+from refiner_ds.training.initial_weights import initial_weights, starts_fresh
 from refiner_ds.training.inputs import derived_seed
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.progress import Progress
@@ -51,6 +53,7 @@ class Trainer:
         self.console = Console(world.is_main, ready.schedule.total_steps)
         torch.manual_seed(derived_seed(keys.run.seed))
         model = build_model(run, ready.num_classes)
+        self._initialise(model)
         set_recompute(run, model)
         self.engine = Engine(run, model, ready.batch, world)
         self.ema = ModelEma(self.engine, keys.recipe.ema_decay, keys.recipe.ema_warmup)
@@ -59,6 +62,13 @@ class Trainer:
         self.step = self._resume()
         self.progress = Progress(ready, world, self.engine, self.console, self.step)
         self.validation = Validation(ready, world, self.engine, self.ema, self.progress.metrics, self.console)
+
+    def _initialise(self, model: RefinedViT) -> None:
+        run = self.ready.run
+        if run.refiner.model.init_from is not None and starts_fresh(run):
+            state, notes = initial_weights(run, model, self.ready.train.classes)
+            model.load_state_dict(state)
+            self.console.say("; ".join([f"weights from {run.refiner.model.init_from}", *notes]))
 
     def _resume(self) -> int:
         newest = self.checkpoints.newest()

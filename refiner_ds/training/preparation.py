@@ -19,6 +19,7 @@ from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model
 from refiner_ds.training.data_identity import refuse_other_data
+from refiner_ds.training.initial_weights import initial_weights, starts_fresh
 from refiner_ds.training.schedule import Schedule
 from refiner_ds.training.world import World
 
@@ -84,6 +85,10 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     _refuse_disagreement(run, train)
     val, val_note = _validation_set(run, train)
     ready = Preparation(run, batch, train, maps, val, val_note, Schedule(run.refiner.recipe, batch, train.count))
+    if run.refiner.model.init_from is not None and starts_fresh(run):
+        with torch.device("meta"):
+            model = build_model(run, ready.num_classes)
+        initial_weights(run, model, train.classes)
     if ready.finished() is None:
         refuse_another_world(run.folder, world_size)
     return ready

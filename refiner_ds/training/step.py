@@ -64,7 +64,9 @@ class OptimizerStep:
         """
         began, waited, bad = time.perf_counter(), 0.0, 0
         sums: dict[str, Tensor] = {}
-        self._engine.set_lr(self._ready.schedule.lr(step * self._batch.global_batch))
+        samples = step * self._batch.global_batch
+        epoch = self._ready.schedule.epoch(samples)
+        self._engine.set_lr(self._ready.schedule.lr(samples))
         for micro in range(self._batch.accumulation):
             waiting = time.perf_counter()
             new_epoch = not micro and step % self._ready.schedule.steps_an_epoch == 0
@@ -73,7 +75,7 @@ class OptimizerStep:
             waited += time.perf_counter() - waiting
             bad += batch.bad
             self._heartbeat.beat(step + 1, "forward")
-            losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank))
+            losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank), epoch)
             for name, loss in _logged(losses).items():
                 part = loss.detach() * (1 / self._batch.accumulation)
                 sums[name] = sums[name] + part if name in sums else part
@@ -88,9 +90,9 @@ class OptimizerStep:
         seconds = time.perf_counter() - began
         return Outcome(dict(zip(sums, values, strict=True)), stopping > 0, seconds, waited, bad)
 
-    def _forward(self, batch: Batch, seed: int) -> Losses:
+    def _forward(self, batch: Batch, seed: int, epoch: float) -> Losses:
         recipe = self._keys.recipe
-        inputs = self._inputs(batch.to(self._world.device), seed)
+        inputs = self._inputs(batch.to(self._world.device), seed, epoch)
         torch.manual_seed(seed)  # dropout and drop-path: no generator state to save
         outputs = self._engine(inputs.images_B3HW, mix_box=inputs.box)
         if isinstance(outputs, Tensor):

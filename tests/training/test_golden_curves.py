@@ -88,6 +88,12 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 
 def record(folder: Path) -> dict[str, list[float]]:
     """Losses of every step and of both evaluations at the end, by case."""
+    shards = shards_of(folder)
+    return {case: train(case, shards, folder) for case in ("released", "paper")}
+
+
+def shards_of(folder: Path) -> Path:
+    """The pictures and maps as a shard set."""
     write_pictures(folder)
     shards = folder / "set"
     made = run(
@@ -95,7 +101,7 @@ def record(folder: Path) -> dict[str, list[float]]:
         "--processes", "1",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    return {case: train(case, shards, folder) for case in ("released", "paper")}
+    return shards
 
 
 def train(case: str, shards: Path, folder: Path) -> list[float]:
