@@ -176,9 +176,9 @@ def _print_summary(allocation: Allocation, job_id: str, stop: str) -> None:
     rows = {
         "run folder": str(folder),
         "log": f"tail -F {folder.jobs}/{job_id}_0_log.out",
-        "status": f"python launch/jobs.py status {folder}",
+        "status": f"python -m {__package__}.jobs status {folder}",
         "curves": f"tensorboard --logdir {folder.tensorboard}",
-        "accuracy": f"python refiner_ds/evaluate.py {folder}",
+        "accuracy": f"python -m refiner_ds.evaluate {folder}",
         "stop": stop,
     }
     print(f"job {job_id}: {allocation}")
