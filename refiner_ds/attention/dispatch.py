@@ -76,7 +76,7 @@ def _verified(device: torch.device) -> bool:
 
 
 def resolve_backend(backend: str | None = None, device: torch.device | None = None) -> str:
-    """The name of the backend that will be asked first: ``backend``, else REFINER_ATTENTION, else the device's default.
+    """The name of the backend that is requested: ``backend``, else REFINER_ATTENTION, else the device's default.
 
     Args:
         backend: a key of :data:`BACKENDS`, or ``None``.
@@ -123,13 +123,13 @@ def _backend_for(case: Case, backend: str | None) -> Backend:
 
 
 def _report(requested: str, kind: str, fallback: str) -> None:
-    """Log the backend, and every kind of operation that another one computes, whenever there is news of them."""
+    """Log the requested backend and every kind of operation that another one computes, whenever either changes."""
     known = _fallbacks.setdefault(requested, {})
     if known.get(kind) == fallback:
         return
     known[kind] = fallback
-    told = "; ".join(one for one in known.values() if one)
-    log.info("attention: %s%s", requested, f" ({told})" if told else "")
+    fallbacks = "; ".join(one for one in known.values() if one)
+    log.info("attention: %s%s", requested, f" ({fallbacks})" if fallbacks else "")
 
 
 def set_save_for_backward(save_for_backward: str) -> None:

@@ -49,14 +49,14 @@ def attention_map(q_BHNd: Tensor, k_BHNd: Tensor, scale: float) -> Tensor:
 
 
 def accumulate(map_BHNN: Tensor, residual_BHNN: Tensor, scale: float) -> Tensor:
-    """Residual attention maps (released): the block's own map plus scale times the one handed on to it."""
+    """Residual attention maps (released): the block's own map plus scale times that of the block before."""
     return map_BHNN + scale * residual_BHNN
 
 
 def expand(map_BHNN: Tensor, weight_EH: Tensor) -> Tensor:
     """Attention expansion (paper, section 3.2): each of E maps is a linear combination of the H heads'.
 
-    A 1×1 convolution over heads: unlike a matrix product it leaves the maps in the order every later step wants.
+    A 1×1 convolution over heads: unlike a matrix product it leaves the maps in the memory order of every later step.
 
     Returns:
         [B, E, N, N].
@@ -169,7 +169,7 @@ def bottleneck(
     running: Sequence[tuple[Tensor, Tensor]] | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The released refiner: an inverted bottleneck with an identity, and one more norm behind the sum.
+    """The released refiner: an inverted bottleneck with an identity, and one more norm after the sum.
 
     Args:
         map_BHNN: the maps to refine.
@@ -194,7 +194,7 @@ def bottleneck(
 
 
 def local_over_grid(map_BENN: Tensor, kernel_E1kk: Tensor, grid: tuple[int, int], axis: str) -> Tensor:
-    """Convolve along one axis of the map, laid out as the patch grid it stands for.
+    """Convolve along one axis of the map, reshaped to its patch grid.
 
     With ``axis`` "keys" each query's row of the map becomes a picture of the patches it looks at, with "queries" each
     key's column a picture of the patches that look at it. Entries of class tokens along that axis stay as they are.

@@ -22,7 +22,7 @@ _frozen_depth = 0
 
 
 class Norm(NamedTuple):
-    """All that a batch norm over one axis of C maps needs; the running tensors are updated in place.
+    """A batch norm over C maps as tensors; the running statistics are updated in place.
 
     Args:
         weight, bias: gain and shift, [C], any floating dtype.
@@ -95,7 +95,7 @@ def batch_norm(x: Tensor, norm: Norm) -> Tensor:
         norm.batches.add_(1)
     averages = (norm.running_mean, norm.running_var)
     if norm.training and not norm.updates:
-        # Copies rather than None: torch's checkpoint wants the recomputation to save as many tensors as the first run.
+        # Copies rather than None: torch's checkpoint requires a recomputation to save as many tensors as the first run.
         averages = (norm.running_mean.clone(), norm.running_var.clone())
     # The kernels take half-precision input beside fp32 gains and averages, and then accumulate in fp32.
     return F.batch_norm(

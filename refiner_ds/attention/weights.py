@@ -124,7 +124,7 @@ RefinerWeights = tuple[Any, ...]
 
 
 class Case(NamedTuple):
-    """A call of the operator, as backends are asked about it.
+    """A call of the operator, about which backends are asked whether they support it.
 
     Args:
         attn: the maps, [B, H, N, N], or the queries and keys that they are made of.

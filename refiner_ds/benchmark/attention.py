@@ -85,7 +85,7 @@ class Setting:
     dtype: str = "fp32"
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast, when asked for."""
+        """Autocast for bf16."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16")
 
 
@@ -231,8 +231,8 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
         one, two = (_save_for_backward(layer, case, backend, save_for_backward, images) for images in (1, 2))
         per_image = 1000 / setting.batch
         output, *gradients = errors[case, label]
-        times, kept = (training * per_image, evaluation * per_image), (two - one) / MIB
-        rows.append(Row(tokens, case, label, *times, kept, moved_entry, uncached_entry, output, max(gradients)))
+        times, saved = (training * per_image, evaluation * per_image), (two - one) / MIB
+        rows.append(Row(tokens, case, label, *times, saved, moved_entry, uncached_entry, output, max(gradients)))
     return rows
 
 
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=32, help="of a head")
     parser.add_argument("--ratio", type=int, default=3, help="expanded maps a head")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the best of each way counts")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; the best of each candidate counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 runs under autocast")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory and time as a PNG")

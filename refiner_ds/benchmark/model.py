@@ -54,7 +54,7 @@ class Row:
     """One contender's figures: milliseconds an image, and MiB.
 
     ``saved_mib_image`` is what one more image saves for backward, ``peak_mib`` the most that a first training step
-    takes beside the weights: activations, gradients and workspace. ``largest`` is a batch, where it was asked for.
+    takes beside the weights: activations, gradients and workspace. ``largest`` is the largest batch that fits.
     """
 
     model: str
@@ -107,7 +107,7 @@ class Setting:
         return torch.randn(count, 3, self.img_size, self.img_size, device=self.device)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast, when asked for."""
+        """Autocast for bf16."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16")
 
 

@@ -1,4 +1,4 @@
-"""Refiners, maps and comparisons that the tests of the lean way share. Everything float64 unless it says otherwise."""
+"""Refiners, maps and comparisons that the operator's tests share; float64 unless said otherwise."""
 
 from __future__ import annotations
 

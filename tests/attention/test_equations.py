@@ -41,7 +41,7 @@ def test_attention_map_of_half_precision_scores_is_fp32():
     assert equations.attention_map(q, q, SCALE).dtype == torch.float32
 
 
-def test_handed_on_maps_accumulate():
+def test_passed_on_maps_accumulate():
     own, residual = maps(), maps()
     assert_equal(equations.accumulate(own, residual, SCALE), naive.accumulate(*numpy(own, residual), SCALE))
 

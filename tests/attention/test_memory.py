@@ -1,4 +1,4 @@
-"""What the lean way keeps for backward, counted by autograd's own hooks: as its formulas say, and small.
+"""What the tiled backend keeps for backward, counted by autograd's own hooks: as its formulas say, and small.
 
 Counts are of one more image, since what does not grow with the batch is a matter of weights. A network's is exact from
 few blocks: all its pairs of blocks are alike, so two depths tell a pair from the rest.
@@ -28,7 +28,7 @@ def per_image(forward) -> float:
 
 
 @pytest.mark.parametrize(("save_for_backward", "map_bytes"), [("map", 2), ("activations", 2 + 2 * RATIO + 2)])
-def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(save_for_backward, map_bytes):
+def test_a_bottleneck_saves_two_or_ten_bytes_an_entry(save_for_backward, map_bytes):
     refiner = bottleneck(HEADS, RATIO)
 
     def forward(batch):
@@ -40,7 +40,7 @@ def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(save_for_backward, map_byt
     assert per_image(forward) == map_bytes * ENTRIES + 2 * VECTORS
 
 
-def test_a_linear_refiner_keeps_no_map():
+def test_a_linear_refiner_saves_no_map():
     refiner = linear(HEADS, RATIO)
 
     def forward(batch):
@@ -50,7 +50,7 @@ def test_a_linear_refiner_keeps_no_map():
     assert per_image(forward) == 3 * 2 * VECTORS
 
 
-def test_a_map_making_block_keeps_one_map():
+def test_a_map_making_block_saves_one_map():
     def forward(batch):
         qkv = leaf(batch, TOKENS, 3, HEADS, WIDTH, dtype=torch.bfloat16)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # as a block's projection leaves them
@@ -90,7 +90,7 @@ def of_one_image(name: str, size: int, depth: int, save_for_backward: str) -> fl
         ("refiner_vit_l", 448, "activations", 1.77 * 1024, 1.85 * 1024),
     ],
 )
-def test_released_models_keep_little_more_than_plain_ones(
+def test_released_models_save_little_more_than_plain_ones(
     name, size, save_for_backward, blocks_mib, model_mib, monkeypatch
 ):
     monkeypatch.delenv("REFINER_ATTENTION", raising=False)

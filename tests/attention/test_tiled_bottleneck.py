@@ -1,4 +1,4 @@
-"""The lean bottleneck computes what the plain composition does: values, every gradient, statistics, in any tiles."""
+"""The tiled bottleneck computes what eager does: values, every gradient, statistics, in any tiles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY_TILES = 300  # bytes: a few rows at a time
 
 
 def without_bias3(tensors: list[torch.Tensor], refiner, before: int) -> list[torch.Tensor]:
-    """All but the gradient of the third norm's bias, which is zero: what the plain composition has is rounding."""
+    """All but the gradient of the third norm's bias, which is zero: what eager has is rounding."""
     place = [x is refiner.norm3_H.bias for x in leaves(refiner)].index(True) + before
     return tensors[:place] + tensors[place + 1 :]
 
@@ -35,7 +35,7 @@ def without_bias3(tensors: list[torch.Tensor], refiner, before: int) -> list[tor
 @pytest.mark.parametrize("tile_bytes", [TINY_TILES, 2**20])
 @pytest.mark.parametrize("save_for_backward", ["map", "activations"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_gradients_and_statistics_equal_the_plain_composition(shape, save_for_backward, tile_bytes, monkeypatch):
+def test_values_gradients_and_statistics_equal_eager(shape, save_for_backward, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
     batch, heads, tokens, ratio, kernel_size = shape
     attn, value = maps(batch, heads, tokens), leaf(batch, heads, tokens, 5)
@@ -137,7 +137,7 @@ def half_precision_errors(backend: str) -> list[float]:
     return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
 
 
-def test_half_precision_errs_less_than_plain_autocast():
+def test_half_precision_errs_less_than_eager_autocast():
     """Averaged over draws: in one draw a gate that flips can decide either way. 0.35 to 0.60 is measured."""
     errors = {}
     for backend in ("eager", "tiled"):

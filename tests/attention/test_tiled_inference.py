@@ -1,4 +1,4 @@
-"""Evaluation by tiles equals the plain composition, with norms still there and with norms folded away."""
+"""Evaluation by tiles equals eager, with norms still there and with norms folded away."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.attention.cases import SCALE, SHAPES, bottleneck, leaf, maps, relativ
 @pytest.mark.parametrize("tile_bytes", [300, 2**20])
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_evaluation_equals_the_plain_composition(shape, folded, tile_bytes, monkeypatch):
+def test_evaluation_equals_eager(shape, folded, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
     batch, heads, tokens, ratio, kernel_size = shape
     attn, value = maps(batch, heads, tokens), leaf(batch, heads, tokens, 5)
@@ -28,7 +28,7 @@ def test_evaluation_equals_the_plain_composition(shape, folded, tile_bytes, monk
     assert all(torch.equal(*pair) for pair in zip(statistics(refiner), before, strict=True))
 
 
-def test_evaluation_in_half_precision_errs_less_than_plain_autocast(bf16_products):
+def test_evaluation_in_half_precision_errs_less_than_eager_autocast(bf16_products):
     """Over several draws; kernels, expansions or expanded maps in half precision would cost what is won.
 
     0.58 of its error is measured, 0.23 where products are fp32.

@@ -1,4 +1,4 @@
-"""The lean linear refiner computes what the plain composition does, from maps and from queries and keys."""
+"""The tiled linear refiner computes what eager does, from maps and from queries and keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORCED = {"composed": float("inf"), "in steps": 0.0}
 @pytest.mark.parametrize("source", [maps, scores])
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_equal_the_plain_composition(shape, steps, source, tile_bytes, monkeypatch):
+def test_values_and_gradients_equal_eager(shape, steps, source, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
     monkeypatch.setattr(linear_tiled, "STEP_COST", FORCED.get(steps))
     batch, heads, tokens, ratio, kernel_size = shape
@@ -109,7 +109,7 @@ def half_precision_errors(backends: tuple[str, ...]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("form", "share"), [("composed", 0.9), ("in steps", 1.1)])
-def test_half_precision_errs_no_more_than_plain_autocast(form, share, bf16_products, monkeypatch):
+def test_half_precision_errs_no_more_than_eager_autocast(form, share, bf16_products, monkeypatch):
     """Averaged over draws; composed, a map is rounded once on its way and not three times.
 
     0.77 and 0.91 at most are measured, less where products are fp32.

@@ -1,4 +1,4 @@
-"""Maps made leanly: the plain composition's numbers, dropout that repeats itself, and gradients without a map kept."""
+"""Maps made by tiles: eager's numbers, dropout that repeats itself, and gradients without a map saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.attention.cases import leaf, leaves, maps, relative_errors, scores
 @pytest.mark.parametrize("tile_bytes", [300, 2**20])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(3, 4, 9), (1, 3, 12)])
-def test_maps_and_gradients_equal_the_plain_composition(shape, with_residual, tile_bytes, monkeypatch):
+def test_maps_and_gradients_equal_eager(shape, with_residual, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
     pair, value, residual = scores(*shape), leaf(*shape, 5), maps(*shape) if with_residual else None
     directions = torch.randn_like(value), torch.randn(*shape, shape[2]).double()
@@ -60,7 +60,7 @@ def test_logits_of_half_precision_queries_are_not_rounded():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_autocast_changes_what_it_changes_in_the_plain_composition(dtype):
+def test_autocast_changes_what_it_changes_in_eager(dtype):
     found = []
     for backend in ("tiled", "eager"):
         torch.manual_seed(0)

@@ -33,4 +33,4 @@ def test_bytes_are_those_of_the_tensors_a_kernel_is_given(compiled):
     setting, tokens = compiled["setting"], compiled["tokens"]
     made = next(row for row in compiled["rows"] if row["kernel"] == "softmax_map")
     a_map, a_vector, a_row = 2.0, 2 * setting["width"] / tokens, 4 / tokens
-    assert made["bytes_entry"] == pytest.approx(2 * a_map + 2 * a_vector + a_row)  # handed on, made; q, k; log-sum-exps
+    assert made["bytes_entry"] == pytest.approx(2 * a_map + 2 * a_vector + a_row)  # residual, made; q, k; log-sum-exps

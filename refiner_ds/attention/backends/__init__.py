@@ -1,10 +1,10 @@
-"""The ways of computing refined attention; all give the same numbers, to rounding.
+"""The backends of refined attention; they agree to rounding.
 
     eager    every map materialised, under autograd: any case
     tiled    tiles of query rows, no expanded map saved; on any device
     triton   kernels on a GPU, saving what tiled saves
 
-dispatch.py asks them in turn, the one that was requested first.
+dispatch.py asks them in turn, the requested one first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Backend"]
 
 
 class Backend(Protocol):
-    """One way of computing every operation."""
+    """One implementation of every operation."""
 
     name: str
 

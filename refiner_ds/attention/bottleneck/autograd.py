@@ -133,7 +133,7 @@ def _tensors(weights: BottleneckWeights) -> tuple[Tensor, ...]:
 
 
 def _with_tensors(layout: BottleneckWeights, tensors: list[Tensor]) -> BottleneckWeights:
-    """The weights with these tensors, in the order of :func:`_tensors`, in place of their own."""
+    """The weights with these tensors, in the order of :func:`_tensors`, instead of their own."""
     expand_EH, kernel_E1kk, reduce_HE, *affines = tensors
     norms: list[Norm] = [
         norm._replace(weight=affines[2 * index], bias=affines[2 * index + 1])

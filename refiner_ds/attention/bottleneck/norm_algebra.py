@@ -1,14 +1,14 @@
-"""The four norms of the released refiner, worked out by hand: what each pass over the maps multiplies with and adds.
+"""The four norms of the released refiner, differentiated by hand: the coefficients of each pass over the maps.
 
-    A ─ expand, norm 1, relu6 ─ local ─> h2 ─ norm 2, relu6 ─ project ─> h3 ─ norm 3, + A, norm 4 ─> T ─ · V ─> out
+    A ─ expand, norm 1, relu6 ─ local ─> h2 ─ norm 2, relu6 ─ reduce ─> h3 ─ norm 3, + A, norm 4 ─> T ─ · V ─> out
 
 Forward, every norm folds into its neighbours once its statistics are known:
 
     u1 = relu6(folded·A + shift1)    u2 = relu6(gain2·h2 + shift2)    T = α·h3 + β·A + γ
 
-Backward, with x̂ = (x − μ)·i the gradient behind a norm turns into γ·i·(g − mean(g) − x̂·mean(g·x̂)), and each such mean
-is a sum over all positions, known only when a pass is over. In the names below t, q, p are such sums for norms 3 and 4,
-2, and 1. Everything here is as small as the weights, and float64; who makes the passes is another matter.
+Backward, with x̂ = (x − μ)·i, the gradient g after a norm becomes γ·i·(g − mean(g) − x̂·mean(g·x̂)) before it. Each of
+these means is a sum over all positions, known only when a pass is over. In the names below t, q and p are such sums for
+norms 3 and 4, for norm 2 and for norm 1. Everything here is as small as the weights, and float64.
 Axes: H heads, E expanded maps.
 """
 
@@ -23,12 +23,12 @@ from refiner_ds.attention.weights import BottleneckWeights
 
 __all__ = ["Affine", "NormAlgebra", "Statistics"]
 
-# Numbers a head that multiply ∂T, h3 and A, and one that is added.
+# Coefficients of ∂T, h3 and A for each head, and a constant.
 Affine = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Statistics(NamedTuple):
-    """What the four norms need of a batch, float64: A's mean and covariance over heads, then moments of h2 and h3.
+    """Statistics of a batch, float64: A's mean and covariance over heads, then moments of h2 and h3.
 
     ``joint_22H`` is the covariance of (h3, A) within each head.
     """
@@ -84,13 +84,13 @@ class NormAlgebra:
         self.gamma_H = shift_H - self.alpha_H * mean3_H - self.beta_H * self.mean_H
 
     def fold(self, statistics: Statistics) -> None:
-        """All four norms, with statistics measured before."""
+        """All four norms, from known statistics."""
         self.fold_norm1(statistics.mean_H, statistics.covariance_HH)
         self.fold_norm2(statistics.mean2_E, statistics.variance2_E)
         self.fold_norms34(statistics.mean3_H, statistics.joint_22H)
 
     def update_running(self, statistics: Statistics) -> None:
-        """Let the batch count in the running statistics of all four norms."""
+        """Update the running statistics of all four norms."""
         norms = self.weights
         update_running(norms.norm1_E, *self.moments1, self.count)
         update_running(norms.norm2_E, statistics.mean2_E, statistics.variance2_E, self.count)
@@ -100,7 +100,7 @@ class NormAlgebra:
     # -- backward ----------------------------------------------------------------------------------------------------
 
     def backward_norms34(self, t0_H: Tensor, t1_H: Tensor, t2_H: Tensor) -> tuple[Affine, Affine]:
-        """What makes ∂h3, and the direct share of ∂A, of ∂T, h3 and A.
+        """Coefficients of ∂T, h3 and A in ∂h3, and in the direct share of ∂A.
 
         Args:
             t0_H, t1_H, t2_H: sums of ∂T, ∂T·(h3 − μ3) and ∂T·(A − μ).
@@ -111,7 +111,7 @@ class NormAlgebra:
         w_H = beta_H * (t1_H - t_H * self.count * (kappa_H * joint_22H[0, 0] + joint_22H[0, 1]))
         a2_H = -kappa_H * (beta_H * kappa_H * t_H + w_H * self.inverse3_H.square() / self.count)
         a1_H = kappa_H * beta_H
-        # Norm 4 takes away whatever norm 3 adds: its bias has no gradient at all.
+        # Norm 4 subtracts whatever norm 3's bias adds: that bias has no gradient at all.
         norm3 = [w_H * self.inverse3_H, zeros_like(w_H)]
         self._last_gradients = [*norm3, self.scale * self.inverse4_H * inside_H, self.scale * t0_H]
         return (
@@ -125,7 +125,7 @@ class NormAlgebra:
         return gain_H, on_reduced_H, map_H, level_H - on_reduced_H * self.mean3_H - map_H * self.mean_H
 
     def backward_norm2(self, q0_E: Tensor, q1_E: Tensor) -> tuple[Tensor, Tensor]:
-        """slope and level of ∂h2 = gain2·m2 + slope·h2 + level, m2 being the gradient behind norm 2.
+        """slope and level of ∂h2 = gain2·m2 + slope·h2 + level, where m2 is the gradient after norm 2.
 
         Args:
             q0_E, q1_E: sums of m2 and of m2·(h2 − μ2).
@@ -138,7 +138,7 @@ class NormAlgebra:
         """pull and level of the share pull·A + level of ∂A that comes through the statistics of norm 1.
 
         Args:
-            p0_E: the sum of m1, the gradient behind norm 1.
+            p0_E: the sum of m1, the gradient after norm 1.
             cross_EH: m1·(A − μ)ᵀ, summed over all positions.
         """
         expand_EH, count = self._expand_EH, self.count

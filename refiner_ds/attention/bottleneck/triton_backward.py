@@ -327,9 +327,9 @@ def bwd_map_statistics(
     Args:
         map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN: A, h3, ∂T and the share, one dtype.
         to_map: coefficients of ∂T, h3 and A in the direct share of ∂A, and a constant, each [H].
-        gain_HH, level_H: the way through the statistics of norm 1, pull · A + level.
+        gain_HH, level_H: the share through norm 1's statistics, gain·A + level.
     Returns:
-        ∂A, in the share's offset if that is laid out as kernels read it.
+        ∂A, in the share's memory if that is padded.
     """
     map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN = map(to_padded, (map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN))
     batch, heads, tokens, _ = map_BHNN.shape

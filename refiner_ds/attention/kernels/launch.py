@@ -144,7 +144,7 @@ class _AbsentGPU:
         return self.target
 
     def get_current_device(self) -> int:
-        # Triton keeps what it has compiled a device: another architecture must be another device.
+        # Triton caches compiled kernels by device: another architecture must be another device.
         return self.target.arch
 
     def get_current_stream(self, device: int) -> int:

@@ -1,10 +1,10 @@
-"""The gradients of the linear refiner that run over maps: the map's own, and the kernel's.
+"""The gradients of the linear refiner that read or write maps: the map's own, and the kernel's.
 
-    g[r−a] · V[c−b]ᵀ ── Σ_{a,b,o} W[o,i,a,b] ──> ∂A[r,c]      nothing of M maps is written; ∂A is, once
-    A[r+a], g[r] · V[c−b]ᵀ ── Σ_{r,c} ──> ∂W[o,i,a,b]         a sum a program, added up in float64
+    g[r−a] · V[c−b]ᵀ ── Σ_{a,b,o} W[o,i,a,b] ──> ∂A[r,c]      ∂A is written once, nothing of M maps
+    A[r+a], g[r] · V[c−b]ᵀ ── Σ_{r,c} ──> ∂W[o,i,a,b]         one sum for each program, added up in float64
 
 Where maps or a head's width are too many for registers, several launches add to ∂A, then in fp32.
-Bytes of maps that move, of two-byte entries: 2 written for ∂A, 2 read for ∂W. Axes: see linear_tiles.py.
+Bytes of maps that move, of two-byte entries: 2 written for ∂A, 2 read for ∂W. Axes: see triton_loads.py.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from refiner_ds.attention.linear.triton_loads import WARPS, map_tiles, slices, s
 
 __all__ = ["kernel_gradient", "map_gradient"]
 
-# Columns of a head that a program multiplies, by the bytes of a number: with more, fp32 spills kilobytes.
+# Columns of a head in a program, by the bytes of a number: with more, fp32 spills kilobytes.
 WIDEST = {2: 64, 4: 16}
 
-# A tile: compiled for Hopper in bf16, 12 or 16 heads of 32 take 122 to 128 registers, so that two programs share a
-# processor, and nothing spills; with 16 keys it is one, for a tenth fewer instructions. Not measured on a GPU.
+# A tile: compiled for Hopper in bf16, map_gradient takes 128 registers for 12 heads of 32, so that two programs fit on
+# a multiprocessor, and nothing spills; with 16 keys one fits, for a tenth fewer instructions. Not measured on a GPU.
 ROWS = 16
 KEYS = 8
 
-# Row tiles of a program that sums up the kernel's gradient: its sums take 12 KB, a row tile of 12 bf16 maps of 197
-# tokens 76 KB, and 64 images still make 256 programs.
+# Row tiles of a program of the kernel's gradient: its sums take 12 KB, a row tile of 12 bf16 maps of 197 tokens 76 KB,
+# and 64 images still make 256 programs.
 STEPS = 4
 
 
@@ -54,7 +54,7 @@ def _map_gradient(
     for row in tl.static_range(TAPS):
         moved_R = row_R - (row - RADIUS)
         grads = grads + (vectors(grad_MNd, map_M, valid_M, moved_R, grad_strides, width, TOKENS, WIDTH),)
-    # Stores below keep the compiler from loading them but once.
+    # Loaded before the loop: its stores would make the compiler load them again.
     taps = tl.tuple(())
     for column in tl.static_range(TAPS):
         for row in tl.static_range(TAPS):
@@ -79,7 +79,7 @@ def _map_gradient(
 
 
 def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> Tensor:
-    """The gradient of the map in ``linear_forward.refined_attend``, [B, H, N, N], as layout.py says.
+    """The gradient of the map in ``linear_forward.refined_attend``, [B, H, N, N], padded.
 
     Args:
         grad_BMNd: the gradient of the result.
@@ -108,7 +108,7 @@ def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> 
 
 @triton.jit
 def _stack_rows(first_ML, second_ML, third_ML):
-    """Three [M, L] and a fourth of zeros as [4·M, L]: as many rows as Hopper's tensor cores take from shared memory."""
+    """Three [M, L] and one of zeros as [4·M, L]: the rows that Hopper's tensor cores take from shared memory."""
     outer_ML2, inner_ML2 = tl.join(first_ML, third_ML), tl.join(second_ML, tl.zeros_like(second_ML))
     all_22ML = tl.permute(tl.join(outer_ML2, inner_ML2), 2, 3, 0, 1)
     return tl.reshape(all_22ML, [4 * all_22ML.shape[2], all_22ML.shape[3]])

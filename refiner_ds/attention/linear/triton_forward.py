@@ -1,10 +1,10 @@
-"""Refined maps times values without a refined map: heads are mixed in a tile, and taps along the keys move values.
+"""Refined maps times values without a refined map: heads are mixed in a tile, and taps along the keys shift the values.
 
     A rows r+a, keys c ── Σ_{a,i} W[o,i,a,b] ──> a tile in registers, · V[c−b] ──> out[r], summed over b and c
 
-The shift identity of ``reference.refined_by_shifts``, with the query taps gathered from A's rows instead of added to
-three outputs: a third of the products with V. The gradient of the values is the same with rows and keys exchanged.
-Bytes of maps that move: a map's are read once (the neighbouring rows come from cache). Axes: see linear_tiles.py.
+The shift identity of ``equations.refined_by_shifts``, with the query taps read from A's rows instead of added to three
+outputs: a third of the products with V. The gradient of the values is the same with rows and keys exchanged. A map's
+bytes are read once; neighbouring rows come from cache. Axes: see triton_loads.py.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from refiner_ds.attention.linear.triton_loads import KEYS, WARPS, map_tiles, sli
 
 __all__ = ["refined_attend"]
 
-# Columns of a head that a program sums up, by the bytes of a number, so that little or nothing spills.
+# Columns of a head in a program, by the bytes of a number, so that little or nothing spills.
 WIDEST = {2: 64, 4: 32}
 
 
 def _rows(value_BMNd: Tensor, heads: int) -> int:
     """Rows of a tile, 32 where nothing spills.
 
-    Compiled for Hopper in bf16, 12 or 16 heads of 32 then take 220 to 240 registers; 16 rows are a quarter more
-    instructions an entry and take too many registers for two programs a processor as well. Not measured on a GPU.
+    Compiled for Hopper in bf16, 12 or 16 heads of 32 then take 220 to 250 registers; 16 rows are a quarter more
+    instructions an entry, and still too many registers for two programs on a multiprocessor. Not measured on a GPU.
     """
     return 32 if value_BMNd.element_size() == 2 and value_BMNd.shape[-1] <= 32 and heads <= 16 else 16
 
@@ -80,10 +80,10 @@ def refined_attend(
 ) -> Tensor:
     """Maps convolved with a kernel, times values: [B, M, N, d] in ``dtype``, the values' own if ``None``.
 
-    The result lies in memory as [B, N, M, d]: what follows joins a token's heads.
+    The result is contiguous as [B, N, M, d], so that joining a token's heads copies nothing.
 
     Args:
-        map_BHNN: maps, fp32 or half precision; a plane with rows and keys exchanged is read where it lies.
+        map_BHNN: maps, fp32 or half precision; the transpose of padded maps is read without a copy.
         value_BHNd: values in any layout; where there are fewer than M, every M/H maps in turn share one head's.
         kernel_MHkk: the kernel in fp32, k 1 or 3; zero outside the map.
     """

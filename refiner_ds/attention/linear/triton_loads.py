@@ -1,4 +1,4 @@
-"""What the linear refiner's kernels load: tiles of maps, vectors of some tokens, and single taps of the kernel.
+"""Loads of the linear refiner's kernels: tiles of maps, vectors of some tokens, and single taps of the kernel.
 
 Each works on 16 maps and 16 heads at a time, whatever their number, so that a program's registers do not depend on it.
 Axes: B batch, H heads, M maps that multiply values, N tokens, d head width; R, K the rows and keys of a tile, L = R·K.
@@ -16,18 +16,18 @@ from refiner_ds.attention.kernels.dot import dense_rows
 
 __all__ = ["KEYS", "WARPS", "map_tiles", "slices", "stages", "tap", "vectors"]
 
-# Keys of a forward tile, and warps of all; see linear_forward.py and linear_backward.py for the rest.
+# Keys of a forward tile, and warps of every program; triton_forward.py and triton_backward.py have the rest.
 KEYS = 16
 WARPS = 8
 
 
 def slices(wide: int, *tensors_BMNd: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same ``wide`` columns of each, as many as fit into registers, as kernels read them: views where possible."""
+    """Each tensor cut into slices of ``wide`` columns, as many as fit into registers; views where possible."""
     yield from zip(*(dense_rows(x_BMNd).split(wide, -1) for x_BMNd in tensors_BMNd), strict=True)
 
 
 def stages(value_BMNd: Tensor) -> int:
-    """Steps whose loads are under way at once: two where that fits into 160 KB of shared memory, an A100's."""
+    """Pipeline stages of loads: two where they fit into 160 KB of shared memory, an A100's."""
     return 2 if value_BMNd.element_size() == 2 and value_BMNd.shape[-1] <= 32 else 1
 
 
@@ -37,9 +37,9 @@ def map_tiles(
     TAPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """For each tap, maps of one image at the rows it reads; [H, R·K], zero where there is none.
+    """Maps of one image at the rows that each tap reads, each [H, R·K], zero outside the map.
 
-    With ``TRANSPOSED``, rows and keys of the maps in memory change names, and what comes is [H, K·R].
+    With ``TRANSPOSED``, the maps in memory are the transposes, and the tiles are [H, K·R].
     """
     RADIUS: tl.constexpr = TAPS // 2
     HEADS: tl.constexpr = head_H.shape[0]
@@ -47,7 +47,7 @@ def map_tiles(
     row_R = first_row + tl.arange(0, ROWS)
     valid_H11 = (head_H < heads)[:, None, None]
     head_H11 = map_HNN + head_H[:, None, None] * (TOKENS * STRIDE)
-    # Zeros behind a row in memory are read rather than masked: whole pieces of 16 bytes are there or not.
+    # The padding of a row is read rather than masked, so that loads are of 16 bytes.
     tiles = tl.tuple(())
     if not TRANSPOSED:
         valid_H1K = valid_H11 & (key_K < STRIDE)[None, None, :]
@@ -66,7 +66,7 @@ def map_tiles(
             tiles = tiles + (tl.reshape(tile_HKR, [HEADS, LENGTH]),)
         else:
             tl.static_assert(TAPS == 3)
-            # Loads one entry off could take two bytes at a time only: a thread's eight entries move within it, G = R/8.
+            # Loads one entry off would take two bytes at a time: a thread shifts its eight entries instead, G = R/8.
             before_G = first_row - 1 + tl.arange(0, ROWS // 8) * 8
             valid_HKG = valid_HK1 & ((before_G >= 0) & (before_G < STRIDE))[None, None, :]
             before_HKG = tl.load(key_HK1 + before_G[None, None, :], mask=valid_HKG, other=0.0)
@@ -93,7 +93,7 @@ def _merged(even, odd):
 
 @triton.jit
 def _one_before(x_HKG8, first_HKG):
-    """``first``, then all but the last along the last axis; registers are only renamed."""
+    """``first``, then all but the last along the last axis; no data leaves its thread."""
     even, odd = _halves(x_HKG8)
     odd02, odd13 = _halves(odd)
     odd1, _ = tl.split(odd13)
@@ -111,7 +111,7 @@ def _one_behind(x_HKG8, last_HKG):
 
 @triton.jit
 def vectors(x_MNd, plane_M, valid_M, token_R, strides, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """Some tokens' vectors of one image, [M, R, WIDTH], zero where there is none; ``plane_M`` says whose."""
+    """Some tokens' vectors of one image, [M, R, WIDTH], zero outside; ``plane_M`` are their heads."""
     at_d = tl.arange(0, WIDTH)
     valid_MR = valid_M[:, None] & ((token_R >= 0) & (token_R < TOKENS))[None, :]
     valid_MRd = valid_MR[:, :, None] & (at_d < width)[None, None, :]
@@ -121,6 +121,6 @@ def vectors(x_MNd, plane_M, valid_M, token_R, strides, width, TOKENS: tl.constex
 
 @triton.jit
 def tap(kernel_MHkk, map_, head, maps, heads, row, column, TAPS: tl.constexpr):
-    """One tap of the kernel, zero for maps and heads that are none; ``map_`` and ``head`` say how it lies."""
+    """One tap of the kernel for given maps and heads, broadcast together; zero outside."""
     offset = ((map_ * heads + head) * TAPS + row) * TAPS + column
     return tl.load(kernel_MHkk + offset, mask=(map_ < maps) & (head < heads), other=0.0)

@@ -1,4 +1,4 @@
-"""Making a map from queries and keys in one kernel, and the way back in two; no logits and no softmax are written.
+"""The attention map by one kernel, and its backward by two; neither logits nor softmax are written.
 
     q, k (+ the residual map) ──> A = softmax(scale·QKᵀ) + scale·A_before, dropped out, and each row's log-sum-exp
     ∂A, q, k, log-sum-exps ──> ∂q (and ∂A_before) row by row, then ∂k column by column, softmax made again in both
@@ -23,8 +23,9 @@ from refiner_ds.attention.kernels.padded import empty_padded, is_padded, row_str
 
 __all__ = ["score_gradients", "softmax_map"]
 
-# Queries and keys of a tile: compiled for Hopper in bf16, heads of 32 take 64, 107 and 80 registers and four programs
-# or more share a processor; with 128 queries it is a fifth fewer instructions but three, and fp32 spills half a KB.
+# Queries and keys of a tile: compiled for Hopper in bf16, the kernels take 64, 88 and 102 registers for heads of 32, so
+# that four programs or more fit on a multiprocessor. With 128 queries it would be a fifth fewer instructions but three
+# programs, and fp32 would spill half a KB.
 ROWS = 64
 KEYS = 32
 
@@ -33,7 +34,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))  # 2ˣ is one instruction, eˣ five
 
 @triton.jit
 def _vectors(x_BHNd, image, head, offset_L, strides, width, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
-    """Some tokens' queries or keys, [L, WIDTH], zero outside."""
+    """Some tokens' queries, keys or values, [L, WIDTH], zero outside."""
     at_d = tl.arange(0, WIDTH)
     start = x_BHNd + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     valid_Ld = (offset_L[:, None] < TOKENS) & (at_d[None, :] < width)
@@ -42,7 +43,7 @@ def _vectors(x_BHNd, image, head, offset_L, strides, width, TOKENS: tl.constexpr
 
 @triton.jit
 def _dropout_factor(seed, plane, row_R, key_K, dropout, TOKENS: tl.constexpr):
-    """What dropout multiplies entries with; every pass draws the same."""
+    """Factors of dropout, the same in every pass."""
     drawn_RK = tl.rand(seed + plane, row_R[:, None] * TOKENS + key_K[None, :])
     return tl.where(drawn_RK >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
@@ -88,9 +89,9 @@ def _softmax_gradient(
     q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
     TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the softmax, and of the gradient behind it, [R, K] both; ``grad_NN`` is its plane.
+    """A tile of the softmax and of the gradient of its output, both [R, K]; ``grad_NN`` is the plane of this head.
 
-    The gradient is zero outside, the softmax behind its last key: no number of a row that is none is ever used.
+    The gradient is zero outside the map, the softmax after its last key; rows outside are never used.
     """
     grad_RK = tl.zeros([row_R.shape[0], key_K.shape[0]], tl.float32)
     if GRAD_STRIDE:

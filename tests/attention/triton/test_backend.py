@@ -34,7 +34,7 @@ def training_step(model: torch.nn.Module, images: torch.Tensor, backend: str) ->
 
 
 @pytest.mark.parametrize(("layout", "refiner"), [("paper", "linear"), ("released", "bottleneck")])
-def test_a_model_trains_and_evaluates_as_with_the_plain_composition(layout, refiner, device):
+def test_a_model_trains_and_evaluates_as_with_eager(layout, refiner, device):
     model = timm.create_model("refined_vit", layout=layout, refiner=refiner, num_classes=5, **SIZES).to(device)
     with torch.no_grad():
         for block in model.blocks:  # of nearly uniform maps norm 1 would make rounding so large that gates flip
@@ -48,7 +48,7 @@ def test_a_model_trains_and_evaluates_as_with_the_plain_composition(layout, refi
 
 
 @pytest.mark.parametrize(("save_for_backward", "map_bytes"), [("map", 2), ("activations", 2 + 2 * 3 + 2)])
-def test_a_bottleneck_keeps_two_or_ten_bytes_an_entry(save_for_backward, map_bytes, device):
+def test_a_bottleneck_saves_two_or_ten_bytes_an_entry(save_for_backward, map_bytes, device):
     refiner = on(device, bottleneck(2, 3))
 
     def kept(batch: int) -> int:

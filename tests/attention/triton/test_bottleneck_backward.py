@@ -1,4 +1,4 @@
-"""The released refiner's kernels on the way back, each against its equations in float64 on the same stored maps."""
+"""The released refiner's kernels backward, each against its equations in float64 on the same stored maps."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_back_through_the_statistics_of_the_first_norm(batch, heads, tokens, dty
 
 
 def chained(attn: Tensor, value: Tensor, refiner, direction: Tensor) -> list[Tensor]:
-    """Every gradient, by the four passes on stacks made in float64 and stored in the map's dtype."""
+    """Every gradient, by the four passes on activations made in float64 and stored in the map's dtype."""
     dtype, batch_dims = attn.dtype, (0, 2, 3)
     algebra = NormAlgebra(refiner, SCALE, attn.numel() // attn.shape[1])
     exact = attn.detach().double()
@@ -208,7 +208,7 @@ def lost(ours: list[Tensor], truth: list[Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize(("heads", "ratio"), [(3, 2), (12, 3)])
-def test_the_four_passes_give_every_gradient_of_the_plain_composition(heads, ratio, device, monkeypatch):
+def test_the_four_passes_give_every_gradient_of_eager(heads, ratio, device, monkeypatch):
     small_pieces(monkeypatch)
     attn, value, refiner = maps(2, heads, 6), leaf(2, heads, 6, 5), bottleneck(heads, ratio)
     attn, value, direction = (_like(x, torch.float32) for x in (attn, value, torch.randn(2, heads, 6, 5)))
@@ -218,7 +218,7 @@ def test_the_four_passes_give_every_gradient_of_the_plain_composition(heads, rat
     assert max(lost(ours, truth)) < 1e-5
 
 
-def test_in_half_precision_they_lose_no_more_than_the_lean_way(device, monkeypatch):
+def test_in_half_precision_they_lose_no_more_than_the_tiled_backend(device, monkeypatch):
     """Averaged over draws: in one draw a gate that flips can decide either way. The interpreter rounds float16."""
     small_pieces(monkeypatch)
     errors = {"triton": torch.zeros(12), "tiled": torch.zeros(12)}
@@ -227,8 +227,8 @@ def test_in_half_precision_they_lose_no_more_than_the_lean_way(device, monkeypat
         refiner, direction = bottleneck(3, 2), torch.randn(2, 3, 9, 8).half()
         truth = gradients(attn, value, refiner, direction.double(), "eager")
         attn, value = _like(attn, to=torch.float16), _like(value, to=torch.float16)
-        lean = gradients(attn, value, refiner, direction, "tiled")
-        fused = chained(attn.to(device), value.to(device), refiner, direction.to(device))
-        for backend, ours in (("triton", fused), ("tiled", lean)):
+        tiled = gradients(attn, value, refiner, direction, "tiled")
+        kernels = chained(attn.to(device), value.to(device), refiner, direction.to(device))
+        for backend, ours in (("triton", kernels), ("tiled", tiled)):
             errors[backend] += torch.tensor(lost(ours, truth)) / 3
     assert (errors["triton"] < 1.25 * errors["tiled"]).all(), errors["triton"] / errors["tiled"]

@@ -1,4 +1,4 @@
-"""The linear refiner in kernels: the plain composition's numbers and gradients, without a map kept or a copy made."""
+"""The linear refiner in kernels: eager's numbers and gradients, without a map saved or a copy made."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check(attn, value, refiner, dtype, device) -> None:
         ((2, 3, 7, 5), 1, 3, LOCAL_ALONE, torch.float32),
     ],
 )
-def test_values_and_gradients_equal_the_plain_composition(shape, ratio, kernel_size, steps, dtype, device):
+def test_values_and_gradients_equal_eager(shape, ratio, kernel_size, steps, dtype, device):
     q, k, v = projected(*shape, dtype, device)
     refiner = converted(refiner_of(shape[1], ratio, kernel_size, **steps), torch.float32, device)
     check(DeferredMap(q, k, SCALE), v, refiner, dtype, device)
@@ -133,7 +133,7 @@ def test_joining_heads_copies_nothing(device):
     assert joined.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
 
 
-def test_no_map_is_kept(device):
+def test_no_map_is_saved(device):
     heads, tokens, width = 3, 20, 8
     refiner = converted(refiner_of(heads, 2), torch.float32, device)
 

@@ -1,4 +1,4 @@
-"""A map made and multiplied with in one function: the plain composition's numbers, wherever gradients come from."""
+"""A map made and multiplied with in one function: eager's numbers, wherever gradients come from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plainly(
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("used", [(True, False), (False, True), (True, True)])
-def test_output_map_and_gradients_equal_the_plain_composition(used, with_residual, dtype, device):
+def test_output_map_and_gradients_equal_eager(used, with_residual, dtype, device):
     leaves = inputs((2, 3, 35, 5), dtype, device)
     leaves.append(torch.randn(2, 35, 3, 5, device=device).to(dtype).transpose(1, 2).requires_grad_())
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -44,7 +44,7 @@ def test_output_map_and_gradients_equal_the_plain_composition(used, with_residua
     assert max(errors) < TOLERANCE[dtype], errors
 
 
-def test_the_map_that_is_handed_on_is_kept_and_nothing_else_of_its_size(device):
+def test_the_map_that_is_passed_on_is_saved_and_nothing_else_of_its_size(device):
     made: list[torch.Tensor] = []
 
     def kept(tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Maps made by kernels: the plain composition's numbers and gradients, without a map kept, and dropout that repeats."""
+"""Maps made by kernels: eager's numbers and gradients, without a map saved, and dropout that repeats."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 35, 5), (1, 2, 64, 35)])
-def test_maps_and_gradients_equal_the_plain_composition(shape, with_residual, dtype, device):
+def test_maps_and_gradients_equal_eager(shape, with_residual, dtype, device):
     leaves = inputs(shape, dtype, device)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     direction = torch.randn(*shape[:3], shape[2], device=device).to(dtype)
@@ -75,7 +75,7 @@ def test_dropout_drops_the_same_entries_forward_and_back(device):
     assert not triton.make_map(DeferredMap(q, k, SCALE, 1.0), residual).any()
 
 
-def test_queries_keys_and_a_number_a_row_are_kept(device):
+def test_queries_keys_and_a_number_a_row_are_saved(device):
     def forward(batch):
         q, k, residual = inputs((batch, 3, 20, 16), torch.bfloat16, device)
         return triton.make_map(DeferredMap(q, k, SCALE), residual)
@@ -86,11 +86,11 @@ def test_queries_keys_and_a_number_a_row_are_kept(device):
 
 @pytest.mark.parametrize("tokens", [35, 40])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_maps_and_gradients_handed_on_lie_with_zeros_behind_rows(tokens, dropout, device, memory_full_of_nan):
+def test_maps_and_gradients_passed_on_lie_with_zeros_behind_rows(tokens, dropout, device, memory_full_of_nan):
     q, k, residual = (x.detach() for x in inputs((2, 2, tokens, 5), torch.bfloat16, device))
     made, lse = triton_kernels.softmax_map(q, k, SCALE, residual, dropout)
-    *others, d_handed = triton_kernels.score_gradients(q, k, lse, SCALE, residual, torch.float16, dropout)
-    assert ends_in_zeros(made) and ends_in_zeros(d_handed) and d_handed.dtype == torch.float16
+    *others, d_residual = triton_kernels.score_gradients(q, k, lse, SCALE, residual, torch.float16, dropout)
+    assert ends_in_zeros(made) and ends_in_zeros(d_residual) and d_residual.dtype == torch.float16
     assert all(x.isfinite().all() for x in (lse, *others))
 
 

@@ -1,4 +1,4 @@
-"""Rows of stacks begin at 16 bytes with zeros behind their last entries, whatever was in memory before."""
+"""Rows of padded maps start at multiples of 16 bytes with zeros after their last entries, whatever was in memory before."""
 
 from __future__ import annotations
 
