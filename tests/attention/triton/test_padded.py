@@ -1,4 +1,4 @@
-"""Rows of padded maps start at multiples of 16 bytes with zeros after their last entries, whatever was in memory before."""
+"""Rows of padded maps start at multiples of 16 bytes, zeros after their last entries, whatever was in memory."""
 
 from __future__ import annotations
 
