@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"refiner_ds", "refiner_ds.errors", "refiner_ds.exit_codes", "refiner_ds.files", "refiner_ds.run_folder"}
+GROUND = {
+    "refiner_ds", "refiner_ds.errors", "refiner_ds.exit_codes", "refiner_ds.files", "refiner_ds.run_folder",
+    "refiner_ds.subcommands",
+}  # fmt: skip
 
 
 def module_files(root: Path = ROOT) -> dict[str, Path]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from importlib import import_module
 
-from refiner_ds.errors import ConfigError, report_errors
+from refiner_ds.errors import report_errors
+from refiner_ds.subcommands import run_subcommand
 
-# Name -> module with main(argv); imported only when asked for, since each brings its own weight.
 BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
     "kernels": "refiner_ds.benchmark.kernels",
@@ -20,21 +18,8 @@ BENCHMARKS = {
 
 @report_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark named first; the rest of the line is its own.
-
-    Returns:
-        0, or 2 when the name is unknown or the benchmark refuses its options.
-    """
-    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    if name in ("-h", "--help"):
-        names = ",".join(BENCHMARKS)
-        print(f"usage: python -m refiner_ds.benchmark {{{names}}} [options]; NAME --help lists its options")
-        return 0
-    if name not in BENCHMARKS:
-        said = f"{name} is not a benchmark" if name else "no benchmark is named"
-        raise ConfigError(f"{said}; it must be one of {', '.join(BENCHMARKS)}")
-    run: Callable[[list[str]], int] = import_module(BENCHMARKS[name]).main
-    return run(rest)
+    """Run the command; returns its exit code."""
+    return run_subcommand("refiner_ds.benchmark", BENCHMARKS, argv)
 
 
 if __name__ == "__main__":

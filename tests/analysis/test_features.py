@@ -65,7 +65,7 @@ def test_models_that_cannot_be_looked_into_are_refused_in_one_sentence(
         (["features", "timm:resnet10t"], "give --data FOLDER"),
         (["features", f"timm:resnet10t={tmp_path / 'none.pth'}"], "none.pth: no such file"),
         (["features", f"timm:resnet10t={no_checkpoint}"], "notes.pth: cannot be loaded into resnet10t"),
-        (["feature"], "feature is no command"),
+        (["feature"], "feature is not a subcommand; did you mean features?"),
     ):
         assert main([*arguments, *(["--out", str(tmp_path / "out")] if len(arguments) > 1 else [])]) == 2
         error = capsys.readouterr().err

@@ -96,8 +96,8 @@ def test_the_best_of_interleaved_rounds_counts(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ([], f"no benchmark is named; it must be one of {', '.join(BENCHMARKS)}"),
-        (["speed"], f"speed is not a benchmark; it must be one of {', '.join(BENCHMARKS)}"),
+        ([], f"refiner_ds.benchmark: no subcommand is given; it must be one of {', '.join(BENCHMARKS)}"),
+        (["speed"], f"refiner_ds.benchmark: speed is not a subcommand; it must be one of {', '.join(BENCHMARKS)}"),
         (["model", "--rounds", "0"], "--batch and --rounds must be 1 or more"),
         (["model", "--largest", "9"], "--largest measures the memory of a GPU; leave it out, or give --device cuda"),
         (["model", "--img-size", "100"], "img_size 100x100 is not a multiple of patch_size 16; near are 96 and 112"),
