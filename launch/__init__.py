@@ -11,6 +11,7 @@
     diagnosis.py     which rank failed first  symptoms.py     and of what
     attempts.py      what a job leaves about itself           why.py    in one sentence      cost.py    in GPU-hours
     registry.py      runs submitted from here                 follow.py a log as it grows
+    doctor.py        examines nodes; made of health/
 
 Nothing here knows a tensor: torch is imported by the job, never by the command that submits it.
 """
