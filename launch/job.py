@@ -27,7 +27,7 @@ from typing import NoReturn
 import submitit
 
 from refiner_ds.errors import RefinerError
-from refiner_ds.exit_codes import FINISHED, REFUSED, RUN_AGAIN
+from refiner_ds.exit_codes import CRASHED, FINISHED, REFUSED, RUN_AGAIN
 from refiner_ds.run_folder import RunFolder
 
 from . import slurm
@@ -38,7 +38,6 @@ from .environment import node_faults
 from .snapshot import RUN_FILE, check_code
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
-CRASHED = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

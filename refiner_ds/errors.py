@@ -1,7 +1,7 @@
 """What a user can be refused for, and how a command ends then.
 
 Every refusal carries one sentence that names the file, key or sample and says what would be right. Commands print it
-after ``error:`` and leave with exit code 2 (`report_errors`); nothing else in the package may end that way.
+after ``error:`` and leave with exit code 2, or its own (`report_errors`); nothing else in the package may end that way.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
-from refiner_ds.exit_codes import REFUSED
+from refiner_ds.exit_codes import CRASHED, REFUSED
 
 
 class RefinerError(Exception):
     """A refusal: one sentence for the person at the keyboard, no traceback."""
+
+    exit_code = REFUSED
 
 
 class ConfigError(RefinerError, ValueError):
@@ -26,6 +28,12 @@ class ConfigError(RefinerError, ValueError):
 
 class DataError(RefinerError):
     """A shard set, a shard or a sample is missing, damaged or not what its index says."""
+
+
+class WorkerError(RefinerError):
+    """A loader worker died: nothing was wrong with what was asked for, and another attempt may succeed."""
+
+    exit_code = CRASHED
 
 
 class LaunchError(RefinerError):
@@ -54,7 +62,7 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
         except RefinerError as error:
             if reports_errors():
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            return REFUSED
+            return error.exit_code
 
     return reported
 

@@ -56,6 +56,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from refiner_ds.checkpoint.files import CONFIG, find_checkpoint, read_weights
     from refiner_ds.data.augment import EvalSettings
     from refiner_ds.data.loader import eval_batches
+    from refiner_ds.data.workers import explain_worker_death
     from refiner_ds.run_folder import read_state
     from refiner_ds.training.build import build_model, choose_attention
     from refiner_ds.training.engine import evaluates_in_bf16
@@ -90,7 +91,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         decode=data,
     )
     bf16 = evaluates_in_bf16(run, world)
-    with report_rank_errors(world.rank):
+    with report_rank_errors(world.rank), explain_worker_death():
         accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, bf16)
     if world.is_main:
         _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio)

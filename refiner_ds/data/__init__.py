@@ -16,6 +16,7 @@ score_maps.py     records of top-k class logits at every location of an image
 augment.py        random views of an image, and where they came from
 dataset.py        micro-batches by number
 shared_memory.py  batches from worker processes, through reused buffers
+workers.py        what became of a loader worker that died
 loader.py         batches of this rank, from a position on
 normalise.py      on the device: uint8 pixels to what the model takes
 mixing.py         on the device: mixup and CutMix of images and targets

@@ -27,6 +27,7 @@ from refiner_ds.data.decoding import AS_STORED
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.sampler import EvalSampler, TrainSampler
 from refiner_ds.data.shared_memory import PackingDataset, SharedBuffers, packed_size
+from refiner_ds.data.workers import WorkerWatch, explain_worker_death
 from refiner_ds.errors import DataError
 
 __all__ = ["Batch", "Batches", "MapBatch", "eval_batches", "train_batches"]
@@ -69,10 +70,14 @@ class Batches:
             pin_memory=pinned and not buffers,
             generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
         )
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield buffers.unpack(batch, pinned) if buffers else batch
+        with explain_worker_death():
+            running = iter(batches)
+            watch = WorkerWatch(getattr(running, "_workers", []))
+            for batch in running:
+                watch.look()
+                if isinstance(batch, DataError):
+                    raise batch
+                yield buffers.unpack(batch, pinned) if buffers else batch
 
 
 def _unchanged(batch: Any) -> Any:

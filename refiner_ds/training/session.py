@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import refiner_ds
+from refiner_ds.data.workers import explain_worker_death
 from refiner_ds.errors import LaunchError, report_rank_errors
 from refiner_ds.exit_codes import FINISHED, REFUSED
 from refiner_ds.files import write_atomically
@@ -52,7 +53,7 @@ def run_training(ready: Preparation) -> int:
             with _watched(ready, world) as heartbeat:
                 trainer = Trainer(ready, world, stop, heartbeat)
                 try:
-                    with report_rank_errors(world.rank):
+                    with report_rank_errors(world.rank), explain_worker_death():
                         code = trainer.run()
                 finally:
                     trainer.close()
