@@ -86,6 +86,8 @@ def _turned(image_yx3: np.ndarray, raw: RawSample) -> np.ndarray:
     """An image as its EXIF orientation says."""
     try:
         with pillow_without_limit(), Image.open(io.BytesIO(raw.image)) as image:
+            if image.format == "TIFF":
+                return image_yx3  # Pillow has turned it already
             orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow raises a dozen kinds at EXIF blocks that are damaged; the pixels do not need them
         return image_yx3

@@ -29,7 +29,7 @@ def raw(data: bytes) -> RawSample:
 def stored(image: Image.Image, form: str, orientation: int = 1) -> bytes:
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    image.save(buffer, form, **({"exif": exif} if form in ("JPEG", "PNG", "WEBP") else {}))
+    image.save(buffer, form, **({"exif": exif} if form in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
     return buffer.getvalue()
 
 
@@ -40,7 +40,7 @@ def corners() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_ignored_as_torchvision_does_unless_the_run_file_says_otherwise(
     form: str, orientation: int
