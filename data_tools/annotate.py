@@ -23,6 +23,7 @@ import torch
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
+from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.index import MapFormat, ShardIndex, maps_folder
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.samples import SampleReader
@@ -35,6 +36,7 @@ from .agreement import measure
 from .annotation import Chunk, Settings, Worker, chunks_of
 from .annotators import PACKAGED
 from .console import Progress
+from .inspection import add_max_megapixels
 from .staging import load_progress, parallel_map, publish_set, save_progress, staging_folder
 
 _worker: Worker | None = None
@@ -94,7 +96,7 @@ def annotate_set(index: ShardIndex, out: Path, settings: Settings, processes: in
         raise DataError(f"{index.folder}: holds maps without images; name the set of their images")
     first = Worker(settings, index, 0)
     map_format = first.map_format()
-    options = {key: str(value) for key, value in asdict(settings).items() if key != "checkpoint"}
+    options = {key: str(value) for key, value in asdict(settings).items() if key not in ("checkpoint", "decode")}
     weights, shards = first.annotator.digest(), [shard.sha256 for shard in index.shards]
     partial = out.with_name(out.name + ".partial")
     with staging_folder(partial, {"shards": shards, "beside": beside, "weights": weights, **options}):
@@ -147,6 +149,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--top", type=int, default=5, help="classes kept at a place (default %(default)s)")
     add("--batch", type=int, default=16, help="images at once (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpus else "cpu")
+    add_max_megapixels(parser, "refuse larger images")
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--processes", type=int, default=gpus or os.cpu_count() or 1, help="default: one per GPU, or per core")
     return parser
@@ -156,16 +159,17 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
-    settings = Settings(given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16)
-    if min(given.size, given.top, given.batch, given.processes) < 1:
-        raise DataError("--size, --top, --batch and --processes must be above 0")
+    if min(given.size, given.top, given.batch, given.processes) < 1 or given.max_megapixels <= 0:
+        raise DataError("--size, --top, --batch, --processes and --max-megapixels must be above 0")
     if given.top > MAX_TOP_K:
         raise DataError(f"--top {given.top}: a score map holds at most {MAX_TOP_K} classes a place")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: there is no GPU here; take --device cpu")
+    decode = DecodeKeys(max_megapixels=given.max_megapixels)
+    kind = (given.model, given.checkpoint, given.size, given.top, given.batch, given.device, given.bf16)
     index = open_index(given.set, class_folders=False)
     out = given.beside or maps_folder(index.folder)
-    annotate_set(index, out, settings, given.processes, given.beside is not None)
+    annotate_set(index, out, Settings(*kind, decode), given.processes, given.beside is not None)
     maps = ShardIndex.load(out)
     print(maps.describe())
     agreement = measure(maps)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.augment import resize
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MapFormat, ShardIndex
@@ -43,6 +44,7 @@ class Settings:
     batch: int
     device: str
     bf16: bool
+    decode: DecodeKeys = DecodeKeys()
 
 
 @dataclass(frozen=True)
@@ -138,5 +140,5 @@ class Worker:
 
     def _annotate_samples(self, raws: list[RawSample]) -> list[ScoreMap]:
         side = self.settings.size
-        images = np.stack([resize(decode_image(raw), side, side, "bicubic") for raw in raws])
+        images = np.stack([resize(decode_image(raw, self.settings.decode), side, side, "bicubic") for raw in raws])
         return self.annotate_images(images, [raw.label for raw in raws])

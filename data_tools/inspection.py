@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from refiner_ds.config.schema import DecodeKeys
+from refiner_ds.data.decoding import JPEG_START, ORIENTATION, pillow_without_limit
+
 JPEG_END = b"\xff\xd9"
 EXIF_MARK, EXIF_WITHIN = b"Exif\0\0", 1 << 16  # JPEG keeps it in its first segments
-ORIENTATION = 0x0112  # EXIF's tag
 UNUSUAL_COLOURS = ("Gray", "CMYK", "YCCK")
 DECODED_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "L", "LA", "1", "CMYK", "YCbCr", "HSV")
 EXTENSIONS = {  # by Pillow's names of the formats
@@ -57,6 +57,12 @@ class Inspection:
     error: str = ""
 
 
+def add_max_megapixels(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag for the one limit on an image's pixels, `refiner.data.max_megapixels` in a run file."""
+    limit = DecodeKeys().max_megapixels
+    parser.add_argument("--max-megapixels", type=float, default=limit, help=f"{what} (default {limit:g})")
+
+
 def inspect_image(data: bytes, name: str, decode: bool, max_pixels: int) -> Inspection:
     """Inspect an image file by its bytes.
 
@@ -66,7 +72,7 @@ def inspect_image(data: bytes, name: str, decode: bool, max_pixels: int) -> Insp
         decode: decode the pixels even if the quick inspection finds nothing.
         max_pixels: larger images are an error, whatever their format: a small file may hold pixels without end.
     """
-    if data[:3] == b"\xff\xd8\xff":
+    if data[:3] == JPEG_START:
         found = _inspect_jpeg(data, decode, max_pixels)
     else:
         found = _inspect_with_pillow(data, max_pixels)
@@ -98,7 +104,7 @@ def _inspect_jpeg(data: bytes, decode: bool, max_pixels: int) -> Inspection:
 
 def _orientation_of_jpeg(data: bytes) -> list[str]:
     try:
-        with _without_pillows_limit(), Image.open(io.BytesIO(data)) as image:
+        with pillow_without_limit(), Image.open(io.BytesIO(data)) as image:
             return _orientation(image)
     except Exception:  # Pillow opens less than decodes here
         return []
@@ -118,7 +124,7 @@ def _inspect_with_pillow(data: bytes, max_pixels: int) -> Inspection:
     if HEIC.match(data):
         return Inspection("", error="is HEIC, which is not taken; convert it to JPEG or PNG")
     try:
-        with _without_pillows_limit(), Image.open(io.BytesIO(data)) as image:
+        with pillow_without_limit(), Image.open(io.BytesIO(data)) as image:
             kind = image.format or ""
             if kind not in EXTENSIONS:
                 return Inspection("", error=f"is {kind}, not one of {', '.join(sorted(set(EXTENSIONS.values())))}")
@@ -148,15 +154,3 @@ def _unusual(image: Image.Image, extension: str) -> Inspection:
 
 def _too_large(width: int, height: int, max_pixels: int) -> str:
     return f"{width}×{height} pixels, more than {max_pixels / 1e6:g} megapixels"
-
-
-@contextmanager
-def _without_pillows_limit() -> Iterator[None]:
-    """Lift Pillow's own limit, which is another for every format and release; ours is checked instead."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

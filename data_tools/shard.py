@@ -31,10 +31,10 @@ from . import index_tars
 from .builder import NOTES_NAME, Built, Inspect, Plan, build_set
 from .class_lists import ClassList, read_class_list
 from .image_files import plan_from_files
+from .inspection import add_max_megapixels
 from .labels import read_labelled_files
 from .parquet import is_parquet, plan_from_parquet
 
-MEGAPIXELS = 178.956970  # where Pillow begins to refuse PNG files as decompression bombs
 SHOWN_CLASSES = 5
 
 
@@ -118,7 +118,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--maps", type=Path, help="folder of published score maps, <class>/<image>.pt")
     add("--seed", type=int, default=0, help="of the shuffle (default %(default)s)")
     add("--shard-mb", type=float, default=256, help="size of a tar in MB, about (default %(default)s)")
-    add("--max-megapixels", type=float, default=MEGAPIXELS, help="leave out larger images (default %(default)s)")
+    add_max_megapixels(parser, "leave out larger images")
     add("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
     add("--decode", action="store_true", help="decode every image to find broken pixels; far slower")
     return parser

@@ -23,6 +23,7 @@ import xxhash
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
+from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MEMBERS_NAME, ShardIndex, find_maps, maps_folder
 from refiner_ds.data.locate import open_index
@@ -33,6 +34,7 @@ from refiner_ds.data.tar_format import read_members, split_name
 from refiner_ds.errors import DataError, report_errors
 
 from .console import Progress
+from .inspection import add_max_megapixels
 from .staging import interruptible, parallel_map
 
 
@@ -44,8 +46,8 @@ class ShardReport:
     keys: np.ndarray
 
 
-def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
-    """Compare one tar with the index, byte by byte and sample by sample."""
+def check_shard(index: ShardIndex, number: int, decode: DecodeKeys | None) -> ShardReport:
+    """Compare one tar with the index, byte by byte and sample by sample; decode images unless ``decode`` is None."""
     shard, path = index.shards[number], index.shard_path(number)
     try:
         errors, keys = _check_file(fetch_shard(index, number), shard.sha256)
@@ -63,8 +65,8 @@ def check_shard(index: ShardIndex, number: int, decode: bool) -> ShardReport:
             raw = reader.read(sample)
             if not 0 <= raw.label < len(index.classes):
                 errors.append(f"{raw.location}: label {raw.label}, but there are {len(index.classes)} classes")
-            if decode and not index.is_maps_only:
-                decode_image(raw)
+            if decode is not None and not index.is_maps_only:
+                decode_image(raw, decode)
             if index.has_maps:
                 errors += _map_errors(raw, index)
         except DataError as error:
@@ -102,10 +104,10 @@ def _check_file(path: Path, sha256: str) -> tuple[list[str], list[str]]:
     return errors, keys
 
 
-_checked: tuple[ShardIndex, bool] | None = None  # the set a worker checks, and whether it decodes images
+_checked: tuple[ShardIndex, DecodeKeys | None] | None = None  # the set a worker checks, and whether it decodes images
 
 
-def _init_worker(index: ShardIndex, decode: bool) -> None:
+def _init_worker(index: ShardIndex, decode: DecodeKeys | None) -> None:
     global _checked
     _checked = index, decode
 
@@ -116,7 +118,7 @@ def _check(number: int) -> ShardReport:
     return check_shard(index, number, decode)
 
 
-def check_set(index: ShardIndex, processes: int, decode: bool) -> Iterator[str]:
+def check_set(index: ShardIndex, processes: int, decode: DecodeKeys | None) -> Iterator[str]:
     """Yield every error of a set, one sentence each."""
     members = index.members
     order = np.flatnonzero(np.diff(members["offset"].astype(np.int64)) <= 0) + 1
@@ -150,6 +152,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("set", help="folder of a shard set; or a URL, every shard of which is then fetched")
     parser.add_argument("--cache", type=Path, help="folder for fetched sets (default: as in training)")
     parser.add_argument("--no-decode", action="store_true", help="check bytes only; do not decode images")
+    add_max_megapixels(parser, "larger images are errors")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
     return parser
 
@@ -158,10 +161,13 @@ def _arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _arguments().parse_args(argv)
+    if given.max_megapixels <= 0:
+        raise DataError("--max-megapixels must be above 0")
     index = open_index(given.set, given.cache, check_files=False, class_folders=False)
     errors = 0
+    decode = None if given.no_decode else DecodeKeys(max_megapixels=given.max_megapixels)
     with interruptible():
-        for error in check_set(index, max(1, given.processes), not given.no_decode):
+        for error in check_set(index, max(1, given.processes), decode):
             errors += 1
             print(error)
     print(f"{index.describe()}: {errors or 'no'} error{'s' * (errors != 1)}")

@@ -114,6 +114,8 @@ def test_image_above_the_limit_of_pixels_is_left_out_whatever_its_format(tree: P
     notes = (tmp_path / "out" / NOTES_NAME).read_text().splitlines()
     assert sorted(note.split(":")[1].strip() for note in notes) == ["n01/large.JPEG", "n01/large.PNG"]
     assert all(note.endswith(": 120×100 pixels, more than 0.01 megapixels") for note in notes)
+    assert verify([str(tmp_path / "out"), "--processes", "1", "--max-megapixels", "0.01"]) == 0
+    assert verify([str(tmp_path / "out"), "--processes", "1", "--max-megapixels", "0.0001"]) == 1
 
 
 def test_labels_follow_the_classes_of_another_set(
