@@ -51,9 +51,9 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
     """Refuse what the job itself would refuse when it starts: ``refiner_ds/train.py --ready``, by this clone's code.
 
     That is: code that does not import, a model that does not build, data that is missing, a run folder that cannot be
-    written, holds another run, or a complete one. Packaged sets are made if they are not there. With data on a server
-    it is ``--check``: only the nodes can say whether they reach it. Returns False where nothing that it depends on has
-    changed since it last passed, and it was not asked again.
+    written or has no room, holds another run, or a complete one. Packaged sets are made if they are not there. With
+    data on a server it is ``--check``: only the nodes can say whether they reach it. Returns False where nothing that
+    it depends on has changed since it last passed, and it was not asked again.
     """
     data = allocation.run.refiner.data
     for key, place in (("train", data.train), ("maps", data.maps), ("val", data.val)):

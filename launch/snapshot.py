@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import refiner_ds
 from refiner_ds.config import RunFile
 from refiner_ds.errors import LaunchError
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.versions import ask_git, commit
 
 ROOT = Path(refiner_ds.__file__).resolve().parents[1]  # a clone, or the folder a wheel was installed into
 RUN_FILE, JOB_FILE, MANIFEST = "run.json", "job.json", "manifest.json"
@@ -58,10 +58,8 @@ class Snapshot:
                 shutil.copytree(source, self._new / place, ignore=ignored)
             (self._new / RUN_FILE).write_text(json.dumps(run.resolved(), indent=2) + "\n")
             (self._new / JOB_FILE).write_text(json.dumps(job, indent=2) + "\n")
-            (self._new / "commit").write_text(
-                _git(root, "describe", "--always", "--dirty", "--abbrev=40") or "unknown\n"
-            )
-            (self._new / "uncommitted.patch").write_text(_git(root, "diff", "HEAD"))
+            (self._new / "commit").write_text(commit(root) + "\n")
+            (self._new / "uncommitted.patch").write_text(ask_git(root, "diff", "HEAD"))
             files = [file for file in self._new.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(self._new)): file.stat().st_size for file in sorted(files)}
             (self._new / MANIFEST).write_text(json.dumps(sizes, indent=0))
@@ -109,11 +107,3 @@ def check_code(code: Path) -> None:
         file = code / name
         if not file.is_file() or file.stat().st_size != size:
             raise LaunchError(f"{file}: missing or cut; the snapshot was purged in part: submit again")
-
-
-def _git(root: Path, *words: str) -> str:
-    try:
-        done = subprocess.run(("git", "-C", str(root), *words), capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""

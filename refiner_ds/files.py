@@ -31,6 +31,19 @@ def write_atomically(path: Path, data: str | bytes, *, writer: str = "") -> None
         raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, in one write; begins a new line where the last was cut short."""
+    with open(path, "ab+") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = f"\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in ``folder`` survive a power cut, as fsync of a file does for its bytes."""
     handle = os.open(folder, os.O_RDONLY)

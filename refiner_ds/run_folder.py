@@ -37,12 +37,16 @@ class State:
         samples: samples consumed, padding included.
         epoch: a fraction.
         world_size: processes that wrote the checkpoint.
+        optimizer_steps: steps the optimizer counts, for its bias correction: those that were not skipped.
+        skipped_steps: steps left out because of gradients that were not finite.
     """
 
     step: int
     samples: int
     epoch: float
     world_size: int
+    optimizer_steps: int = 0
+    skipped_steps: int = 0
 
 
 def read_state(checkpoint: Path) -> State:

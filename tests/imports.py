@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
-    "refiner_ds", "refiner_ds.errors", "refiner_ds.exit_codes", "refiner_ds.files", "refiner_ds.run_folder",
-    "refiner_ds.subcommands",
-}  # fmt: skip
+    "refiner_ds",
+    *(f"refiner_ds.{name}" for name in ("errors", "exit_codes", "files", "run_folder", "subcommands", "versions")),
+}
 
 
 def module_files(root: Path = ROOT) -> dict[str, Path]:

@@ -1,34 +1,36 @@
 """What a checkpoint is on disk, for whoever reads one; no process group, no engine.
 
     checkpoints/
-      .writing_step_00001000/          while being written; swept away by the next save
+      .writing_step_00001000/   while being written; swept away by the next save
       step_00001000/
-        deepspeed/                     DeepSpeed's own files: weights, optimizer, one part a rank
-        model.safetensors              fp32 weights and running statistics, whole
-        ema.safetensors                the same of the EMA weights
-        config.json                    the resolved run file
-        state.json                     step, samples, epoch, number of processes
-        complete.json                  size and sha256 of every file above; written last
-    latest                             name of the newest complete one, replaced atomically
+        model.safetensors       fp32 weights and running statistics, whole, under the model's names
+        ema.safetensors         the same of the EMA
+        optimizer.safetensors   AdamW's moments, exp_avg/<name> and exp_avg_sq/<name>, fp32
+        classes.json            names of the classes, in the order of the model's outputs
+        config.json             the resolved run file
+        state.json              step, samples, epoch, number of processes, optimizer's own count of steps
+        complete.json           size and sha256 of every file above; written last
+    latest                      name of the newest complete one, replaced atomically
 
-DeepSpeed writes its own ``latest`` before its last barrier and not atomically; it is not used.
+One form for every number of processes, ZeRO stage and precision. Of a large model each rank writes a part of the names;
+see tensors.py for how the files are then called.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from refiner_ds.checkpoint.tensors import TensorReader
 from refiner_ds.errors import CheckpointError
-from refiner_ds.files import sha256_of, write_atomically
+from refiner_ds.files import sha256_of
 from refiner_ds.run_folder import STATE, RunFolder
 
 CONFIG = "config.json"
+CLASSES = "classes.json"
 MANIFEST = "complete.json"
 
 
@@ -41,11 +43,15 @@ def integrity_errors(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty when it is whole."""
     try:
         listed = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return [f"{folder / MANIFEST}: missing or not JSON: the checkpoint was never finished"]
+        files = {folder / name: (int(size), str(digest)) for name, (size, digest) in listed.items()}
+    except OSError:
+        return [f"{folder / MANIFEST}: missing; the checkpoint was never finished"]
+    except (ValueError, TypeError, AttributeError):
+        return [f"{folder / MANIFEST}: damaged; it does not list the checkpoint's files"]
+    if folder / STATE not in files:
+        return [f"{folder / MANIFEST}: damaged; it does not list {STATE}"]
     wrong = []
-    for name, (size, digest) in listed.items():
-        file = folder / name
+    for file, (size, digest) in files.items():
         if not file.is_file():
             wrong.append(f"{file}: missing")
         elif file.stat().st_size != size:
@@ -67,7 +73,7 @@ def find_checkpoint(place: Path) -> Path:
     Raises:
         CheckpointError: neither, or damaged.
     """
-    if (place / STATE).is_file():
+    if (place / STATE).is_file() or (place / MANIFEST).is_file() and (place / "model.safetensors").is_file():
         folder = place
     elif (named := RunFolder(place).latest_checkpoint()) is not None:
         folder = named
@@ -85,21 +91,25 @@ def read_weights(folder: Path, which: str) -> dict[str, Tensor]:
 
     Args:
         which: "ema" or "model".
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    tensors = TensorReader(folder, which)
+    return {name: tensors[name] for name in tensors.names()}
+
+
+def read_classes(folder: Path) -> list[str]:
+    """Names of the classes a checkpoint was trained on, in the order of the model's outputs."""
+    return list(read_json(folder / CLASSES))
+
+
+def read_json(file: Path) -> Any:
+    """What a checkpoint's JSON file holds.
+
+    Raises:
+        CheckpointError: it is not there or not JSON.
     """
     try:
-        return load_file(folder / f"{which}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}/{which}.safetensors: cannot be read ({error}); give another checkpoint"
-        ) from None
-
-
-def write_manifest(folder: Path) -> None:
-    """Bring every file of a checkpoint to the disk and list it; the checkpoint is complete when this returns."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {}
-    for file in files:
-        with open(file, "rb") as bytes_on_disk:
-            os.fsync(bytes_on_disk.fileno())
-        listed[str(file.relative_to(folder))] = [file.stat().st_size, sha256_of(file)]
-    write_atomically(folder / MANIFEST, json.dumps(listed, indent=2))
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); give another checkpoint") from None

@@ -274,9 +274,15 @@ class RunKeys(Section):
             "name",
             "log_steps",
             "eval_epochs",
-            "checkpoint_epochs",
-            "keep_checkpoints",
             "picture_epochs",
+            "checkpoint_epochs",
+            "checkpoint_steps",
+            "checkpoint_minutes",
+            "checkpoint_split_gib",
+            "keep_checkpoints",
+            "keep_best",
+            "best_metric",
+            "keep_epochs",
             "timeout_minutes",
             "hang_seconds",
         }
@@ -287,8 +293,22 @@ class RunKeys(Section):
     seed: int = Field(42, ge=0, description="seed of everything random")
     log_steps: int = Field(50, gt=0, description="optimizer steps between lines of metrics.jsonl")
     eval_epochs: float = Field(1, gt=0, description="epochs between evaluations; the end is always evaluated")
-    checkpoint_epochs: float = Field(1, gt=0, description="epochs between checkpoints; the end is always saved")
+    checkpoint_epochs: float | None = Field(
+        1, gt=0, description="epochs between checkpoints; null: epochs do not matter; the end is always saved"
+    )
+    checkpoint_steps: int | None = Field(None, gt=0, description="optimizer steps between checkpoints, as well")
+    checkpoint_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, as well")
+    checkpoint_split_gib: float = Field(
+        8, gt=0, description="size of a checkpoint, GiB, above which each rank writes a part of it"
+    )
     keep_checkpoints: int = Field(3, gt=0, description="number of newest checkpoints kept")
+    keep_best: int = Field(1, ge=0, description="number of best checkpoints kept besides, by best_metric")
+    best_metric: Literal["ema/top1", "ema/top5", "ema/loss", "model/top1", "model/top5", "model/loss"] = Field(
+        "ema/top1", description="weights and metric that decide which checkpoints are best, among those evaluated"
+    )
+    keep_epochs: float | None = Field(
+        None, gt=0, description="epochs between checkpoints that are kept for good; null: none are"
+    )
     picture_epochs: float = Field(10, gt=0, description="epochs between attention maps in TensorBoard")
     timeout_minutes: float = Field(
         30, gt=0, description="minutes that a collective, a save or the first step may take before it is an error"

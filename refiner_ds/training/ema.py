@@ -70,10 +70,12 @@ class ModelEma:
             weights = self._engine.full_weights()
         return {**weights, **{name: buffer.cpu().clone() for name, buffer in self._buffers.items()}}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what ``state_dict`` gave, on any number of processes. Every rank must call it."""
-        with self._in_place_of_masters():
-            self._engine.set_full_weights(state)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(state[name])
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's part of the EMA, in the form of the engine's masters, live."""
+        return self._weights
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """EMA of the model's buffers by name, live."""
+        return self._buffers

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-from torch import Tensor, nn
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
 
 from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.models import RefinedViT
+from refiner_ds.training.fragments import Fragment, find_fragments
 from refiner_ds.training.parameter_groups import parameter_groups
 from refiner_ds.training.world import World
 
@@ -56,8 +58,11 @@ def build_optimizer(run: RunFile, model: RefinedViT) -> torch.optim.Optimizer:
 class Engine:
     """A DeepSpeed engine around a model.
 
-    The fp32 weights an optimizer owns lie in another place at every ZeRO stage; ``masters`` yields this rank's part of
-    them wherever they are, ``full_weights`` and ``set_full_weights`` see them whole, under the model's names.
+    The fp32 weights an optimizer owns lie in another place at every ZeRO stage: ``masters`` are this rank's part of
+    them wherever they are, ``fragments`` says which part of which parameter that is.
+
+    Attributes:
+        frozen: weights that are not trained, by name: whole, fp32, on the CPU.
     """
 
     def __init__(self, run: RunFile, model: RefinedViT, batch: BatchPlan, world: World) -> None:
@@ -66,13 +71,20 @@ class Engine:
         config = deepspeed_config(run, batch, self.bf16)
         if run.keys.activation_checkpointing is not None:
             deepspeed.checkpointing.configure(mpu_=None, deepspeed_config=config)
+        # fp32 also where the model is bf16: weights that never change are never rounded.
+        self.frozen = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
         self.module = model.to(world.device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.module, optimizer=build_optimizer(run, self.module), config=config
-        )
+        optimizer = build_optimizer(run, self.module)
+        for group in optimizer.param_groups:
+            # In bf16 at stage 0, DeepSpeed takes a step to make the optimizer's states: it must not decay the weights,
+            # nor be counted. `set_lr` comes before every real step.
+            group["lr"] = 0.0
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        self._rank = world.rank
         self._stage = run.keys.zero_optimization.stage
         self._clips = run.keys.gradient_clipping
         self._grad_norm: Tensor | float | None = None
+        self.restore_counts(0, 0, 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward through DeepSpeed."""
@@ -111,40 +123,89 @@ class Engine:
 
     def masters(self) -> list[Tensor]:
         """The fp32 weights this rank's optimizer updates: whole, flat or partitioned, by ZeRO stage."""
-        if self._stage == 3:
-            return [tensor.data for tensor in self.optimizer.fp32_partitioned_groups_flat]
-        base = getattr(self.optimizer, "optimizer", self.optimizer)
-        return [tensor.data for group in base.param_groups for tensor in group["params"]]
+        return [tensor.data for tensor in self._masters()]
 
-    def _named_masters(self) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
-        """Names and parameters; the third is the whole master where no partition has to be gathered (stage 0)."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        if self._stage > 0:
-            trained = ((name, one, None) for name, one in self.module.named_parameters() if one.requires_grad)
-            yield from trained
-            return
-        wrapped = getattr(self.optimizer, "fp16_groups", None)
-        groups = wrapped or [group["params"] for group in self.optimizer.param_groups]
-        parameters = [parameter for group in groups for parameter in group]
-        for parameter, master in zip(parameters, self.masters(), strict=True):
-            yield names[id(parameter)], parameter, master
+    def _masters(self) -> list[Tensor]:
+        if self._stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self._base.param_groups for tensor in group["params"]]
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        """torch's optimizer, which DeepSpeed wraps at most stages."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def moments(self, key: str) -> list[Tensor]:
+        """AdamW's moments in the form of the masters, live; zeros before the first step.
+
+        Args:
+            key: "exp_avg" or "exp_avg_sq".
+        """
+        return [self._moments_of(master)[key] for master in self._masters()]
+
+    def _moments_of(self, master: Tensor) -> dict[str, Any]:
+        state = self._base.state[master]
+        if "exp_avg" not in state:
+            zero: Any = 0 if isinstance(self._base, deepspeed.ops.adam.DeepSpeedCPUAdam) else torch.zeros(())
+            state.update(step=zero, exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+        return state
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps AdamW has counted, for its bias correction: those that were not skipped."""
+        return int(self._moments_of(self._masters()[0])["step"])
+
+    def restore_counts(self, step: int, optimizer_steps: int, skipped_steps: int) -> None:
+        """Put DeepSpeed's and AdamW's counts where they were after ``step`` optimizer steps."""
+        for master in self._masters():
+            state = self._moments_of(master)
+            count = state["step"]
+            state["step"] = torch.full_like(count, optimizer_steps) if torch.is_tensor(count) else optimizer_steps
+        self.engine.global_steps, self.engine.skipped_steps = step, skipped_steps
+        self.engine.global_samples = step * self.batch.global_batch
+        self.engine.micro_steps = step * self.batch.accumulation
+
+    @cached_property
+    def fragments(self) -> list[Fragment]:
+        """Where this rank's part of every parameter lies in the masters."""
+        return find_fragments(self.optimizer, self._masters(), dict(self.module.named_parameters()), self._rank)
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Whole shapes of the parameters by name, frozen ones included."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self.module.named_parameters()}
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank has whole masters."""
+        return self._stage == 0 and not any(hasattr(p, "_hp_mapping") for p in self.module.parameters())
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every fp32 weight, whole, on the CPU. Every rank must call it."""
-        frozen = ((name, one) for name, one in self.module.named_parameters() if not one.requires_grad)
-        weights = {name: one.detach().float().cpu().clone() for name, one in frozen}
-        for name, parameter, master in self._named_masters():
-            full = safe_get_full_fp32_param(parameter) if master is None else master
-            weights[name] = full.detach().float().cpu().clone()
-        return {name: weights[name] for name, _ in self.module.named_parameters()}
+        trained = dict(self.frozen)
+        if self.replicated:
+            masters = self.masters()
+            for fragment in self.fragments:
+                whole = fragment.of(masters).detach().float().cpu().clone()
+                trained[fragment.name] = whole.view(self.shapes[fragment.name])
+        else:
+            for name, parameter in self.module.named_parameters():
+                if name not in trained:
+                    trained[name] = safe_get_full_fp32_param(parameter).detach().float().cpu().clone()
+        return {name: trained[name] for name in self.shapes}
 
-    def set_full_weights(self, weights: dict[str, Tensor]) -> None:
-        """Write whole fp32 weights into the masters (not into the parameters forward uses). Every rank must call it."""
-        for name, parameter, master in self._named_masters():
-            if master is None:
-                safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
-            else:
-                master.copy_(weights[name])
+    @torch.no_grad()
+    def load_parameters(self, weights: Callable[[str], Tensor]) -> None:
+        """Write whole weights into the parameters that forward uses, in their own precision. Every rank must call it.
+
+        Args:
+            weights: a whole fp32 weight by name.
+        """
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+                if self._stage < 3 or self._rank == 0:
+                    parameter.data.copy_(weights(name))
+        self.frozen = {name: weights(name).clone() for name in self.frozen}
 
     def statistics(self) -> dict[str, Tensor]:
         """The model's buffers that training changes (running statistics), by name; on the device, live."""

@@ -12,13 +12,18 @@ from refiner_ds.training.world import World
 
 
 class Interval:
-    """Sums over the optimizer steps since the last metric line."""
+    """Sums over the optimizer steps since the last metric line.
+
+    Attributes:
+        checkpoint_seconds: that saving has held training up.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
         self._losses: dict[str, Tensor] = {}
         self._seconds = self._waited = 0.0
         self._bad = 0
+        self.checkpoint_seconds = 0.0
 
     def add(self, outcome: Outcome) -> None:
         """Count a step."""
@@ -41,6 +46,7 @@ class Interval:
             "images_per_second": self.steps * global_batch / self._seconds,
             "step_seconds": self._seconds / self.steps,
             "data_wait_seconds": self._waited / self.steps,
+            "checkpoint_seconds": self.checkpoint_seconds,
             "bad_samples": bad,
         }
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from refiner_ds.checkpoint.files import skipped
+from refiner_ds.checkpoint.retention import Retention
 from refiner_ds.data.batch import Batch
 from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
 from refiner_ds.files import write_atomically
@@ -21,19 +23,23 @@ from refiner_ds.models import RefinedViT
 from refiner_ds.run_folder import RunFolder, State
 from refiner_ds.training.batches import train_batches_of
 from refiner_ds.training.build import build_model, set_recompute
-from refiner_ds.training.checkpoints import Checkpoints
+from refiner_ds.training.checkpoints import Checkpoints, Contents, Outcome
 from refiner_ds.training.console import Console
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.initial_weights import initial_weights, starts_fresh
 from refiner_ds.training.inputs import derived_seed
+from refiner_ds.training.intervals import Alarm, SaveTimes, falls_into
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.progress import Progress
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.step import OptimizerStep
 from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
+
+# What any rank may ask of all of them in a step.
+STOP, SAVE, GIVE_UP = "stop", "save", "give up"
 
 
 class Trainer:
@@ -57,8 +63,19 @@ class Trainer:
         set_recompute(run, model)
         self.engine = Engine(run, model, ready.batch, world)
         self.ema = ModelEma(self.engine, keys.recipe.ema_decay, keys.recipe.ema_warmup)
-        self.take_step = OptimizerStep(ready, world, self.engine, self.ema, stop, heartbeat)
-        self.checkpoints = Checkpoints(self.folder, keys.run.keep_checkpoints, world)
+        retention = Retention(keys.run.keep_checkpoints, keys.run.keep_best, keys.run.best_metric, keys.run.keep_epochs)
+        split = keys.run.checkpoint_split_gib * 2**30
+        self.checkpoints = Checkpoints(self.folder, retention, self.engine, self.ema, world, split)
+        self.save_times = SaveTimes(
+            keys.run.checkpoint_epochs, keys.run.checkpoint_steps, ready.schedule.steps_an_epoch
+        )
+        self.save_alarm = Alarm(keys.run.checkpoint_minutes)
+        requests: dict[str, Callable[[], object]] = {
+            STOP: lambda: bool(stop),
+            SAVE: lambda: world.is_main and self.save_alarm.rings(),
+            GIVE_UP: lambda: self.checkpoints.not_finite,
+        }
+        self.take_step = OptimizerStep(ready, world, self.engine, self.ema, requests, heartbeat)
         self.step = self._resume()
         self.progress = Progress(ready, world, self.engine, self.console, self.step)
         self.validation = Validation(ready, world, self.engine, self.ema, self.progress.metrics, self.console)
@@ -74,7 +91,7 @@ class Trainer:
         newest = self.checkpoints.newest()
         if newest is None:
             return 0
-        state = self.checkpoints.load(newest, self.engine, self.ema)
+        state = self.checkpoints.load(newest)
         for error in skipped(self.folder, newest) if self.world.is_main else []:
             self.console.say(f"skipped: {error}")
         self.console.say(f"resuming from {newest} (step {state.step}, epoch {state.epoch:.2f})")
@@ -83,32 +100,35 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit code."""
         keys, total = self.ready.run.refiner.run, self.ready.schedule.total_steps
+        if self._evaluation_is_missing():
+            self.validation.evaluate(self.step)
         batches = self._batches()
         while self.step < total:
             outcome = self.take_step(self.step, batches)
             self.step += 1
             self.stop.something_to_save()
-            last = self.step == total
+            last, stopping = self.step == total, STOP in outcome.requests
             self.progress.after(self.step, outcome)
             # At once, not with the next numbers: what is saved from here on is lost, and pushes the good states out.
             if not math.isfinite(outcome.losses["loss"]):
                 return self._diverged(f"the loss is {outcome.losses['loss']}")
-            if last or self._due(keys.eval_epochs):
+            if GIVE_UP in outcome.requests:
+                return self._diverged("weights are no longer finite")
+            self._report(self.checkpoints.outcome())
+            # Before the evaluation, which takes its time: a signal in it costs nothing then.
+            if last or stopping or SAVE in outcome.requests or self.save_times.due(self.step):
+                self.heartbeat.beat(self.step, "saving", patient=True)
+                self._save()
+            if stopping and not last:
+                return self._stop()
+            if self._evaluation_is_due():
                 self.heartbeat.beat(self.step, "evaluating", patient=True)
                 self.validation.evaluate(self.step)
             if last or self._due(keys.picture_epochs):
                 self.heartbeat.beat(self.step, "drawing", patient=True)
                 self.validation.picture(self.step)
-            if last or outcome.stopping or self._due(keys.checkpoint_epochs):
-                self.heartbeat.beat(self.step, "saving", patient=True)
-                if not self._save():
-                    return self._diverged("weights are no longer finite")
-            if outcome.stopping and not last:
-                self.console.done()
-                self.console.say(f"asked to stop: saved step {self.step}; the same command continues")
-                return RUN_AGAIN
-        self._finish()
-        return FINISHED
+        self.heartbeat.beat(self.step, "saving", patient=True)
+        return self._finish()
 
     def close(self) -> None:
         """Flush what is open; to be called however `run` ended."""
@@ -119,17 +139,60 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         return train_batches_of(self.ready, self.world, self.step)
 
-    def _due(self, epochs: float) -> bool:
-        """Whether a multiple of so many epochs, perhaps a fraction, falls into the step just taken."""
-        every = epochs * self.ready.schedule.steps_an_epoch
-        return math.floor(self.step / every) > math.floor((self.step - 1) / every)
+    # -- when ----------------------------------------------------------------------------------------------------------
 
-    def _save(self) -> bool:
-        samples = self.step * self.ready.batch.global_batch
-        state = State(self.step, samples, self.ready.schedule.epoch(samples), self.world.size)
-        return self.checkpoints.save(self.engine, self.ema, state, self.ready.run.resolved()) is not None
+    def _due(self, epochs: float) -> bool:
+        return falls_into(self.step, epochs * self.ready.schedule.steps_an_epoch)
+
+    def _evaluation_is_due(self) -> bool:
+        return self.step == self.ready.schedule.total_steps or self._due(self.ready.run.refiner.run.eval_epochs)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the state that was resumed should have been evaluated, and the process before did not come to it."""
+        if self.step == self.ready.schedule.total_steps:
+            return True  # what a run has reached at its end is known to the process that evaluates it
+        done = any(self.step in values for values in self.progress.metrics.evaluations.values())
+        return self.step > 0 and self._evaluation_is_due() and not self.world.broadcast(done)
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Begin to save the state as it is, beside what comes next."""
+        began = time.perf_counter()
+        self._report(self.checkpoints.outcome(wait=True))  # never two at once
+        samples, keys = self.step * self.ready.batch.global_batch, self.ready.run.refiner.run
+        state = State(
+            self.step,
+            samples,
+            self.ready.schedule.epoch(samples),
+            self.world.size,
+            self.engine.optimizer_steps,
+            self.engine.skipped_steps,
+        )
+        values = self.progress.metrics.evaluations.get(keys.best_metric, {})
+        self.checkpoints.begin(Contents(state, self.ready.run.resolved(), list(self.ready.train.classes), dict(values)))
+        self.save_alarm.reset()
+        self.progress.stalled(time.perf_counter() - began)
+
+    def _report(self, outcome: Outcome | None) -> None:
+        if outcome is not None and outcome.failure:
+            self.console.say(f"not saved: step {outcome.step}: {outcome.failure}; training goes on and will try again")
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> int:
+        outcome = self.checkpoints.outcome(wait=True)
+        self.console.done()
+        if outcome is not None and not outcome.finite:
+            return self._diverged("weights are no longer finite")
+        if outcome is not None and outcome.failure:
+            self.console.say(f"asked to stop: step {self.step} could not be saved: {outcome.failure}")
+        else:
+            self.console.say(f"asked to stop: saved step {self.step}; the same command continues")
+        return RUN_AGAIN
 
     def _diverged(self, why: str) -> int:
+        self.checkpoints.outcome(wait=True)
         numbers, good = self.progress.write(self.step), self.folder.latest_checkpoint()
         shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in numbers if name.startswith("loss_"))
         self.console.done()
@@ -146,10 +209,17 @@ class Trainer:
             return f"lower refiner.recipe.lr, or gradient_clipping, which is {clips:g}"
         return "lower refiner.recipe.lr or set gradient_clipping"
 
-    def _finish(self) -> None:
+    def _finish(self) -> int:
+        outcome = self.checkpoints.outcome(wait=True)
+        self.console.done()
+        if outcome is not None and not outcome.finite:
+            return self._diverged("weights are no longer finite")
+        if outcome is not None and outcome.failure:
+            self.console.say(f"the last step could not be saved: {outcome.failure}; free some and run it again")
+            return RUN_AGAIN
         summary: dict[str, Any] = {"step": self.step, "samples": self.step * self.ready.batch.global_batch}
         for which, accuracy in self.validation.last.items():
             summary[which] = {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
         if self.world.is_main:
             write_atomically(self.folder.complete, json.dumps(summary, indent=2))
-        self.console.done()
+        return FINISHED

@@ -6,24 +6,22 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from refiner_ds.checkpoint.writing import checkpoint_bytes
 from refiner_ds.config import BatchPlan, RunFile
-from refiner_ds.config.sections import fixed_keys
 from refiner_ds.data.classes import match_classes
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.locate import open_index
-from refiner_ds.errors import CheckpointError, ConfigError, DataError
-from refiner_ds.run_folder import STATE, RunFolder, read_state
+from refiner_ds.errors import ConfigError, DataError
+from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import build_model
 from refiner_ds.training.data_identity import refuse_other_data
 from refiner_ds.training.initial_weights import initial_weights, starts_fresh
+from refiner_ds.training.resuming import refuse_another_run, refuse_full_disk, refuse_unfit_checkpoint
 from refiner_ds.training.schedule import Schedule
 from refiner_ds.training.world import World
-
-ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,14 @@ class Preparation:
         """What to tell a person whose run is complete already; None where there is something left to train."""
         try:
             summary = json.loads(RunFolder(self.run.folder).complete.read_text())
-        except (OSError, ValueError):
+            step = int(summary["step"])
+            reached = f", top-1 {summary['ema']['top1']:.2f} % (EMA weights)" if "ema" in summary else ""
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # a damaged one is written again: the run resumes where its newest checkpoint is
+        if step < self.schedule.total_steps:
             return None
-        if summary["step"] < self.schedule.total_steps:
-            return None
-        reached = f", top-1 {summary['ema']['top1']:.2f} % (EMA weights)" if "ema" in summary else ""
         return (
-            f"{self.run.folder} is complete: {summary['step']} steps{reached}; begin another with"
+            f"{self.run.folder} is complete: {step} steps{reached}; begin another with"
             " --set refiner.run.name=NAME, or train this one further with a larger refiner.recipe.epochs"
         )
 
@@ -72,7 +71,7 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     """Check a run file against this machine, its data and its run folder.
 
     Raises:
-        ConfigError, DataError: one sentence; nothing has been written.
+        ConfigError, DataError, CheckpointError: one sentence; nothing has been written.
     """
     batch = run.batch(world_size)
     with torch.device("meta"):
@@ -90,7 +89,10 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
             model = build_model(run, ready.num_classes)
         initial_weights(run, model, train.classes)
     if ready.finished() is None:
-        refuse_another_world(run.folder, world_size)
+        with torch.device("meta"):
+            shapes = {name: one.shape for name, one in build_model(run, ready.num_classes).state_dict().items()}
+        refuse_unfit_checkpoint(RunFolder(run.folder), shapes, list(train.classes))
+        refuse_full_disk(RunFolder(run.folder), checkpoint_bytes(shapes.values()))
     return ready
 
 
@@ -156,40 +158,3 @@ def refuse_unwritable(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: cannot be written ({standing}: {why}); set refiner.run.output to a folder that can"
         ) from None
-
-
-def refuse_another_world(folder: Path, world_size: int) -> None:
-    """Raise CheckpointError where a run folder's latest checkpoint was written by another number of processes."""
-    checkpoint = RunFolder(folder).latest_checkpoint()
-    if checkpoint is None or not (checkpoint / STATE).is_file():
-        return
-    written = read_state(checkpoint).world_size
-    if written != world_size:
-        raise CheckpointError(
-            f"{checkpoint}: was written by {written} processes and this run has {world_size}; start it with {written}"
-        )
-
-
-def refuse_another_run(run: RunFile) -> None:
-    """Raise ConfigError where the run folder holds a run that this run file would not continue."""
-    file = RunFolder(run.folder).config
-    if not file.is_file():
-        return
-    try:
-        before = json.loads(file.read_text())
-    except ValueError:
-        raise ConfigError(f"{file}: is not JSON; delete the run folder or choose another refiner.run.name") from None
-    now = run.resolved()
-    for key in fixed_keys():
-        old, new = _at(before, key), _at(now, key)
-        if old is not ABSENT and old != new:  # absent: the key is younger than the run
-            raise ConfigError(
-                f"{run.folder}: holds a run with {key} {json.dumps(old)}, not {json.dumps(new)};"
-                " choose another refiner.run.name to begin a new one"
-            )
-
-
-def _at(keys: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        keys = keys.get(key, ABSENT) if isinstance(keys, dict) else ABSENT
-    return keys

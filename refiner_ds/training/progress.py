@@ -40,6 +40,10 @@ class Progress:
         if self._numbers:
             self._console.progress(step, step - self._began_at, self._fields(step), logged)
 
+    def stalled(self, seconds: float) -> None:
+        """Count that training has waited for a checkpoint; it shows in the next line."""
+        self._interval.checkpoint_seconds += seconds
+
     def write(self, step: int) -> dict[str, Any]:
         """Write the numbers of the interval that ends with ``step``; returns the last that were written."""
         if self._interval.steps:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import refiner_ds
 from refiner_ds.data.workers import explain_worker_death
@@ -21,11 +22,13 @@ from refiner_ds.training.console import Console, log
 from refiner_ds.training.data_identity import record_data
 from refiner_ds.training.flight_recorder import last_collective
 from refiner_ds.training.heartbeat import Heartbeat
+from refiner_ds.training.history import record_start
 from refiner_ds.training.logs import write_logs
 from refiner_ds.training.loop import Trainer
 from refiner_ds.training.output import lasting_output
 from refiner_ds.training.parent import follow_launchers
 from refiner_ds.training.preparation import Preparation, refuse_missing_files
+from refiner_ds.training.resuming import config_before
 from refiner_ds.training.run_lock import RunLock
 from refiner_ds.training.signals import before_leaving, leave_at_once, stop_flag
 from refiner_ds.training.watchdog import Watchdog, prepare_heartbeats
@@ -50,8 +53,10 @@ def run_training(ready: Preparation) -> int:
             write_logs(folder, world.rank)
             log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
             _print_header(ready, world)
+            before = config_before(folder)
             with _watched(ready, world) as heartbeat:
                 trainer = Trainer(ready, world, stop, heartbeat)
+                _record_start(ready, world, trainer, before)
                 try:
                     with report_rank_errors(world.rank), explain_worker_death():
                         code = trainer.run()
@@ -125,10 +130,16 @@ def _print_header(ready: Preparation, world: World) -> None:
     if ready.val_note:
         console.say(f"validation set: {ready.val_note}")
     console.say(f"run folder {ready.run.folder}")
+
+
+def _record_start(ready: Preparation, world: World, trainer: Trainer, before: dict[str, Any] | None) -> None:
+    """Write down the run file and this start, now that whatever is resumed has been."""
+    changed = record_start(ready.run, world, trainer.step, trainer.engine.bf16, before)
+    for key, (old, new) in changed.items():
+        trainer.console.say(f"changed: {key} from {json.dumps(old)} to {json.dumps(new)}")
     if world.is_main:
         record_data(ready.run, ready.train, ready.maps)
         write_atomically(RunFolder(ready.run.folder).config, json.dumps(ready.run.resolved(), indent=2) + "\n")
-    world.barrier()
 
 
 def _print_summary(ready: Preparation) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.inputs import InputMaker, derived_seed
 from refiner_ds.training.losses import Losses, class_loss, token_label_loss
 from refiner_ds.training.preparation import Preparation
-from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.world import World
 
 
@@ -26,14 +25,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         losses: ``loss`` and its parts as they are logged, fp32; means over accumulation and ranks, equal on all ranks.
-        stopping: whether any rank was asked to stop, equal on all ranks.
+        requests: what any rank asked for in this step, equal on all ranks.
         seconds: this rank's step, the device's part included.
         data_wait_seconds: of these, waiting for the loader.
         bad_samples: damaged samples this rank skipped.
     """
 
     losses: dict[str, float]
-    stopping: bool
+    requests: frozenset[str]
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
     bad_samples: int = 0
@@ -44,12 +43,21 @@ class OptimizerStep:
 
     Everything random in a step is a function of (seed, step, micro-batch, rank), so that a run stopped anywhere and
     started again takes the same course.
+
+    Args:
+        requests: by name, whether this rank asks for something of all ranks: asked once a step.
     """
 
     def __init__(
-        self, ready: Preparation, world: World, engine: Engine, ema: ModelEma, stop: StopFlag, heartbeat: Heartbeat
+        self,
+        ready: Preparation,
+        world: World,
+        engine: Engine,
+        ema: ModelEma,
+        requests: dict[str, Callable[[], object]],
+        heartbeat: Heartbeat,
     ) -> None:
-        self._ready, self._world, self._stop, self._heartbeat = ready, world, stop, heartbeat
+        self._ready, self._world, self._requests, self._heartbeat = ready, world, requests, heartbeat
         self._keys, self._batch = ready.run.refiner, ready.batch
         self._engine, self._ema = engine, ema
         self._exchange = StepExchange(engine.statistics(), world)
@@ -82,13 +90,14 @@ class OptimizerStep:
             self._heartbeat.beat(step + 1, "backward")
             self._engine.backward_and_step(losses.total)
         self._heartbeat.beat(step + 1, "end of the step")
-        stop = torch.tensor(float(bool(self._stop)), device=self._world.device)
-        means = self._exchange.mean(torch.stack([*sums.values(), stop]))
+        asked = torch.tensor([float(bool(asks())) for asks in self._requests.values()], device=self._world.device)
+        means = self._exchange.mean(torch.cat([torch.stack(list(sums.values())), asked]))
         if self._engine.stepped:
             self._ema.update(step)
-        *values, stopping = means.tolist()  # waits for the device: only now the step has taken its time
+        values = means.tolist()  # waits for the device: only now the step has taken its time
         seconds = time.perf_counter() - began
-        return Outcome(dict(zip(sums, values, strict=True)), stopping > 0, seconds, waited, bad)
+        granted = frozenset(name for name, share in zip(self._requests, values[len(sums) :], strict=True) if share > 0)
+        return Outcome(dict(zip(sums, values, strict=False)), granted, seconds, waited, bad)
 
     def _forward(self, batch: Batch, seed: int, epoch: float) -> Losses:
         recipe = self._keys.recipe

@@ -46,6 +46,12 @@ class World:
         dist.all_gather_object(gathered, value)
         return next((one for one in gathered if one is not None), None)
 
+    def gather(self, value: T) -> list[T]:
+        """Every process's ``value``, in the order of ranks, on every process."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over processes, in place."""
         dist.all_reduce(values)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from refiner_ds.checkpoint.files import integrity_errors
+from refiner_ds.checkpoint.files import integrity_errors, read_classes
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.metrics import read_metrics
@@ -87,11 +87,13 @@ def test_the_run_folder_is_as_designed(quickstart: Quickstart) -> None:
     assert config["refiner"]["recipe"]["lr"] == 3e-3 and config["zero_optimization"] == {"stage": 1}
     newest = RunFolder(folder).latest_checkpoint()
     assert not integrity_errors(newest)
-    assert len(list((folder / "checkpoints").iterdir())) == config["refiner"]["run"]["keep_checkpoints"]
+    run_keys = config["refiner"]["run"]
+    assert 0 <= len(list((folder / "checkpoints").iterdir())) - run_keys["keep_checkpoints"] <= run_keys["keep_best"]
+    assert read_classes(newest) == [str(digit) for digit in range(10)]
     keys = {"kind", "step", "epoch", "samples", "time", "loss", "loss_cls", "loss_patch", "lr", "grad_norm"}
     keys |= {"images_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "mfu", "skipped_steps"}
     for line in read_metrics(folder, "train"):
-        assert set(line) == keys | {"bad_samples"}
+        assert set(line) == keys | {"bad_samples", "checkpoint_seconds"}
         assert line["samples"] == 48 * line["step"] and line["grad_norm"] > 0
 
 

@@ -41,5 +41,5 @@ def test_averages_are_fp32_averages_of_weights_and_statistics(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", range(4))
-def test_averages_come_back_to_the_bit(found: dict[str, list[float]], stage: int, precision: str) -> None:
+def test_reading_averages_leaves_weights_alone(found: dict[str, list[float]], stage: int, precision: str) -> None:
     assert found[f"{stage} {precision}"][6] == 0

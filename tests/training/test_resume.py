@@ -104,18 +104,39 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_continues(who
     assert not list((run / "checkpoints").glob(".writing_*"))
 
 
-def test_another_number_of_processes_is_refused_in_one_sentence(whole: Path, tmp_path: Path) -> None:
-    subprocess.run(["cp", "-r", str(whole), str(tmp_path)], check=True)
-    (tmp_path / "quickstart" / "complete.json").unlink()
-    done = torchrun(TRAIN, *arguments(tmp_path), processes=1)
-    assert re.search(
-        r"error: .*step_00000030: was written by 2 processes and this run has 1; start it with 2", done.stderr
-    )
+def test_another_number_of_processes_draws_the_same_samples_and_views(tmp_path: Path) -> None:
+    """2, then 1, then 3 processes against 2 undisturbed: what every step is made of, its schedule, and the record."""
+    keys = {"refiner.recipe.epochs": 0.6, "refiner.run.checkpoint_epochs": 1, "refiner.data.val": None}
+    for name, starts in (("straight", [(2, 0)]), ("changed", [(2, 6), (1, 12), (3, 0)])):
+        for processes, stop_before in starts:
+            command = [Path(__file__).with_name("keys_script.py"), tmp_path / f"{name}.log", str(stop_before)]
+            more = arguments(tmp_path, **keys, **{"refiner.run.name": name})
+            done = torchrun(*command, *more, processes=processes)
+            assert done.returncode == 0 or stop_before, done.stdout[-2000:] + done.stderr[-3000:]
+    straight, changed = (made_of(tmp_path, name) for name in ("straight", "changed"))
+    assert sorted(straight) == list(range(18)) and changed == straight
+    lrs = [
+        [(line["step"], line["lr"]) for line in read_metrics(tmp_path / name, "train")]
+        for name in ("straight", "changed")
+    ]
+    assert lrs[0] == lrs[1]
+    history = [json.loads(line) for line in (tmp_path / "changed" / "history.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["world_size"]) for line in history] == [(0, 2), (7, 1), (13, 3)]
+    assert [len(line["processes"]) for line in history] == [2, 1, 3] and not any(line["changed"] for line in history)
+
+
+def made_of(folder: Path, name: str) -> dict[int, list[tuple[int, int]]]:
+    """Samples and checksums of their views by step, in the order of samples, over all ranks."""
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for file in folder.glob(f"{name}.log.*"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(zip(line["samples"], line["views"], strict=True))
+    return {step: sorted(found) for step, found in steps.items()}
 
 
 def spoil(checkpoint: Path, damage: str) -> None:
     assert not integrity_errors(checkpoint)
-    part = next((checkpoint / "deepspeed").glob("*optim_states.pt"))
+    part = checkpoint / "optimizer.safetensors"
     if damage == "cut":
         part.write_bytes(part.read_bytes()[:-1])
     elif damage == "flip":

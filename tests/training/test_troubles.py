@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,23 +13,27 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from refiner_ds.checkpoint.files import MANIFEST, integrity_errors
+from refiner_ds.checkpoint.files import MANIFEST, integrity_errors, skipped
+from refiner_ds.checkpoint.retention import Retention
 from refiner_ds.config import load
 from refiner_ds.data.locate import open_index
 from refiner_ds.errors import CheckpointError, DataError
-from refiner_ds.exit_codes import DIVERGED, FINISHED
+from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
 from refiner_ds.run_folder import RunFolder, State
 from refiner_ds.training import session, validation
 from refiner_ds.training.build import build_model
-from refiner_ds.training.checkpoints import Checkpoints
+from refiner_ds.training.checkpoints import Checkpoints, Contents, Outcome
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import evaluates_in_bf16
+from refiner_ds.training.fragments import Fragment
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.interval import Interval
-from refiner_ds.training.loop import Trainer
+from refiner_ds.training.intervals import Alarm, SaveTimes
+from refiner_ds.training.loop import GIVE_UP, SAVE, STOP, Trainer
 from refiner_ds.training.losses import Losses
 from refiner_ds.training.signals import StopFlag
-from refiner_ds.training.step import OptimizerStep, Outcome
+from refiner_ds.training.step import OptimizerStep
+from refiner_ds.training.step import Outcome as StepOutcome
 from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
 
@@ -54,16 +57,32 @@ ALONE = Alone(0, 1, 0, torch.device("cpu"))
 class Course(Trainer):
     """The course of a run whose steps are given: their losses. Notes what it does."""
 
-    def __init__(self, losses: list[float], *overrides: str, finite: bool = True) -> None:
-        run = load(None, ["refiner.run.log_steps=4", "refiner.run.checkpoint_epochs=0.5", *overrides])
+    def __init__(self, losses: list[float], *overrides: str, bad_from: int = 99) -> None:
+        run = load(None, ["refiner.run.eval_epochs=1", "refiner.run.checkpoint_epochs=0.5", *overrides])
+        keys = run.refiner.run
         schedule = SimpleNamespace(total_steps=len(losses), steps_an_epoch=4)
         self.ready: Any = SimpleNamespace(run=run, schedule=schedule, batch=SimpleNamespace(global_batch=48))
         self.folder, self.world = RunFolder(run.folder), ALONE
         self.console, self.stop, self.heartbeat = Console(False), StopFlag(), Heartbeat()
-        self.take_step: Any = lambda step, batches: Outcome({"loss": losses[step], "loss_cls": 0.5}, False)
-        self.progress: Any = SimpleNamespace(after=lambda *_: None, write=self._write)
-        self.validation: Any = SimpleNamespace(evaluate=lambda step: None, picture=lambda step: None)
-        self.step, self.finite, self.done = 0, finite, ""
+        self.losses, self.bad_from, self.requests = losses, bad_from, {}  # type: ignore[var-annotated]
+        self.take_step: Any = self._given
+        self.progress: Any = SimpleNamespace(
+            after=lambda *_: None, write=self._write, metrics=SimpleNamespace(evaluations={})
+        )
+        self.validation: Any = SimpleNamespace(evaluate=self._note("evaluated"), picture=lambda step: None)
+        self.checkpoints: Any = SimpleNamespace(outcome=self._outcome)
+        self.save_times = SaveTimes(keys.checkpoint_epochs, keys.checkpoint_steps, 4)
+        self.step, self.done = 0, ""
+
+    def _note(self, what: str) -> Any:
+        def note(step: int) -> None:
+            self.done += f" {what} {step}"
+
+        return note
+
+    def _given(self, step: int, batches: Any) -> StepOutcome:
+        asked = self.requests.get(step + 1, frozenset())
+        return StepOutcome({"loss": self.losses[step], "loss_cls": 0.5}, asked)
 
     def _batches(self) -> Any:
         return None
@@ -71,29 +90,51 @@ class Course(Trainer):
     def _write(self, step: int) -> dict[str, float]:
         return {"loss_cls": 0.5, "lr": 0.0, "grad_norm": 0.0}
 
-    def _save(self) -> bool:
-        self.done += f" saved {self.step}" * self.finite
-        return self.finite
+    def _outcome(self, wait: bool = False) -> Outcome:
+        return Outcome(self.step, None, "", self.step < self.bad_from, 0.0)
 
-    def _finish(self) -> None: ...
+    def _save(self) -> None:
+        self._note("saved")(self.step)
+
+    def _finish(self) -> int:
+        return FINISHED
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved() -> None:
     sound = Course([1.0] * 8)
-    assert sound.run() == FINISHED and sound.done == " saved 2 saved 4 saved 6 saved 8"
+    assert sound.run() == FINISHED
+    assert sound.done == " saved 2 saved 4 evaluated 4 saved 6 saved 8 evaluated 8"
     lost = Course([1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), float("nan"), float("nan")])
-    assert lost.run() == DIVERGED and lost.done == " saved 2 saved 4"
+    assert lost.run() == DIVERGED and lost.done == " saved 2 saved 4 evaluated 4"
 
 
-def test_weights_that_are_not_finite_end_the_run_though_the_loss_still_was() -> None:
-    lost = Course([1.0] * 8, finite=False)
-    assert lost.run() == DIVERGED and lost.done == ""
+def test_weights_that_a_save_found_not_finite_end_the_run_though_the_loss_still_was() -> None:
+    lost = Course([1.0] * 8)
+    lost.requests = {3: frozenset([GIVE_UP])}  # a rank's save has found them
+    assert lost.run() == DIVERGED and lost.done == " saved 2"
+    asked_to_stop = Course([1.0] * 8, bad_from=3)
+    asked_to_stop.requests = {3: frozenset([STOP])}
+    assert asked_to_stop.run() == DIVERGED
+
+
+def test_whatever_asks_for_it_saves_and_a_stop_saves_before_it_leaves() -> None:
+    course = Course([1.0] * 8, "refiner.run.checkpoint_epochs=null", "refiner.run.checkpoint_steps=3")
+    course.requests = {4: frozenset([SAVE]), 5: frozenset([STOP])}
+    assert course.run() == RUN_AGAIN and course.done == " saved 3 saved 4 evaluated 4 saved 5"
+
+
+def test_minutes_between_checkpoints_are_the_main_ranks() -> None:
+    now = [0.0]
+    alarm, never = Alarm(2.0, lambda: now[0]), Alarm(None, lambda: now[0])
+    for minutes, rings in ((1.9, False), (2.0, True), (3.0, True)):
+        now[0] = 60 * minutes
+        assert alarm.rings() is rings and not never.rings()
+    alarm.reset()
+    assert not alarm.rings()
 
 
 @pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize(
-    "clips, advice", [("null", "or set gradient_clipping"), ("2.0", "gradient_clipping, which is")]
-)
+@pytest.mark.parametrize("clips, advice", [("null", "set gradient_clipping"), ("2.0", "gradient_clipping, which is 2")])
 def test_a_run_that_ends_so_names_the_last_good_state_and_what_is_not_set_already(
     saved: bool, clips: str, advice: str, tmp_path: Path
 ) -> None:
@@ -110,52 +151,69 @@ def test_a_run_that_ends_so_names_the_last_good_state_and_what_is_not_set_alread
 
 
 class Weights:
-    """As much of an engine and of its ema as saving asks for."""
+    """As much of an engine and of its EMA as saving asks for: one weight of two numbers."""
+
+    replicated, optimizer_steps, skipped_steps = True, 1, 0
 
     def __init__(self, value: float) -> None:
-        self.weights = {"w": torch.tensor([value, 1.0])}
-        self.engine = self
+        self.masters_now = [torch.tensor([value, 1.0])]
+        self.fragments = [Fragment("w", 0, 0, 2, 0)]
+        self.shapes = {"w": torch.Size([2])}
+        self.frozen: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
 
-    def save_checkpoint(self, folder: str, tag: str, **_: object) -> None:
-        Path(folder, tag).mkdir()
-        Path(folder, tag, "states.pt").write_bytes(b"states")
+    def masters(self) -> list[torch.Tensor]:
+        return self.masters_now
 
-    def full_weights(self) -> dict[str, torch.Tensor]:
-        return self.weights
-
-    state_dict = full_weights
+    def moments(self, key: str) -> list[torch.Tensor]:
+        return [torch.zeros(2)]
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        return {}
+        return self.buffers
 
 
-def save(checkpoints: Checkpoints, step: int, value: float = 1.0) -> Path | None:
-    weights: Any = Weights(value)
-    return checkpoints.save(weights, weights, State(step, step * 48, 0.0, 1), {})
+class Ema(Weights):
+    masters: Any = property(lambda self: self.masters_now)
+
+
+def checkpoints_of(folder: Path, newest: int, value: float = 1.0, best: int = 0) -> Checkpoints:
+    weights, ema = Weights(value), Ema(1.0)
+    retention = Retention(newest, best)
+    return Checkpoints(RunFolder(folder), retention, weights, ema, ALONE, 2**40)  # type: ignore[arg-type]
+
+
+def save(checkpoints: Checkpoints, step: int, values: dict[int, float] | None = None) -> Outcome:
+    state = State(step, step * 48, step / 10, 1)
+    checkpoints.begin(Contents(state, {"refiner": {}}, ["a", "b"], values or {}))
+    outcome = checkpoints.outcome(wait=True)
+    assert outcome is not None
+    return outcome
 
 
 def kept(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(RunFolder(tmp_path), 1, ALONE)
-    good = save(checkpoints, 10)
-    assert save(checkpoints, 20, float("nan")) is None
-    assert kept(tmp_path) == ["step_00000010"] and checkpoints.newest() == good
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_saved(value: float, tmp_path: Path) -> None:
+    good = save(checkpoints_of(tmp_path, 1), 10)
+    lost = checkpoints_of(tmp_path, 1, value)
+    outcome = save(lost, 20)
+    assert outcome.folder is None and not outcome.finite and lost.not_finite
+    assert kept(tmp_path) == ["step_00000010"] and lost.newest() == good.folder
     assert not list((tmp_path / "checkpoints").glob(".writing_*"))
 
 
 def test_a_damaged_later_checkpoint_takes_no_good_ones_place(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(RunFolder(tmp_path), 2, ALONE)
+    checkpoints = checkpoints_of(tmp_path, 2)
     for step in (10, 30, 40):
-        save(Checkpoints(RunFolder(tmp_path), 9, ALONE), step)
+        save(checkpoints_of(tmp_path, 9), step)
     for step in (30, 40):
         (tmp_path / "checkpoints" / f"step_{step:08d}" / "model.safetensors").write_bytes(b"")
     assert checkpoints.newest() == tmp_path / "checkpoints/step_00000010"
     fresh = save(checkpoints, 20)  # asked to stop there, say
     assert kept(tmp_path) == [f"step_{step:08d}" for step in (10, 20, 30, 40)]
-    assert checkpoints.newest() == fresh and (tmp_path / "latest").read_text() == "step_00000020\n"
+    assert checkpoints.newest() == fresh.folder and (tmp_path / "latest").read_text() == "step_00000020\n"
     save(checkpoints, 30)
     assert kept(tmp_path) == [f"step_{step:08d}" for step in (20, 30, 40)]
     assert not integrity_errors(tmp_path / "checkpoints/step_00000030")
@@ -167,24 +225,42 @@ def test_a_checkpoint_that_somebody_reads_may_stay_until_the_next_save(
     def busy(*_: object, **__: object) -> None:
         raise OSError(errno.ENOTEMPTY, "Directory not empty")  # .nfs files stand in for what is open and deleted
 
-    checkpoints = Checkpoints(RunFolder(tmp_path), 1, ALONE)
+    checkpoints = checkpoints_of(tmp_path, 1)
     save(checkpoints, 10)
     with monkeypatch.context() as nfs:
         nfs.setattr(os, "rmdir", busy)
-        assert save(checkpoints, 20) == checkpoints.newest()
+        assert save(checkpoints, 20).folder == checkpoints.newest()
     assert kept(tmp_path) == ["step_00000010", "step_00000020"]
     save(checkpoints, 30)
     assert kept(tmp_path) == ["step_00000030"]
 
 
+def test_the_best_by_the_metric_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    checkpoints, top1 = checkpoints_of(tmp_path, 1, best=1), {10: 60.0, 20: 70.0, 30: 65.0}
+    for step in (10, 20, 30, 40):
+        save(checkpoints, step, {at: value for at, value in top1.items() if at < step})
+    assert kept(tmp_path) == ["step_00000020", "step_00000040"]
+
+
 def test_a_run_of_nothing_but_damaged_checkpoints_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(RunFolder(tmp_path), 3, ALONE)
+    checkpoints = checkpoints_of(tmp_path, 3)
     assert checkpoints.newest() is None  # of a run that has saved nothing yet
     for step in (10, 20):
         save(checkpoints, step)
         (tmp_path / "checkpoints" / f"step_{step:08d}" / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="step_00000020/complete.json: missing.*delete .*checkpoints to begin"):
+    with pytest.raises(CheckpointError, match="step_00000020/complete.json: missing.*choose another refiner.run.name"):
         checkpoints.newest()
+
+
+@pytest.mark.parametrize("damage", [b"[]", b"{}", b"", b"\0\0\0\0", b'{"model.safetensors": [1', b'{"a": 1}'])
+def test_a_damaged_list_of_files_is_a_damaged_checkpoint(damage: bytes, tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path, 3)
+    good, bad = save(checkpoints, 10).folder, save(checkpoints, 20).folder
+    assert good is not None and bad is not None
+    (bad / MANIFEST).write_bytes(damage)
+    assert checkpoints.newest() == good
+    (said,) = skipped(RunFolder(tmp_path), good)
+    assert said.startswith(f"{bad / MANIFEST}: damaged")
 
 
 def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
@@ -202,8 +278,7 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
     step._keys = load().refiner
     step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=lambda samples: 0.1, steps_an_epoch=4))  # type: ignore[assignment]
-    step._world, step._stop, step._heartbeat = ALONE, StopFlag(), Heartbeat()
-    step._stop.raise_flag(signal.SIGTERM, None)
+    step._world, step._requests, step._heartbeat = ALONE, {STOP: lambda: True, SAVE: lambda: False}, Heartbeat()
     engine: Any = SimpleNamespace(set_lr=lambda lr: None, stepped=False, backward_and_step=lambda loss: None)
     step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
     losses = iter([(1.0, 2.0), (3.0, 6.0)])
@@ -215,7 +290,7 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step._forward = forward  # type: ignore[method-assign,assignment]
     batch: Any = SimpleNamespace(bad=1)
     outcome = step(0, iter([batch, batch]))
-    assert outcome.losses == {"loss": 2.0, "loss_new": 4.0} and outcome.stopping
+    assert outcome.losses == {"loss": 2.0, "loss_new": 4.0} and outcome.requests == {STOP}
     assert outcome.seconds >= 0.1 and outcome.bad_samples == 2
 
 
@@ -225,11 +300,12 @@ def test_an_interval_is_the_mean_of_its_steps() -> None:
             return values * 2  # two ranks
 
     interval = Interval()
-    interval.add(Outcome({"loss": 1.0, "loss_cls": 4.0}, False, 1.0, 0.25, 1))
-    interval.add(Outcome({"loss": 2.0, "loss_cls": 0.0}, False, 3.0, 0.75, 2))
+    interval.add(StepOutcome({"loss": 1.0, "loss_cls": 4.0}, frozenset(), 1.0, 0.25, 1))
+    interval.checkpoint_seconds += 0.5
+    interval.add(StepOutcome({"loss": 2.0, "loss_cls": 0.0}, frozenset(), 3.0, 0.75, 2))
     assert interval.numbers(48, Sums(0, 2, 0, torch.device("cpu"))) == {
         "loss": 1.5, "loss_cls": 2.0, "images_per_second": 24.0, "step_seconds": 2.0, "data_wait_seconds": 0.5,
-        "bad_samples": 6,
+        "checkpoint_seconds": 0.5, "bad_samples": 6,
     }  # fmt: skip
 
 
@@ -248,6 +324,7 @@ def test_a_rank_that_alone_meets_damage_says_so(
     monkeypatch.setattr(session, "_locked", lambda *_: nullcontext())
     monkeypatch.setattr(session, "_watched", lambda *_: nullcontext())
     monkeypatch.setattr(session, "_print_header", lambda *_: None)
+    monkeypatch.setattr(session, "_record_start", lambda *_: None)
     monkeypatch.setattr(session, "Trainer", lambda *_: SimpleNamespace(run=stopped, close=lambda: None))
     ready: Any = SimpleNamespace(run=load(None, [f"refiner.run.output={tmp_path}"]), sets=())
     with pytest.raises(DataError):
