@@ -36,8 +36,8 @@ lock:
 
 # The kernels' tests are left out: Triton's interpreter multiplies by itself.
 test-isa: $(VENV)/installed-test
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest tests/attention tests/models/test_lean_mlp.py \
-	    tests/models/test_precision.py --ignore=tests/attention/triton
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore=tests/attention/triton \
+	    tests/attention tests/models/test_mlp.py tests/models/test_precision.py
 
 lint: $(VENV)/installed-test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
@@ -57,7 +57,7 @@ gpu: $(VENV)/installed-test
 	} 2>&1 | tee gpu.log
 
 clean:
-	rm -rf .venv .venv-newest build *.egg-info
+	rm -rf $(VENV) .venv-newest build *.egg-info
 
 # Installed again only when what is to be installed has changed.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt

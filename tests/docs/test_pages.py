@@ -185,3 +185,8 @@ def test_make_targets_and_extras_exist(page: Path) -> None:
             assert set(wanted) <= targets, f"{page.name}: {line}"
         if words[:2] == ["pip", "install"]:
             assert set(re.findall(r"\.\[([\w,]+)\]", line)) <= extras.keys(), f"{page.name}: {line}"
+
+
+def test_files_that_the_makefile_names_exist() -> None:
+    for path in re.findall(r"(?:refiner_ds|tests|docs)/[\w/.]+", (ROOT / "Makefile").read_text()):
+        assert (ROOT / path).exists(), path
