@@ -10,6 +10,7 @@ from refiner_ds.subcommands import run_subcommand
 BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
     "kernels": "refiner_ds.benchmark.kernels",
+    "launch": "refiner_ds.benchmark.launch",
     "loader": "refiner_ds.benchmark.loader",
     "model": "refiner_ds.benchmark.model",
     "scale": "refiner_ds.benchmark.scale",
