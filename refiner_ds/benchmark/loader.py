@@ -5,6 +5,7 @@ files, PIL + ImageFolder + torchvision's transforms, and the parts that nothing 
 
     shards       one read in a tar, checked · simplejpeg · crop, resize, flip · uint8 batch
     loose files  the same on the files the shards were made from
+    whole images shards, decoding more than the crop, as where the extension for that is not built
     usual        ImageFolder, PIL, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize · float batch
     decoding     simplejpeg alone
     entropy      the JPEG's bit stream alone: decoding at an eighth of the size, which skips nearly all other work
@@ -36,6 +37,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from refiner_ds.data.augment import CROP_AND_FLIP, AugmentSettings
+from refiner_ds.data.crop_decoding import crop_decoder
+from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import train_batches
 from refiner_ds.data.samples import RawSample
@@ -115,13 +118,19 @@ def lay_out(files: list[Path], workshop: Path) -> Photographs:
     return Photographs(sorted(inside.iterdir()), workshop / "loose", ShardIndex.load(workshop / "shards"))
 
 
-def epoch_of_shards(photographs: Photographs, loose: bool = False) -> Epoch:
-    """Epochs through this project's loader, from shards or from loose files; the same views every time."""
+def epoch_of_shards(photographs: Photographs, loose: bool = False, whole: bool = False) -> Epoch:
+    """Epochs through this project's loader, from shards or from loose files; the same views every time.
+
+    Args:
+        whole: decode whole images, even where `crop_decoding` can be used.
+    """
     batches = train_batches(
         photographs.index, BILINEAR_224, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, seed=0
     )
     if loose:
         batches.dataset.reader = LooseReader(photographs.files, photographs.index)  # type: ignore[assignment]
+    if whole:
+        batches.dataset.open_picture = decode_image
     return lambda: iter(batches)
 
 
@@ -158,6 +167,7 @@ def measure(photographs: Photographs, rounds: int) -> dict[str, list[float]]:
     lines: dict[str, Epoch] = {
         "shards": epoch_of_shards(photographs),
         "loose files": epoch_of_shards(photographs, loose=True),
+        **({"whole images": epoch_of_shards(photographs, whole=True)} if crop_decoder() else {}),
         "usual": epoch_of_usual(photographs),
         "decoding": lambda: decode_all(data, 1),
         "entropy": lambda: decode_all(data, 8),

@@ -10,7 +10,7 @@ remote.py         sets on a server, fetched shard by shard into a cache (no torc
 permutation.py    which sample comes at which position of an epoch
 sampler.py        which samples a micro-batch of a rank holds
 samples.py        bytes of one sample
-decoding.py       bytes of an image to pixels
+decoding.py       bytes of an image to pixels; crop_decoding.py, of a crop alone
 class_folders.py  class folders, listed into the cache and read as they lie (no torch)
 score_maps.py     records of top-k class logits at every location of an image
 augment.py        random views of an image, and where they came from

@@ -26,6 +26,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from refiner_ds.config.schema import AugmentKeys
+from refiner_ds.data.decoding import Picture
 from refiner_ds.errors import ConfigError
 
 Matrix = np.ndarray  # [2, 3] float64
@@ -116,8 +117,8 @@ class TrainView:
         jitter = settings.keys.color_jitter
         self._jitter = ColorJitter(jitter, jitter, jitter) if jitter and not settings.keys.auto_augment else None
 
-    def __call__(self, image_yx3: np.ndarray) -> View:
-        """One view of an image, [height, width, 3] uint8."""
+    def __call__(self, image_yx3: Picture) -> View:
+        """One view of an image, [height, width, 3] uint8, or of a file that is decoded once the crop is known."""
         settings = self.settings
         height, width = image_yx3.shape[:2]
         x, y, crop_width, crop_height = draw_crop(width, height, settings.keys.crop_scale, settings.keys.crop_ratio)

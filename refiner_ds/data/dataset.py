@@ -5,6 +5,7 @@ A damaged sample is an error that names it, or its place is filled from a neighb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,11 @@ from refiner_ds.data.augment import (
     seed_sample,
 )
 from refiner_ds.data.batch import Batch, MapBatch
-from refiner_ds.data.decoding import AS_STORED, decode_image
+from refiner_ds.data.crop_decoding import crop_decoder
+from refiner_ds.data.decoding import AS_STORED, Picture, decode_image, open_picture
 from refiner_ds.data.index import MapFormat, ShardIndex
 from refiner_ds.data.sampler import BatchIndices, EvalSampler, TrainSampler
-from refiner_ds.data.samples import open_reader
+from refiner_ds.data.samples import RawSample, open_reader
 from refiner_ds.data.score_maps import ScoreMap
 from refiner_ds.data.score_maps import decode as decode_map
 from refiner_ds.errors import DataError
@@ -109,6 +111,8 @@ class BatchDataset(Dataset[Any]):
         self.train_view = TrainView(settings) if isinstance(settings, AugmentSettings) else None
         self.on_bad_sample = on_bad_sample
         self.decode = decode
+        self.open_picture: Callable[[RawSample, DecodeKeys], Picture] = open_picture
+        crop_decoder()  # tried here, once for all workers
 
     def __getitem__(self, number: int) -> Batch | DataError:
         """A batch, or the error that stands in its way: raised in a worker it would arrive as a traceback."""
@@ -163,13 +167,13 @@ class BatchDataset(Dataset[Any]):
     def _load_row(self, sample: int, epoch: int, row: int, arrays: _Arrays) -> None:
         """Read one sample and put its view in its row."""
         raw = self.reader.read(sample)
-        image = decode_image(raw, self.decode)
         arrays.labels_B[row] = raw.label
         if self.train_view is None:
+            image = decode_image(raw, self.decode)
             arrays.pixels_BHWC[row] = eval_view(image, self.settings)  # type: ignore[arg-type]
         else:
             seed_sample(self.sampler.seed, epoch, sample)  # type: ignore[union-attr]
-            view = self.train_view(image)
+            view = self.train_view(self.open_picture(raw, self.decode))
             arrays.pixels_BHWC[row] = view.pixels_SS3
             if arrays.maps is not None:
                 arrays.maps.set(row, self._score_map(sample), view.affines)

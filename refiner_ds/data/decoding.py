@@ -1,19 +1,22 @@
 """From the bytes of an image file to pixels.
 
-JPEG files go through libjpeg-turbo (simplejpeg); everything else, and what it cannot read, goes through Pillow.
+JPEG files go through libjpeg-turbo (simplejpeg); everything else, and what it cannot read, goes through Pillow. Where
+only a crop is wanted and `crop_decoding` can be used, only the crop of a JPEG is decoded, to the same pixels.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from refiner_ds.config.schema import DecodeKeys
+from refiner_ds.data.crop_decoding import LARGEST_SHARE, crop_decoder, decode_crop
 from refiner_ds.data.samples import RawSample
 from refiner_ds.errors import DataError
 
@@ -40,6 +43,47 @@ def decode_image(raw: RawSample, keys: DecodeKeys = AS_STORED) -> np.ndarray:
     if image_yx3 is None:
         image_yx3 = _decode_with_pillow(raw, keys)
     return _turned(image_yx3, raw) if keys.exif_orientation else image_yx3
+
+
+class Picture(Protocol):
+    """What a crop can be cut from: pixels, or a file that is decoded when it is known which crop is wanted."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, 3."""
+
+    def __getitem__(self, crop: tuple[slice, slice]) -> np.ndarray:
+        """The pixels of [rows, columns], [height, width, 3] uint8."""
+
+
+class JpegFile:
+    """A JPEG file of which only the crop that is asked for is decoded.
+
+    Args:
+        shape: height, width and 3.
+    """
+
+    def __init__(self, raw: RawSample, keys: DecodeKeys, shape: tuple[int, ...]) -> None:
+        self._raw, self._keys, self.shape = raw, keys, shape
+
+    def __getitem__(self, crop: tuple[slice, slice]) -> np.ndarray:
+        """The pixels of [rows, columns]; DataError where the file cannot be decoded."""
+        (top, bottom), (left, right) = (part.indices(size)[:2] for part, size in zip(crop, self.shape, strict=False))
+        height, width = bottom - top, right - left
+        pixels_yx3 = None
+        if height * width <= LARGEST_SHARE * self.shape[0] * self.shape[1]:
+            pixels_yx3 = decode_crop(self._raw.image, left, top, width, height)
+        return decode_image(self._raw, self._keys)[crop] if pixels_yx3 is None else pixels_yx3
+
+
+def open_picture(raw: RawSample, keys: DecodeKeys = AS_STORED) -> Picture:
+    """An image to take a crop from; arguments and errors as `decode_image`'s, which may also come with the crop."""
+    if raw.image[:3] == JPEG_START and crop_decoder() is not None and not keys.exif_orientation:
+        with suppress(ValueError):
+            height, width, _, _ = simplejpeg.decode_jpeg_header(raw.image)
+            _refuse_too_large(raw, int(height), int(width), keys)
+            return JpegFile(raw, keys, (int(height), int(width), 3))
+    return decode_image(raw, keys)
 
 
 def _decode_jpeg(raw: RawSample, keys: DecodeKeys) -> np.ndarray | None:
