@@ -40,8 +40,6 @@ def append_line(path: Path, line: str) -> None:
             if file.read(1) != b"\n":
                 line = f"\n{line}"
         file.write(f"{line}\n".encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:

@@ -38,7 +38,8 @@ def free_bytes(place: Path) -> int:
 
 def no_room(place: Path, needed: int, free: int) -> str:
     """The sentence for a disk that is too full."""
-    return f"{place}: a checkpoint needs {needed:,} bytes and its disk has {free:,} free"
+    though = "" if free < needed else " (a quota, or the number of files)"
+    return f"{place}: a checkpoint needs {needed:,} bytes and finds no room, with {free:,} bytes free{though}"
 
 
 class Draft:

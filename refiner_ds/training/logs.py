@@ -28,6 +28,7 @@ def write_logs(folder: RunFolder, rank: int) -> None:
     folder.logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder.rank_log(rank))
     handler.setFormatter(logging.Formatter(FORMAT))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk ends no run
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

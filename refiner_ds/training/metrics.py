@@ -6,20 +6,32 @@ tensorboard/      the same numbers as train/…, eval/ema/…, eval/model/…, a
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 
-from refiner_ds.files import write_atomically
+from refiner_ds.checkpoint.writing import free_bytes
+from refiner_ds.files import append_line, write_atomically
 from refiner_ds.run_folder import RunFolder
+
+ROOM = 1 << 20  # free bytes below which TensorBoard's thread is not given anything that it would die of
+log = logging.getLogger("refiner_ds")
 
 
 class Metrics:
     """Writer of one run folder's metrics; a silent one where ``folder`` is None (every rank but the leading).
+
+    What a full disk has no room for is lost, and training goes on.
 
     Args:
         step: optimizer steps already trained. What an earlier process logged beyond that is dropped here and hidden in
@@ -29,15 +41,13 @@ class Metrics:
     """
 
     def __init__(self, folder: RunFolder | None, step: int) -> None:
-        self._file = None
+        self._folder = folder
+        self._board: SummaryWriter | None = None
         self.evaluations: dict[str, dict[int, float]] = {}
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         for line in _drop_beyond(folder.metrics, step):
             self._remember(line)
-        self._file = open(folder.metrics, "a", buffering=1)
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, epoch: float, samples: int, **values: Any) -> None:
@@ -46,7 +56,7 @@ class Metrics:
         Args:
             kind: "train" or "eval".
         """
-        if self._file is None:
+        if self._folder is None:
             return
         known = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -54,12 +64,45 @@ class Metrics:
         }
         line = {"kind": kind, "step": step, "epoch": round(epoch, 6), "samples": samples, "time": time.time(), **known}
         self._remember(line)
-        self._file.write(json.dumps(line) + "\n")
+        try:
+            append_line(self._folder.metrics, json.dumps(line))
+        except OSError as error:
+            log.warning("%s: the line of step %d is lost: %s", self._folder.metrics, step, error)
         prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{prefix}/{key}", value, step)
-        self._board.flush()
+        numbers = {f"{prefix}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+
+        def put(board: SummaryWriter) -> None:
+            for tag, number in numbers.items():
+                board.add_scalar(tag, number, step)
+
+        self._show(put)
+
+    def picture(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """A uint8 picture [H, W, 3] for TensorBoard."""
+        self._show(lambda board: board.add_image(name, image_HWC, step, dataformats="HWC"))
+
+    def _show(self, put: Callable[[SummaryWriter], object]) -> None:
+        if self._folder is None:
+            return
+        try:
+            if free_bytes(self._folder.path) < ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._board = self._board or SummaryWriter(str(self._folder.tensorboard))
+            put(self._board)
+            self._board.flush()
+        except OSError as error:
+            log.warning("%s: an event is lost: %s", self._folder.tensorboard, error)
+            self._close_board()  # its thread may have ended; the next event opens another
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with suppress(OSError):
+                board.close()
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._close_board()
 
     def _remember(self, line: dict[str, Any]) -> None:
         if line["kind"] == "eval":
@@ -68,36 +111,26 @@ class Metrics:
                 if line.get(metric) is not None:
                     values[line["step"]] = line[metric]
 
-    def picture(self, name: str, image_HWC: np.ndarray, step: int) -> None:
-        """A uint8 picture [H, W, 3] for TensorBoard."""
-        if self._file is not None:
-            self._board.add_image(name, image_HWC, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write out what is buffered."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
-
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run folder's ``metrics.jsonl``, of one kind or all."""
-    lines = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
-    return [line for line in lines if kind in (None, line["kind"])]
+    """The lines of a run folder's ``metrics.jsonl``, of one kind or all; one that was cut short is left out."""
+    return [line for line in _lines(RunFolder(folder).metrics) if kind in (None, line["kind"])]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    found = []
+    for text in file.read_text(errors="replace").splitlines():
+        with suppress(ValueError):  # what a killed process, or a full disk, has cut
+            line = json.loads(text)
+            if isinstance(line, dict) and {"kind", "step"} <= line.keys():
+                found.append(line)
+    return found
 
 
 def _drop_beyond(file: Path, step: int) -> list[dict[str, Any]]:
     """Cut a file down to the lines up to ``step``; returns them."""
     if not file.exists():
         return []
-    kept, lines = [], []
-    for line in file.read_text().splitlines():
-        try:
-            known = json.loads(line)
-            if known["step"] <= step and known["kind"]:
-                kept.append(known)
-                lines.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the line a killed process was writing
-    write_atomically(file, "".join(lines))
+    kept = [line for line in _lines(file) if line["step"] <= step]
+    write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -8,24 +8,22 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 
 from refiner_ds.checkpoint.files import MANIFEST, integrity_errors, skipped
-from refiner_ds.checkpoint.retention import Retention
 from refiner_ds.config import load
 from refiner_ds.data.locate import open_index
 from refiner_ds.errors import CheckpointError, DataError
 from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
-from refiner_ds.run_folder import RunFolder, State
+from refiner_ds.run_folder import RunFolder
 from refiner_ds.training import session, validation
 from refiner_ds.training.build import build_model
-from refiner_ds.training.checkpoints import Checkpoints, Contents, Outcome
+from refiner_ds.training.checkpoints import Outcome
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import evaluates_in_bf16
-from refiner_ds.training.fragments import Fragment
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.interval import Interval
 from refiner_ds.training.intervals import Alarm, SaveTimes
@@ -36,22 +34,7 @@ from refiner_ds.training.step import OptimizerStep
 from refiner_ds.training.step import Outcome as StepOutcome
 from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
-
-T = TypeVar("T")
-
-
-class Alone(World):
-    """The only process of a run, without a process group."""
-
-    def barrier(self) -> None:
-        """There is nobody to wait for."""
-
-    def broadcast(self, value: T) -> T:
-        """There is nobody else to hear it."""
-        return value
-
-
-ALONE = Alone(0, 1, 0, torch.device("cpu"))
+from tests.training.saving import ALONE, Alone, checkpoints_of, kept, save
 
 
 class Course(Trainer):
@@ -150,50 +133,6 @@ def test_a_run_that_ends_so_names_the_last_good_state_and_what_is_not_set_alread
     assert "(loss_cls 0.5," in said[0] and advice in said[0]
 
 
-class Weights:
-    """As much of an engine and of its EMA as saving asks for: one weight of two numbers."""
-
-    replicated, optimizer_steps, skipped_steps = True, 1, 0
-
-    def __init__(self, value: float) -> None:
-        self.masters_now = [torch.tensor([value, 1.0])]
-        self.fragments = [Fragment("w", 0, 0, 2, 0)]
-        self.shapes = {"w": torch.Size([2])}
-        self.frozen: dict[str, torch.Tensor] = {}
-        self.buffers: dict[str, torch.Tensor] = {}
-
-    def masters(self) -> list[torch.Tensor]:
-        return self.masters_now
-
-    def moments(self, key: str) -> list[torch.Tensor]:
-        return [torch.zeros(2)]
-
-    def statistics(self) -> dict[str, torch.Tensor]:
-        return self.buffers
-
-
-class Ema(Weights):
-    masters: Any = property(lambda self: self.masters_now)
-
-
-def checkpoints_of(folder: Path, newest: int, value: float = 1.0, best: int = 0) -> Checkpoints:
-    weights, ema = Weights(value), Ema(1.0)
-    retention = Retention(newest, best)
-    return Checkpoints(RunFolder(folder), retention, weights, ema, ALONE, 2**40)  # type: ignore[arg-type]
-
-
-def save(checkpoints: Checkpoints, step: int, values: dict[int, float] | None = None) -> Outcome:
-    state = State(step, step * 48, step / 10, 1)
-    checkpoints.begin(Contents(state, {"refiner": {}}, ["a", "b"], values or {}))
-    outcome = checkpoints.outcome(wait=True)
-    assert outcome is not None
-    return outcome
-
-
-def kept(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_not_saved(value: float, tmp_path: Path) -> None:
     good = save(checkpoints_of(tmp_path, 1), 10)
@@ -277,13 +216,13 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step = OptimizerStep.__new__(OptimizerStep)
     step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
     step._keys = load().refiner
-    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=lambda samples: 0.1, steps_an_epoch=4))  # type: ignore[assignment]
+    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=float, epoch=float, steps_an_epoch=4))  # type: ignore[assignment]
     step._world, step._requests, step._heartbeat = ALONE, {STOP: lambda: True, SAVE: lambda: False}, Heartbeat()
     engine: Any = SimpleNamespace(set_lr=lambda lr: None, stepped=False, backward_and_step=lambda loss: None)
     step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
     losses = iter([(1.0, 2.0), (3.0, 6.0)])
 
-    def forward(batch: Any, seed: int) -> Losses:
+    def forward(batch: Any, seed: int, epoch: float) -> Losses:
         total, part = next(losses)
         return Losses(torch.tensor(total), {"new": torch.tensor(part)})
 

@@ -1,0 +1,198 @@
+"""What a checkpoint costs training: one written beside the steps, and one that training waits for, in one run.
+
+    python -m refiner_ds.benchmark checkpoint [--model refiner_vit_l] [--batch 2] [--folder /scratch/me]
+    torchrun --nproc_per_node 8 -m refiner_ds.benchmark checkpoint --model refiner_vit_l --batch 64
+
+    stall      the loop does not step: the copy to host memory, or the whole save
+    excess     wall time of as many steps with a save among them, over the same steps without; what is still being
+               written at their end is waited for, and counts
+
+Rounds of steps without a save, with one and with the other follow each other; the table has the best of each, since
+whatever else runs on a machine only adds. Resumption is timed too, checksums included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from refiner_ds.checkpoint.retention import Retention
+from refiner_ds.checkpoint.writing import checkpoint_bytes
+from refiner_ds.config import RunFile, load
+from refiner_ds.run_folder import RunFolder, State
+from refiner_ds.training.build import build_model, parameter_count
+from refiner_ds.training.checkpoints import Checkpoints, Contents
+from refiner_ds.training.ema import ModelEma
+from refiner_ds.training.engine import Engine
+from refiner_ds.training.losses import soft_cross_entropy
+from refiner_ds.training.world import World, init, shutdown
+
+__all__ = ["Figures", "main", "measure"]
+
+
+@dataclass
+class Figures:
+    """Best of all rounds, in seconds; ``gib`` of a checkpoint on disk."""
+
+    model: str
+    processes: int
+    parameters: int
+    gib: float
+    step: float
+    blocking_stall: float
+    blocking_excess: float
+    beside_stall: float
+    beside_excess: float
+    load: float
+
+    def table(self) -> str:
+        """For a terminal."""
+        share = 100 * self.beside_excess / self.blocking_stall
+        return "\n".join(
+            [
+                f"{self.model}, {self.parameters:,} parameters, {self.processes} processes, a checkpoint of"
+                f" {self.gib:.2f} GiB, {1000 * self.step:.0f} ms a step, resumed in {self.load:.2f} s",
+                "",
+                f"{'':<24}{'stall':>10}{'excess':>10}",
+                f"{'training waits':<24}{1000 * self.blocking_stall:>7.0f} ms{1000 * self.blocking_excess:>7.0f} ms",
+                f"{'beside training':<24}{1000 * self.beside_stall:>7.0f} ms{1000 * self.beside_excess:>7.0f} ms",
+                "",
+                f"beside training, the excess is {share:.1f} % of the stall of a save that training waits for",
+            ]
+        )
+
+
+class Setting:
+    """A model in training and its checkpoints."""
+
+    def __init__(self, run: RunFile, folder: Path, world: World, steps: int) -> None:
+        self.world, self.steps = world, steps
+        torch.manual_seed(0)
+        model = build_model(run, 1000)
+        self.parameters = parameter_count(model)
+        self.engine = Engine(run, model, run.batch(world.size), world)
+        self.ema = ModelEma(self.engine, 0.99, warmup=True)
+        self.checkpoints = Checkpoints(RunFolder(folder), Retention(2), self.engine, self.ema, world, 2**50)
+        micro, side = self.engine.batch.micro_batch, run.refiner.model.img_size
+        dtype = torch.bfloat16 if self.engine.bf16 else torch.float32
+        self.images = torch.randn(micro, 3, side, side, device=world.device, dtype=dtype)
+        self.targets = torch.full((micro, 1000), 1e-3, device=world.device)
+        self.step = 0
+
+    def take_step(self) -> None:
+        self.engine.set_lr(1e-5)
+        logits_BC = self.engine(self.images)[0]
+        loss = soft_cross_entropy(logits_BC, self.targets)
+        self.engine.backward_and_step(loss)
+        self.ema.update(self.step)
+        self.step += 1
+        float(loss)  # as a run does, which logs it
+
+    def save(self) -> None:
+        state = State(self.step, self.step, 0.0, self.world.size, self.engine.optimizer_steps)
+        self.checkpoints.begin(Contents(state, {"refiner": {}}, [], {}))
+
+    def wait(self) -> None:
+        outcome = self.checkpoints.outcome(wait=True)
+        if outcome is not None and outcome.failure:
+            raise OSError(outcome.failure)
+
+    def block(self) -> None:
+        self.save()
+        self.wait()
+
+    def round(self, save: Callable[[], None] | None) -> tuple[float, float]:
+        """Seconds of some steps with a save after the first, and of these, those the save itself held up the loop."""
+        self.world.barrier()
+        began, stall = time.perf_counter(), 0.0
+        for step in range(self.steps):
+            self.take_step()
+            if step == 0 and save is not None:
+                called = time.perf_counter()
+                save()
+                stall = time.perf_counter() - called
+        self.wait()
+        return time.perf_counter() - began, stall
+
+
+def measure(run: RunFile, folder: Path, world: World, steps: int, rounds: int) -> Figures:
+    """Train, save both ways, and resume once.
+
+    Args:
+        folder: of the checkpoints, on the disk to be measured.
+        steps: a round; together longer than a save takes to write.
+        rounds: of each way.
+    """
+    setting = Setting(run, folder, world, steps)
+    setting.take_step()
+    setting.block()  # the first save allocates its buffers
+    plain, blocking, beside = [], [], []
+    for _ in range(rounds):
+        plain.append(setting.round(None))
+        blocking.append(setting.round(setting.block))
+        beside.append(setting.round(setting.save))
+    without = min(seconds for seconds, _ in plain)
+    called = time.perf_counter()
+    newest = setting.checkpoints.newest()
+    assert newest is not None
+    setting.checkpoints.load(newest)
+    loaded = time.perf_counter() - called
+    figures = Figures(
+        run.refiner.model.name,
+        world.size,
+        setting.parameters,
+        checkpoint_bytes(setting.engine.shapes.values()) / 2**30,
+        without / steps,
+        min(stall for _, stall in blocking),
+        min(seconds for seconds, _ in blocking) - without,
+        min(stall for _, stall in beside),
+        min(seconds for seconds, _ in beside) - without,
+        loaded,
+    )
+    setting.engine.close()
+    return figures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark on the processes that the environment describes; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="refiner_vit_s", metavar="NAME", help="timm name of a model")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="images a process and step")
+    parser.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the images")
+    parser.add_argument("--stage", type=int, default=1, choices=range(4), help="ZeRO stage")
+    parser.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="steps a round; one of them is followed by a save"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of each way of saving")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where checkpoints go (default: the system's temporary folder)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run file; repeatable"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    world = init()
+    run = load(
+        None,
+        [
+            f'refiner.model={{"name": "{options.model}", "img_size": {options.img_size}, "num_classes": 1000}}',
+            f"train_batch_size={options.batch * world.size}",
+            f"zero_optimization.stage={options.stage}",
+            *options.set,
+        ],
+    )
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = measure(run, Path(world.broadcast(folder)), world, options.steps, options.rounds)
+        world.barrier()
+    if world.is_main:
+        print(json.dumps(asdict(figures)) if options.json else figures.table())
+    shutdown()
+    return 0
