@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from refiner_ds.attention import is_traced
 from refiner_ds.models.direct import can_read
 
 __all__ = ["ScaledMlp"]
@@ -41,10 +42,10 @@ class ScaledMlp(nn.Module):
     def forward(self, x_BND: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The MLP of norm(x), [B, N, D] to [B, N, D].
 
-        With gradients on, plain layers are computed by this file's two functions. Dropout, compilation, ``torch.func``
+        With gradients on, plain layers are computed by this file's two functions. Dropout, tracing, ``torch.func``
         or a layer that is more than its weights (see ``direct.py``) calls the modules one by one.
         """
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        traced = is_traced() or torch._C._are_functorch_transforms_active()
         if torch.is_grad_enabled() and not traced and self._is_plain(norm):
             hidden_BNM = norm_linear(x_BND, norm, self.fc1)
             return gelu_linear_scale(hidden_BNM, self.fc2.weight, self.fc2.bias, self.scale_channel)

@@ -23,7 +23,7 @@ VARIANTS = {
     "paper-row+col": {**PAPER, "constraint": "row+col"},
     "paper-no-reduction": {**PAPER, "reduce": False},
     "local-alone": {**PAPER, "expand": False},
-    "twin": {"layout": "released", "refiner": "none"},
+    "plain-released": {"layout": "released", "refiner": "none"},
     "plain": {"layout": "paper", "refiner": "none"},
 }
 

@@ -99,6 +99,20 @@ def test_compiled_training_and_evaluation_steps_compute_the_same():
         assert golden.relative_error(compiled.eval()(pictures()), eager.eval()(pictures())) < 1e-4
 
 
+@pytest.mark.parametrize("options", [{}, {"cos_reg": 0.1}, {"return_dense": False}], ids=["dense", "cos-reg", "class"])
+@pytest.mark.parametrize("variant", ["released", "paper", "plain"])
+def test_training_and_evaluation_compile_into_one_graph_each(variant, options):
+    torch._dynamo.reset()
+    model = small_model(**{**VARIANTS[variant], "depth": 2}, **options)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        outputs = compiled.train()(pictures(), None if model.return_dense is False else BOX)
+        if options.get("cos_reg"):
+            assert 0 < model.cos_reg_loss() <= 0.1 + 1e-6
+        assert (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).shape == (4, 5)
+        assert compiled.eval()(pictures()).shape == (4, 5)
+
+
 def test_a_new_box_does_not_compile_the_step_again():
     compiled_graphs = []
 

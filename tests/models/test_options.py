@@ -31,7 +31,7 @@ def test_attention_maps_are_those_that_multiply_the_values(variant):
     expanded = 3 * HEADS if variant == "paper-no-reduction" else HEADS
     assert [tuple(one.shape) for one in maps] == [(4, expanded, TOKENS, TOKENS)] * 4
     assert model.training and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    if variant in ("plain", "twin"):
+    if variant in ("plain", "plain-released"):
         torch.testing.assert_close(maps[0].sum(-1), torch.ones(4, HEADS, TOKENS))
     attn = model.eval().blocks[0].attn
     x_BND = model.blocks[0].norm1(model._embed(pictures(), NO_BOX) / model.blocks[0].gain)
@@ -110,7 +110,7 @@ def test_small_pictures_and_patches_work():
 
 
 def test_paper_ablation_sizes():
-    """Expansion adds 2·r·H² + 9·r·H weights a block, and nothing else differs from the plain twin."""
+    """Expansion adds 2·r·H² + 9·r·H weights a block, and nothing else differs from the plain ViT."""
 
     def count(**options) -> int:
         with torch.device("meta"):
