@@ -8,12 +8,18 @@ Axes: B batch, H heads, N tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refiner_ds.attention import is_traced
 
 __all__ = ["OneTimeLoss", "neighbour_similarity"]
+
+EPS = 1e-8  # of torch.nn.CosineSimilarity, which the released loss uses
 
 
 def neighbour_similarity(maps: list[Tensor], makes_map: list[bool], pairs: int) -> Tensor:
@@ -32,23 +38,61 @@ def neighbour_similarity(maps: list[Tensor], makes_map: list[bool], pairs: int) 
             unchanged += 1
             continue
         before_BHNN, current_BHNN = current_BHNN, next(made)
-        similarities.append(_recomputed_head_cosine(before_BHNN, current_BHNN))
+        similarities.append(_mean_cosine(before_BHNN, current_BHNN))
     total = torch.stack(similarities).sum() if similarities else maps[0].new_zeros((), dtype=torch.float32)
     return (total + unchanged) / pairs
 
 
-def _head_cosine(one_BHNN: Tensor, other_BHNN: Tensor) -> Tensor:
+def _mean_cosine(one_BHNN: Tensor, other_BHNN: Tensor) -> Tensor:
+    if is_traced() or torch._C._are_functorch_transforms_active():
+        precision = torch.promote_types(one_BHNN.dtype, torch.float32)
+        return F.cosine_similarity(one_BHNN.to(precision), other_BHNN.to(precision), dim=1, eps=EPS).mean()
+    return _MeanCosine.apply(one_BHNN, other_BHNN)
+
+
+class _MeanCosine(torch.autograd.Function):
+    """Mean cosine along heads; saves the two maps alone, which backward of the blocks saves anyway.
+
+    It goes through the maps head by head: autograd of ``F.cosine_similarity`` takes eight times as long on a CPU and
+    keeps copies of both maps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, one_BHNN: Tensor, other_BHNN: Tensor) -> Tensor:
+        ctx.save_for_backward(one_BHNN, other_BHNN)
+        return _cosine(one_BHNN, other_BHNN)[0].mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        one_BHNN, other_BHNN = ctx.saved_tensors
+        cosine_BNN, norm_BNN, other_norm_BNN = _cosine(one_BHNN, other_BHNN)
+        across_BNN = grad / cosine_BNN.numel() / (norm_BNN * other_norm_BNN)
+        # ∂cos/∂a = b/(|a||b|) − a·cos/|a|²; a norm below EPS counts as the constant EPS.
+        along_BNN = across_BNN * cosine_BNN
+        along_one_BNN = torch.where(norm_BNN > EPS, along_BNN * other_norm_BNN / norm_BNN, 0)
+        along_other_BNN = torch.where(other_norm_BNN > EPS, along_BNN * norm_BNN / other_norm_BNN, 0)
+        d_one_BHNN, d_other_BHNN = torch.empty_like(one_BHNN), torch.empty_like(other_BHNN)
+        for head in range(one_BHNN.shape[1]):
+            one_BNN, other_BNN = one_BHNN[:, head].to(across_BNN.dtype), other_BHNN[:, head].to(across_BNN.dtype)
+            d_one_BHNN[:, head] = torch.addcmul(across_BNN * other_BNN, along_one_BNN, one_BNN, value=-1)
+            d_other_BHNN[:, head] = torch.addcmul(across_BNN * one_BNN, along_other_BNN, other_BNN, value=-1)
+        return d_one_BHNN, d_other_BHNN
+
+
+def _cosine(one_BHNN: Tensor, other_BHNN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine along heads and both norms, not below EPS; [B, N, N] each, in fp32 or better."""
     precision = torch.promote_types(one_BHNN.dtype, torch.float32)
-    return F.cosine_similarity(one_BHNN.to(precision), other_BHNN.to(precision), dim=1).mean()
-
-
-def _recomputed_head_cosine(one_BHNN: Tensor, other_BHNN: Tensor) -> Tensor:
-    # Only the two maps are saved, which backward needs anyway; the normalised copies would double a block's bytes.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _head_cosine(one_BHNN, other_BHNN)
-    return torch.utils.checkpoint.checkpoint(
-        _head_cosine, one_BHNN, other_BHNN, use_reentrant=False, preserve_rng_state=False
+    dot_BNN, square_BNN, other_square_BNN = (
+        one_BHNN.new_zeros(one_BHNN[:, 0].shape, dtype=precision) for _ in range(3)
     )
+    for head in range(one_BHNN.shape[1]):
+        one_BNN, other_BNN = one_BHNN[:, head].to(precision), other_BHNN[:, head].to(precision)
+        dot_BNN.addcmul_(one_BNN, other_BNN)
+        square_BNN.addcmul_(one_BNN, one_BNN)
+        other_square_BNN.addcmul_(other_BNN, other_BNN)
+    norm_BNN, other_norm_BNN = square_BNN.sqrt_().clamp_min_(EPS), other_square_BNN.sqrt_().clamp_min_(EPS)
+    return dot_BNN / norm_BNN / other_norm_BNN, norm_BNN, other_norm_BNN
 
 
 class OneTimeLoss:

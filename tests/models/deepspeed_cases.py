@@ -1,7 +1,7 @@
 """What only a process with DeepSpeed up can tell, as one JSON line: run by test_deepspeed.py in a process of its own.
 
 {"recompute": {"released pair": [what differs], …}, "fp32 loop": losses, "fp32": {stage: losses, …}, "bf16": …,
- "init": {"zero.Init": {parameter: spread, …}, "plain": …}}
+ "init": {"zero.Init": {parameter: spread, …}, "plain": …}, "fsdp2": {what is wrapped: distance, …}}
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import json
 
 import deepspeed
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 
 from refiner_ds.training.world import init, shutdown
@@ -97,6 +100,28 @@ def initialisation() -> dict[str, dict[str, float]]:
     return {"zero.Init": spreads, "plain": whole}
 
 
+def fully_sharded() -> dict[str, float]:
+    """Largest relative distance of FSDP2's gradients from plain ones, by what is wrapped on its own."""
+    found = {}
+    _, wanted, _ = training_step(small_model(**RELEASED))
+    for wrapped in ("root", "blocks", "layers"):
+        model = small_model(**RELEASED)
+        mesh = init_device_mesh("cpu", (1,))
+        layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.LayerNorm, nn.Conv2d)]
+        for module in [*(layers if wrapped == "layers" else []), *(model.blocks if wrapped != "root" else []), model]:
+            fully_shard(module, mesh=mesh)
+        torch.manual_seed(1)
+        class_logits, patch_logits, _ = model.train()(pictures(), BOX)
+        (class_logits.square().mean() + patch_logits.square().mean()).backward()
+        largest = max(gradient.abs().max().item() for gradient in wanted.values())
+        distances = [
+            (parameter.grad.full_tensor() - wanted[name]).abs().max().item() / largest
+            for name, parameter in model.named_parameters()
+        ]
+        found[wrapped] = max(distances)
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init()
@@ -106,6 +131,7 @@ if __name__ == "__main__":
         "fp32": {stage: train(stage, half=False) for stage in (0, 1, 2, 3)},
         "bf16": {stage: train(stage, half=True) for stage in (0, 1, 2, 3)},
         "init": initialisation(),
+        "fsdp2": fully_sharded(),
     }
     print("RESULT " + json.dumps(results))
     shutdown()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds.attention import attention_backend
+from refiner_ds.benchmark.measure import saved_bytes
+from refiner_ds.models.cos_reg import neighbour_similarity
 from tests.models import golden
 from tests.models.small import PAPER, RELEASED, VARIANTS, pictures, small_model
 
@@ -70,6 +72,33 @@ def test_other_layouts_compare_the_maps_that_their_blocks_make(variant):
     assert truth.item() < 0.1 - 1e-7
     without = small_model(**VARIANTS[variant]).train()
     torch.testing.assert_close(model(pictures())[0], without(pictures())[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_cosine_and_its_gradients_are_pytorchs(dtype):
+    maps = [torch.rand(2, 5, 7, 7).to(dtype).requires_grad_() for _ in range(3)]
+    with torch.no_grad():
+        maps[1][0, :, 2] = 0  # rows without attention: a norm below eps
+    ours = neighbour_similarity(maps, [True, True, False, True], 3)
+    exact = [one.detach().double().requires_grad_() for one in maps]
+    pairs = [(0, 1), (1, 2)]  # the block between makes no map of its own
+    truth = (sum(torch.cosine_similarity(exact[i], exact[k], dim=1).mean() for i, k in pairs) + 1) / 3
+    assert ours.item() == pytest.approx(truth.item(), rel=1e-6 if dtype != torch.float64 else 1e-12)
+    gradients, wanted = torch.autograd.grad(ours, maps), torch.autograd.grad(truth, exact)
+    live = torch.ones(7, dtype=torch.bool)
+    live[2] = False
+    for one, other in zip(gradients, wanted, strict=True):
+        assert one.dtype == dtype and one.isfinite().all()
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        assert golden.relative_error(one[:, :, live], other[:, :, live]) < tolerance
+
+
+def test_the_penalty_saves_nothing_but_what_is_saved_anyway():
+    def saved(**options) -> int:
+        model = small_model(**RELEASED, **options).train()
+        return saved_bytes(lambda: model(pictures())[0].sum() + (model.cos_reg_loss() if options else 0), model)
+
+    assert saved(cos_reg=0.1) - saved() < 100  # a few scalars
 
 
 def test_the_penalty_is_given_out_once_and_leaves_no_graph_behind():

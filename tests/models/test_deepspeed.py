@@ -52,3 +52,8 @@ def test_initialisation_survives_zero_init(results):
     sharded, whole = results["init"]["zero.Init"], results["init"]["plain"]
     assert sharded.keys() == whole.keys()
     assert sharded == pytest.approx(whole, rel=0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", ["root", "blocks", "layers"])
+def test_fsdp2_gives_the_plain_gradients_whatever_it_wraps(results, wrapped):
+    assert results["fsdp2"][wrapped] < 1e-4

@@ -106,11 +106,13 @@ def test_training_and_evaluation_compile_into_one_graph_each(variant, options):
     model = small_model(**{**VARIANTS[variant], "depth": 2}, **options)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        outputs = compiled.train()(pictures(), None if model.return_dense is False else BOX)
+        model.train()
+        outputs = compiled(pictures(), None if model.return_dense is False else BOX)
         if options.get("cos_reg"):
             assert 0 < model.cos_reg_loss() <= 0.1 + 1e-6
         assert (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).shape == (4, 5)
-        assert compiled.eval()(pictures()).shape == (4, 5)
+        model.eval()
+        assert compiled(pictures()).shape == (4, 5)
 
 
 def test_a_new_box_does_not_compile_the_step_again():
