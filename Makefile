@@ -6,6 +6,7 @@
 # make docs          pages that are printed from the code
 # make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of their own
 # make lock          writes that environment's versions to constraints.txt
+# make drill         kills, stops, damages and poisons a run for an hour at most; writes docs/reliability.md
 # make gpu           on a GPU: tests of its kernels, then what docs/benchmarks.md wants to know; kept in gpu.log
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ LOCKED ?= -c constraints.txt
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-isa test-newest lock lint docs gpu clean
+.PHONY: quickstart test test-fast test-isa test-newest lock lint docs drill gpu clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/deepspeed refiner_ds/train.py
@@ -44,6 +45,9 @@ lint: $(VENV)/installed-test
 
 docs: $(VENV)/installed
 	$(BIN)/python -m refiner_ds.config > docs/run_file.md
+
+drill: $(VENV)/installed-test
+	$(BIN)/python -m tests.drill --events 100 --minutes 60 --report docs/reliability.md
 
 BENCHMARK := $(BIN)/python -m refiner_ds.benchmark
 

@@ -18,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +30,7 @@ from refiner_ds.training.run_lock import holder_here
 from refiner_ds.training.signals import STOPPING
 
 FINAL = (FINISHED, REFUSED, DIVERGED)
+LAST_SECONDS, LOOK_SECONDS = 600.0, 0.2
 
 
 class Supervisor:
@@ -77,7 +79,14 @@ class Supervisor:
         except OSError as error:
             raise LaunchError(f"{self._command[0]}: cannot be started: {error.strerror}") from None
         code = self._process.wait()
+        self._wait_for_ranks()
         return 128 - code if code < 0 else code
+
+    def _wait_for_ranks(self) -> None:
+        """A launcher that was killed ends before its ranks, which still save what they have."""
+        end = time.monotonic() + LAST_SECONDS
+        while holder_here(self._folder.lock) is not None and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True

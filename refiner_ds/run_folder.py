@@ -5,6 +5,7 @@
       history.jsonl               one line a start: when, where, by what, with which keys changed
       data.json                   what the run is trained on, by place and content
       metrics.jsonl               one line a log interval or evaluation
+      divergence.json             steps that went wrong, and what was done about them
       complete.json               what a finished run reached
       checkpoints/step_00001000/  complete or absent; the files in one are listed in refiner_ds/checkpoint/files.py
       latest                      name of the newest complete checkpoint, replaced atomically
@@ -21,11 +22,8 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from refiner_ds.errors import ConfigError
 
 STATE = "state.json"  # in a checkpoint
 STEP = re.compile(r"step_(\d{8,})")
@@ -70,6 +68,7 @@ class RunFolder:
         self.history = self.path / "history.jsonl"
         self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.divergence = self.path / "divergence.json"
         self.complete = self.path / "complete.json"
         self.checkpoints = self.path / "checkpoints"
         self.latest_file = self.path / "latest"
@@ -80,20 +79,6 @@ class RunFolder:
         self.jobs = self.path / "jobs"
         self.code = self.path / "code"
         self.export = self.path / "export"
-
-    def refuse_unwritable(self) -> None:
-        """Raise ConfigError where the run folder cannot be made or written."""
-        standing = self.path
-        while not standing.exists() and standing != standing.parent:
-            standing = standing.parent
-        try:
-            with tempfile.TemporaryFile(dir=standing):  # asking for permission is not enough: root has it everywhere
-                pass
-        except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise ConfigError(
-                f"{self.path}: cannot be written ({standing}: {why}); set refiner.run.output to a folder that can"
-            ) from None
 
     def __str__(self) -> str:
         return str(self.path)

@@ -16,14 +16,12 @@ from refiner_ds.attention.dispatch import (
     BACKENDS,
     attend,
     attention_backend,
-    describe_backend,
     is_traced,
     plain_attention,
     refine,
     resolve_backend,
     set_save_for_backward,
 )
-from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.map.eager import make_map
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
 from refiner_ds.attention.refiners import REFINERS, Refiner
@@ -56,8 +54,6 @@ __all__ = [
     "attend",
     "attention_backend",
     "batch_norm",
-    "describe_backend",
-    "first_order",
     "fold_refiner",
     "frozen_statistics",
     "is_traced",

@@ -26,7 +26,6 @@ from refiner_ds.attention.backends import Backend
 from refiner_ds.attention.backends.eager import EagerBackend
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.backends.triton import TritonBackend
-from refiner_ds.attention.checks import check_case
 from refiner_ds.attention.refiners import refiner_of
 from refiner_ds.attention.saving import check_save_for_backward
 from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
@@ -35,7 +34,6 @@ __all__ = [
     "BACKENDS",
     "attend",
     "attention_backend",
-    "describe_backend",
     "is_traced",
     "plain_attention",
     "refine",
@@ -61,14 +59,8 @@ _fallbacks: dict[str, dict[str, str]] = {}
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a tracer or an exporter is recording: they are given the eager backend.
-
-    Raises:
-        RuntimeError: the recorder is the legacy ONNX exporter, which traces.
-    """
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        raise RuntimeError("the legacy ONNX exporter is not supported; call torch.onnx.export(..., dynamo=True)")
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    """Whether a compiler or an exporter is tracing: they are shown the eager backend."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
 @cache
@@ -115,11 +107,10 @@ def attention_backend(backend: str) -> Iterator[None]:
             os.environ["REFINER_ATTENTION"] = before
 
 
-def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None = None) -> Backend:
-    """The first of the requested backend and its stand-ins that supports the case, after a check of the arguments."""
+def _backend_for(case: Case, backend: str | None) -> Backend:
+    """The first of the requested backend and its stand-ins that supports the case."""
     if is_traced():
         return EAGER
-    _check(case, residual_BHNN)
     requested = resolve_backend(backend, case.value_BHNd.device)
     reasons = []
     for candidate in CANDIDATES[requested]:
@@ -131,30 +122,14 @@ def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None =
     return candidate
 
 
-def _check(case: Case, residual_BHNN: Tensor | None) -> None:
-    """Refuse arguments that do not fit together."""
-    check_case(case, residual_BHNN)
-    if case.weights is not None and (check := refiner_of(case.weights).check) is not None:
-        check(case.weights, case)
-
-
 def _report(requested: str, kind: str, fallback: str) -> None:
     """Log the requested backend and every kind of operation that another one computes, whenever either changes."""
     known = _fallbacks.setdefault(requested, {})
     if known.get(kind) == fallback:
         return
     known[kind] = fallback
-    log.info("attention: %s", _described(requested))
-
-
-def _described(requested: str) -> str:
-    fallbacks = "; ".join(one for one in _fallbacks.get(requested, {}).values() if one)
-    return f"{requested} ({fallbacks})" if fallbacks else requested
-
-
-def describe_backend(device: torch.device) -> str:
-    """The backend requested on a device and what has stood in for it so far: "triton (map: tiled, because …)"."""
-    return _described(resolve_backend(device=device))
+    fallbacks = "; ".join(one for one in known.values() if one)
+    log.info("attention: %s%s", requested, f" ({fallbacks})" if fallbacks else "")
 
 
 def set_save_for_backward(save_for_backward: str) -> None:
@@ -183,9 +158,9 @@ def attend(
     Returns:
         [B, H, N, d], and the map [B, H, N, N] for the next block, both in the values' dtype.
     Raises:
-        ValueError: arguments do not fit together, there is no such backend, or the device cannot run it.
+        ValueError: there is no such backend, or the device cannot run it.
     """
-    chosen = _backend_for(Case(deferred, value_BHNd), backend, residual_BHNN)
+    chosen = _backend_for(Case(deferred, value_BHNd), backend)
     return chosen.attend(deferred, value_BHNd, residual_BHNN)
 
 
@@ -210,8 +185,7 @@ def refine(
         [B, H, N, d] in the values' dtype; [B, E, N, d] where the refiner does not reduce.
     Raises:
         TypeError: the weights are of no known kind.
-        ValueError: arguments do not fit together, there is no such backend, the device cannot run it, or nothing that
-            can be saved has that name.
+        ValueError: there is no such backend, the device cannot run it, or there is nothing of that name to save.
     """
     # The view sums the refiner's own gradients of the map before those of its other users, so that rounding happens in
     # the same order whether or not the refiner is recomputed by itself.

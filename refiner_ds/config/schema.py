@@ -285,6 +285,10 @@ class RunKeys(Section):
             "keep_epochs",
             "timeout_minutes",
             "hang_seconds",
+            "on_divergence",
+            "rollbacks",
+            "spike_sigmas",
+            "spike_window",
         }
     )
 
@@ -319,6 +323,17 @@ class RunKeys(Section):
         description="standstill of a step, seconds and at least four recent steps, after which the rank that all wait"
         " for is named and all leave with exit code 75; 0: never",
     )
+    on_divergence: Literal["stop", "rollback", "skip"] = Field(
+        "stop",
+        description="what follows a step whose loss or gradient norm is not finite or a spike: exit code 3; back to the"
+        " newest checkpoint, and its samples left out if it goes wrong again; or the step skipped, each then waiting"
+        " for the device",
+    )
+    rollbacks: int = Field(3, ge=0, description="number of times a run may go back for on_divergence")
+    spike_sigmas: float | None = Field(
+        None, gt=0, description="standard deviations above the mean of recent steps that make a spike; null: none does"
+    )
+    spike_window: int = Field(100, ge=10, description="number of recent steps that spike_sigmas looks at")
 
 
 class RefinerKeys(Section):

@@ -84,14 +84,33 @@ class Engine:
         self._stage = run.keys.zero_optimization.stage
         self._clips = run.keys.gradient_clipping
         self._grad_norm: Tensor | float | None = None
+        self._allows: Callable[[Tensor | float | None], bool] | None = None
+        self._allowed: bool | None = None
+        self._gate(self._base)
         self.restore_counts(0, 0, 0)
+
+    def _gate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a step be called off when all but the update is done: every ZeRO stage ends in this call."""
+        update = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self._allowed is None and self._allows is not None:  # stages 1 to 3 come here once a parameter group
+                self._allowed = self._allows(getattr(self.optimizer, "_global_grad_norm", self._grad_norm))
+            return None if self._allowed is False else update(*args, **kwargs)
+
+        optimizer.step = step  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward through DeepSpeed."""
         return self.engine(*args, **kwargs)
 
-    def backward_and_step(self, loss: Tensor) -> None:
-        """Backward of one micro-batch; the optimizer steps when the accumulation is full."""
+    def backward_and_step(self, loss: Tensor, allows: Callable[[Tensor | float | None], bool] | None = None) -> None:
+        """Backward of one micro-batch; the optimizer steps when the accumulation is full.
+
+        Args:
+            allows: asked with the gradient norm, on all ranks alike, before weights change; False skips the step.
+        """
+        self._allows, self._allowed = allows, None
         self.engine.backward(loss)
         last = self.engine.is_gradient_accumulation_boundary()
         if last and self._stage == 0 and not self.bf16:  # the one case in which DeepSpeed tells no gradient norm
@@ -100,6 +119,8 @@ class Engine:
         self.engine.step()
         if last and (norm := self.engine.get_global_grad_norm()) is not None:
             self._grad_norm = norm
+        if last and self._allowed is False:
+            self.engine.skipped_steps += 1
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step; groups that scale theirs (layer-wise decay) scale it."""
@@ -112,6 +133,11 @@ class Engine:
         return None if self._grad_norm is None else float(self._grad_norm)
 
     @property
+    def unread_grad_norm(self) -> Tensor | float | None:
+        """`grad_norm` as it comes: a tensor that the device may still have to compute."""
+        return self._grad_norm
+
+    @property
     def skipped_steps(self) -> int:
         """Optimizer steps DeepSpeed has left out because of gradients that were not finite."""
         return self.engine.skipped_steps
@@ -119,7 +145,7 @@ class Engine:
     @property
     def stepped(self) -> bool:
         """Whether the last optimizer step changed the weights."""
-        return bool(self.engine.was_step_applied())
+        return bool(self.engine.was_step_applied()) and self._allowed is not False
 
     def masters(self) -> list[Tensor]:
         """The fp32 weights this rank's optimizer updates: whole, flat or partitioned, by ZeRO stage."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +44,19 @@ class Accuracy:
         return 100 * self.right5 / max(self.images, 1)
 
 
+class EvaluationStopped(Exception):
+    """A rank was asked to stop in the middle of an evaluation."""
+
+
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], world: World, mean: Triple, std: Triple, bf16: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World,
+    mean: Triple,
+    std: Triple,
+    bf16: bool = False,
+    asked_to_stop: Callable[[], bool] | None = None,
 ) -> Accuracy:
     """Evaluate ``model`` over this rank's ``batches`` and add up over ranks. Every rank must call it.
 
@@ -54,12 +64,21 @@ def evaluate(
         model: in fp32, on ``world.device``.
         mean, std: of the pixels, as in training.
         bf16: compute under autocast.
+        asked_to_stop: looked at before every batch; None: nothing stops an evaluation.
+    Raises:
+        EvaluationStopped: on all ranks, before the same batch, where any of them was asked to stop.
     """
     was_training = model.training
     model.eval()
     counts = torch.zeros(4, dtype=torch.int64, device=world.device)
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
+    requests = None
     for batch in batches:
+        if asked_to_stop is not None:
+            if requests is not None and requests.item():  # of the batch before: the device is not waited for
+                model.train(was_training)
+                raise EvaluationStopped
+            requests = world.all_reduce_sum(torch.tensor(float(asked_to_stop()), device=world.device))
         batch = batch.to(world.device)
         valid_B, labels_B = batch.valid_B, batch.labels_B
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 from torch import Tensor
 
 from refiner_ds.config import RunFile
 from refiner_ds.training.build import peak_flops, training_flops
 from refiner_ds.training.step import Outcome
+from refiner_ds.training.stragglers import RankTime
 from refiner_ds.training.world import World
 
 
@@ -21,7 +24,7 @@ class Interval:
     def __init__(self) -> None:
         self.steps = 0
         self._losses: dict[str, Tensor] = {}
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._forward = 0.0
         self._bad = 0
         self.checkpoint_seconds = 0.0
 
@@ -33,6 +36,11 @@ class Interval:
         self._seconds += outcome.seconds
         self._waited += outcome.data_wait_seconds
         self._bad += outcome.bad_samples
+        self._forward += outcome.forward_seconds
+
+    def rank_time(self, world: World) -> RankTime:
+        """What this rank did before it met the others, a step."""
+        return RankTime(world.rank, platform.node(), self._waited / self.steps, self._forward / self.steps)
 
     def numbers(self, global_batch: int, world: World) -> dict[str, float]:
         """Means a step, by the keys of metrics.jsonl; damaged samples are summed over ranks. Every rank must call it.

@@ -7,7 +7,6 @@ so that a run stopped anywhere and started again takes the same course.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,10 +30,12 @@ from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.initial_weights import initial_weights, starts_fresh
 from refiner_ds.training.inputs import derived_seed
 from refiner_ds.training.intervals import Alarm, SaveTimes, falls_into
+from refiner_ds.training.out_of_memory import is_out_of_memory, memory_use, out_of_memory
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.progress import Progress
+from refiner_ds.training.recovery import Divergence, Recovery
 from refiner_ds.training.signals import StopFlag
-from refiner_ds.training.step import OptimizerStep
+from refiner_ds.training.step import OptimizerStep, UnreadStep
 from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
 
@@ -75,10 +76,17 @@ class Trainer:
             SAVE: lambda: world.is_main and self.save_alarm.rings(),
             GIVE_UP: lambda: self.checkpoints.not_finite,
         }
-        self.take_step = OptimizerStep(ready, world, self.engine, self.ema, requests, heartbeat)
+        self.recovery = Recovery(ready, world, self.console)
+        self.take_step = OptimizerStep(
+            ready, world, self.engine, self.ema, requests, heartbeat, self.recovery.allows_before_the_update
+        )
+        self.unread: list[UnreadStep] = []
+        self.batches: Iterator[Batch] = iter(())
         self.step = self._resume()
         self.progress = Progress(ready, world, self.engine, self.console, self.step)
-        self.validation = Validation(ready, world, self.engine, self.ema, self.progress.metrics, self.console)
+        self.validation = Validation(
+            ready, world, self.engine, self.ema, self.progress.metrics, self.console, stop, heartbeat
+        )
 
     def _initialise(self, model: RefinedViT) -> None:
         run = self.ready.run
@@ -99,36 +107,91 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit code."""
-        keys, total = self.ready.run.refiner.run, self.ready.schedule.total_steps
-        if self._evaluation_is_missing():
-            self.validation.evaluate(self.step)
-        batches = self._batches()
-        while self.step < total:
-            outcome = self.take_step(self.step, batches)
-            self.step += 1
-            self.stop.something_to_save()
-            last, stopping = self.step == total, STOP in outcome.requests
-            self.progress.after(self.step, outcome)
-            # At once, not with the next numbers: what is saved from here on is lost, and pushes the good states out.
-            if not math.isfinite(outcome.losses["loss"]):
-                return self._diverged(f"the loss is {outcome.losses['loss']}")
-            if GIVE_UP in outcome.requests:
-                return self._diverged("weights are no longer finite")
-            self._report(self.checkpoints.outcome())
-            # Before the evaluation, which takes its time: a signal in it costs nothing then.
-            if last or stopping or SAVE in outcome.requests or self.save_times.due(self.step):
-                self.heartbeat.beat(self.step, "saving", patient=True)
-                self._save()
-            if stopping and not last:
-                return self._stop()
-            if self._evaluation_is_due():
-                self.heartbeat.beat(self.step, "evaluating", patient=True)
-                self.validation.evaluate(self.step)
-            if last or self._due(keys.picture_epochs):
-                self.heartbeat.beat(self.step, "drawing", patient=True)
-                self.validation.picture(self.step)
+        if self._evaluation_is_missing() and not self.validation.evaluate(self.step):
+            return self._stop()
+        self.batches = self._batches()
+        while self.step < self.ready.schedule.total_steps:
+            try:
+                code = self._one_step()
+            except Divergence as divergence:
+                code = self._go_back(divergence)
+            if code is not None:
+                return code
         self.heartbeat.beat(self.step, "saving", patient=True)
         return self._finish()
+
+    def _one_step(self) -> int | None:
+        """Take a step, read the one before meanwhile, and do what is due; the exit code where that ends the run."""
+        if self.recovery.leaves_out(self.step + 1):
+            self.take_step.leave_out(self.step, self.batches)
+        else:
+            self.unread.append(self._take_step())
+        self.step += 1
+        self.stop.something_to_save()
+        last = self.step == self.ready.schedule.total_steps
+        saves, evaluates = last or self.save_times.due(self.step), self._evaluation_is_due()
+        draws = last or self._due(self.ready.run.refiner.run.picture_epochs)
+        requests = self._read(all_but=1)
+        if requests or saves or evaluates or draws:
+            requests |= self._read()  # what has diverged is never saved nor evaluated
+        if GIVE_UP in requests:
+            return self._diverged("weights are no longer finite")
+        self._report(self.checkpoints.outcome())
+        # Before the evaluation, which takes its time: a signal in it costs nothing then.
+        if saves or STOP in requests or SAVE in requests:
+            self.heartbeat.beat(self.step, "saving", patient=True)
+            self._save()
+        if STOP in requests and not last:
+            return self._stop()
+        if evaluates and not self.validation.evaluate(self.step):
+            if self.checkpoints.saved_step != self.step:
+                self._save()
+            return self._stop()
+        if draws:
+            self.heartbeat.beat(self.step, "drawing", patient=True)
+            self.validation.picture(self.step)
+        return None
+
+    def _take_step(self) -> UnreadStep:
+        try:
+            return self.take_step(self.step, self.batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            use = memory_use(self.ready.run, self.engine.module, self.ready.batch, self.world)
+            raise out_of_memory(self.world.rank, self.step + 1, self.heartbeat.doing, use, error) from None
+
+    def _read(self, all_but: int = 0) -> set[str]:
+        """Read the steps that are not read yet, ``all_but`` the newest; what any rank has asked for in them.
+
+        Raises:
+            Divergence: one of them went wrong.
+        """
+        requests: set[str] = set()
+        while len(self.unread) > all_but:
+            unread = self.unread.pop(0)
+            outcome = unread.read()
+            self.progress.after(unread.step, outcome)
+            self.recovery.judge(unread, outcome)
+            requests |= outcome.requests
+        return requests
+
+    def _go_back(self, divergence: Divergence) -> int | None:
+        """Go back to the last good state, if the run file says so and there is one; else the exit code."""
+        self.heartbeat.beat(self.step, "going back", patient=True)
+        self.unread.clear()
+        self.checkpoints.outcome(wait=True)
+        newest = self.checkpoints.newest() if self.recovery.goes_back else None
+        what, goes_back = self.recovery.wrong(divergence, newest is not None)
+        self.step = divergence.step
+        if newest is None or not goes_back:
+            return self._diverged(what)
+        self.console.say(f"step {divergence.step}: {what}")
+        self.step = self.checkpoints.load(newest).step
+        self.console.say(f"back at {newest} (step {self.step})")
+        self.progress.rewind(self.step)
+        self.batches = self._batches()
+        return None
 
     def close(self) -> None:
         """Flush what is open; to be called however `run` ended."""

@@ -44,11 +44,20 @@ class Metrics:
         self._folder = folder
         self._board: SummaryWriter | None = None
         self.evaluations: dict[str, dict[int, float]] = {}
-        if folder is None:
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        if self._folder is None:
             return
-        for line in _drop_beyond(folder.metrics, step):
+        for line in _drop_beyond(self._folder.metrics, step):
             self._remember(line)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged beyond ``step``: the run has gone back to it."""
+        self.close()
+        self.evaluations.clear()
+        self._open(step)
 
     def write(self, kind: str, step: int, epoch: float, samples: int, **values: Any) -> None:
         """One line, and one scalar for each number in it.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from refiner_ds.attention import describe_backend
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import Engine
@@ -12,9 +12,10 @@ from refiner_ds.training.interval import Interval, Utilisation, peak_memory_gib
 from refiner_ds.training.metrics import Metrics
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.step import Outcome
+from refiner_ds.training.stragglers import Stragglers, data_advice
 from refiner_ds.training.world import World
 
-ETA_STEPS = 50  # of this process, after which the end is estimated once for good
+ADVICE_STEPS = 20  # an interval of a few steps says nothing about the loader
 
 
 class Progress:
@@ -30,24 +31,23 @@ class Progress:
         self._every = ready.run.refiner.run.log_steps
         self._began_at = step
         self._interval = Interval()
+        self._grad_norm: float | None = None
+        self._stragglers = Stragglers()
+        self._workers, self._advised = ready.run.refiner.data.workers, False
         self._utilisation = Utilisation(ready.run, ready.num_classes, world)
         self._numbers: dict[str, Any] = {}
         self.metrics = Metrics(RunFolder(ready.run.folder) if world.is_main else None, step)
 
     def after(self, step: int, outcome: Outcome) -> None:
         """Take in the ``step``-th step, counted from 1; write its interval's numbers where that ends here."""
-        self._interval.add(outcome)
+        if not outcome.skipped:
+            self._interval.add(outcome)
+            self._grad_norm = outcome.grad_norm
         logged = step == self._schedule.total_steps or step % self._every == 0
         if logged:
             self.write(step)
-        trained = step - self._began_at
-        self._console.count(trained)
-        if trained == 1 and "(" in (backend := describe_backend(self._world.device)):
-            self._console.say(f"attention: {backend}")  # what it could not compute itself is known only now
-        if trained == ETA_STEPS:
-            self._console.say(f"after {ETA_STEPS} steps: {self._console.end(step, trained)}")
         if self._numbers:
-            self._console.progress(step, trained, self._fields(step), logged)
+            self._console.progress(step, step - self._began_at, self._fields(step), logged)
 
     def stalled(self, seconds: float) -> None:
         """Count that training has waited for a checkpoint; it shows in the next line."""
@@ -58,10 +58,11 @@ class Progress:
         if self._interval.steps:
             samples = step * self._batch.global_batch
             numbers = self._interval.numbers(self._batch.global_batch, self._world)
+            self._tell_of_slow_ranks(numbers)
             self._numbers = {
                 **numbers,
                 "lr": self._schedule.lr(samples - self._batch.global_batch),
-                "grad_norm": self._engine.grad_norm,
+                "grad_norm": self._grad_norm,
                 "peak_memory_gib": peak_memory_gib(self._world.device),
                 "mfu": self._utilisation.mfu(numbers["images_per_second"]),
                 "skipped_steps": self._engine.skipped_steps,
@@ -70,15 +71,28 @@ class Progress:
             self._interval = Interval()
         return self._numbers
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged beyond ``step``: the run has gone back to it."""
+        self._interval = Interval()
+        self.metrics.rewind(step)
+
+    def _tell_of_slow_ranks(self, numbers: dict[str, float]) -> None:
+        for sentence in self._stragglers.judge(self._world.gather(self._interval.rank_time(self._world))):
+            self._console.say(sentence)
+        cores = len(os.sched_getaffinity(0))
+        advice = data_advice(numbers["step_seconds"], numbers["data_wait_seconds"], self._workers, cores)
+        if advice and not self._advised and self._interval.steps >= ADVICE_STEPS:
+            self._advised = True
+            self._console.say(advice)
+
     def close(self) -> None:
         """Write out what is buffered."""
         self.metrics.close()
 
     def _fields(self, step: int) -> dict[str, str]:
         epochs = self._schedule.total_steps / self._schedule.steps_an_epoch
-        digits = 1 if epochs >= 10 else 2
         return {
-            "epoch": f"{step / self._schedule.steps_an_epoch:.{digits}f}/{epochs:.4g}",
+            "epoch": f"{step / self._schedule.steps_an_epoch:.1f}/{epochs:g}",
             "step": f"{step}/{self._schedule.total_steps}",
             "loss": f"{self._numbers['loss']:.4f}",
             "lr": f"{self._numbers['lr']:.2e}",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class Outcome(NamedTuple):
         seconds: this rank's step, the device's part included.
         data_wait_seconds: of these, waiting for the loader.
         bad_samples: damaged samples this rank skipped.
+        grad_norm: before clipping, equal on all ranks; None where DeepSpeed does not tell.
+        forward_seconds: of the step, this rank's forward passes.
+        skipped: whether the weights were left as they were, where the run file asks for that.
     """
 
     losses: dict[str, float]
@@ -36,6 +40,94 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
     bad_samples: int = 0
+    grad_norm: float | None = None
+    forward_seconds: float = 0.0
+    skipped: bool = False
+
+
+class UnreadStep:
+    """A step whose numbers the device may still be computing; to be read while the next one runs.
+
+    Args:
+        step: counted from 1.
+        names: of the losses; the means of these come first, then those of the requests.
+        micro_batches: loss and sample numbers of each of this rank.
+        outcome: what is known already.
+        clock: when the step before was read, in a list of one.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        names: list[str],
+        requests: list[str],
+        means_n: Tensor,
+        grad_norm: Tensor | float | None,
+        forward: ForwardTimer,
+        micro_batches: list[tuple[Tensor, Tensor]],
+        outcome: Outcome,
+        clock: list[float],
+    ) -> None:
+        self.step, self.micro_batches = step, micro_batches
+        self._names, self._requests, self._outcome, self._clock = names, requests, outcome, clock
+        self._forward = forward
+        self._began = time.perf_counter() - outcome.seconds
+        self._numbers, self._norm = _to_host(means_n), grad_norm
+        if isinstance(grad_norm, Tensor):
+            self._norm = _to_host(grad_norm)
+        self._computed = None
+        if isinstance(means_n, Tensor) and means_n.is_cuda:
+            self._computed = torch.cuda.Event()
+            self._computed.record()
+
+    def read(self) -> Outcome:
+        """Wait for the step, and no longer, and say how it was."""
+        if self._computed is not None:
+            self._computed.synchronize()
+        values = self._numbers.tolist()
+        now = time.perf_counter()
+        seconds, self._clock[0] = now - max(self._began, self._clock[0]), now  # steps overlap: none is counted twice
+        granted = values[len(self._names) :]
+        return self._outcome._replace(
+            losses=dict(zip(self._names, values, strict=False)),
+            requests=frozenset(name for name, share in zip(self._requests, granted, strict=True) if share > 0),
+            seconds=seconds,
+            grad_norm=None if self._norm is None else float(self._norm),
+            forward_seconds=self._forward.seconds(),
+        )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor) or not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class ForwardTimer:
+    """Seconds of forward passes, by the device's own clock; read without waiting for anything else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._pairs: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A forward pass runs in the block."""
+        if self._cuda:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._pairs.append(pair)
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Of all blocks so far, which the device must be done with."""
+        return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1000
 
 
 class OptimizerStep:
@@ -46,6 +138,9 @@ class OptimizerStep:
 
     Args:
         requests: by name, whether this rank asks for something of all ranks: asked once a step.
+        heartbeat: told what begins.
+        allows: asked with step, mean loss and gradient norm before weights change, which makes every step wait for the
+            device; False skips it. None: nothing is skipped.
     """
 
     def __init__(
@@ -56,15 +151,17 @@ class OptimizerStep:
         ema: ModelEma,
         requests: dict[str, Callable[[], object]],
         heartbeat: Heartbeat,
+        allows: Callable[[int, float, float | None], bool] | None = None,
     ) -> None:
         self._ready, self._world, self._requests, self._heartbeat = ready, world, requests, heartbeat
+        self._allows, self._clock = allows, [0.0]
         self._keys, self._batch = ready.run.refiner, ready.batch
         self._engine, self._ema = engine, ema
         self._exchange = StepExchange(engine.statistics(), world)
         dtype = torch.bfloat16 if engine.bf16 else torch.float32
         self._inputs = InputMaker(self._keys, ready.num_classes, engine.module.patch_grid, dtype)
 
-    def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
+    def __call__(self, step: int, batches: Iterator[Batch]) -> UnreadStep:
         """Train on the next micro-batches of ``batches``.
 
         Args:
@@ -72,32 +169,70 @@ class OptimizerStep:
         """
         began, waited, bad = time.perf_counter(), 0.0, 0
         sums: dict[str, Tensor] = {}
+        micro_batches: list[tuple[Tensor, Tensor]] = []
+        timer, statistics = ForwardTimer(self._world.device), self._copy_of_statistics()
         samples = step * self._batch.global_batch
         epoch = self._ready.schedule.epoch(samples)
         self._engine.set_lr(self._ready.schedule.lr(samples))
         for micro in range(self._batch.accumulation):
-            waiting = time.perf_counter()
-            new_epoch = not micro and step % self._ready.schedule.steps_an_epoch == 0
-            self._heartbeat.beat(step + 1, "waiting for data", patient=new_epoch)
-            batch = next(batches)
-            waited += time.perf_counter() - waiting
-            bad += batch.bad
+            batch, seconds = self._next(batches, step, micro)
+            waited, bad = waited + seconds, bad + batch.bad
             self._heartbeat.beat(step + 1, "forward")
-            losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank), epoch)
+            with timer.running():
+                losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank), epoch)
+            micro_batches.append((losses.total.detach(), batch.sample_B.clone()))
             for name, loss in _logged(losses).items():
                 part = loss.detach() * (1 / self._batch.accumulation)
                 sums[name] = sums[name] + part if name in sums else part
             self._heartbeat.beat(step + 1, "backward")
-            self._engine.backward_and_step(losses.total)
+            self._engine.backward_and_step(losses.total, self._allowance(step + 1, sums["loss"]))
         self._heartbeat.beat(step + 1, "end of the step")
+        skipped = self._allows is not None and not self._engine.stepped
+        if skipped:
+            for buffer, before in statistics:
+                buffer.copy_(before)
         asked = torch.tensor([float(bool(asks())) for asks in self._requests.values()], device=self._world.device)
         means = self._exchange.mean(torch.cat([torch.stack(list(sums.values())), asked]))
         if self._engine.stepped:
             self._ema.update(step)
-        values = means.tolist()  # waits for the device: only now the step has taken its time
-        seconds = time.perf_counter() - began
-        granted = frozenset(name for name, share in zip(self._requests, values[len(sums) :], strict=True) if share > 0)
-        return Outcome(dict(zip(sums, values, strict=False)), granted, seconds, waited, bad)
+        known = Outcome({}, frozenset(), time.perf_counter() - began, waited, bad, skipped=skipped)
+        norm = self._engine.unread_grad_norm
+        return UnreadStep(
+            step + 1, list(sums), list(self._requests), means, norm, timer, micro_batches, known, self._clock
+        )
+
+    def leave_out(self, step: int, batches: Iterator[Batch]) -> None:
+        """Let the samples of a step go by.
+
+        Args:
+            step: optimizer steps before this one.
+        """
+        for micro in range(self._batch.accumulation):
+            self._next(batches, step, micro)
+
+    def _next(self, batches: Iterator[Batch], step: int, micro: int) -> tuple[Batch, float]:
+        """The next micro-batch, and seconds waited for it."""
+        began = time.perf_counter()
+        new_epoch = not micro and step % self._ready.schedule.steps_an_epoch == 0
+        self._heartbeat.beat(step + 1, "waiting for data", patient=new_epoch)
+        return next(batches), time.perf_counter() - began
+
+    def _allowance(self, step: int, loss: Tensor) -> Callable[[Tensor | float | None], bool] | None:
+        if self._allows is None:
+            return None
+        allows = self._allows
+
+        def allowed(grad_norm: Tensor | float | None) -> bool:
+            mean = float(self._world.all_reduce_mean(loss.clone()))
+            return allows(step, mean, None if grad_norm is None else float(grad_norm))
+
+        return allowed
+
+    def _copy_of_statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Running statistics as they are before a step that may be skipped: its forward passes change them."""
+        if self._allows is None:
+            return []
+        return [(buffer, buffer.clone()) for buffer in self._engine.statistics().values()]
 
     def _forward(self, batch: Batch, seed: int, epoch: float) -> Losses:
         recipe = self._keys.recipe

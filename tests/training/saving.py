@@ -26,6 +26,10 @@ class Alone(World):
         """There is nobody else to hear it."""
         return value
 
+    def gather(self, value: T) -> list[T]:
+        """There is nobody else to hear."""
+        return [value]
+
 
 ALONE = Alone(0, 1, 0, torch.device("cpu"))
 

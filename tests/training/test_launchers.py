@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from refiner_ds.run_folder import RunFolder, read_state
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.parent import Process
 from tests.training.launched import ROOT, environment, run
-from tests.training.test_resume import TINY
+from tests.training.test_resume import TINY, pid_of_rank
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
 PYTHON = [sys.executable]
@@ -155,3 +156,22 @@ def test_what_each_launcher_returns_is_what_the_table_in_the_docs_says(tmp_path:
     table = (ROOT / "docs" / "training.md").read_text()
     for name, (_, codes) in RETURNS.items():
         assert f"| `{name}` | {' | '.join(str(codes[code]) for code in (2, 3, 75))} |" in table
+
+
+def test_a_stopped_rank_is_named_and_deepspeed_returns_75(tmp_path: Path) -> None:
+    folder = tmp_path / "quickstart"
+    with started(DEEPSPEED, *arguments(tmp_path, **{"refiner.run.hang_seconds": 5})) as process:
+        wait_for(lambda: steps(folder) >= 6, "start")
+        everything = descendants(process.pid)
+        stopped = pid_of_rank(folder, 1)
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        wait_for(lambda: not any(left.lives for left in everything), "hang")
+        code, said = process.wait(), process.stdout.read()  # type: ignore[union-attr]
+        print(f"all had left {time.monotonic() - began:.1f} s after rank 1 was stopped")
+    assert code == 75, said
+    assert f"rank 1 (process {stopped} on {os.uname().nodename}; step " in said
+    assert re.search(r"no progress for \d+ s: .*is stopped.*the same command continues", said)
+    stacks = (folder / "logs" / "rank_1.stacks").read_text()
+    assert "step.py" in stacks and "in __call__" in stacks
+    assert not (folder / "lock").exists()

@@ -133,14 +133,14 @@ def test_another_number_of_processes_draws_the_same_samples_and_views(tmp_path: 
     ]
     assert lrs[0] == lrs[1]
     history = [json.loads(line) for line in (tmp_path / "changed" / "history.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["world_size"]) for line in history] == [(0, 2), (7, 1), (13, 3)]
+    assert [(line["step"], line["world_size"]) for line in history] == [(0, 2), (8, 1), (14, 3)]  # a step after asking
     assert [len(line["processes"]) for line in history] == [2, 1, 3]
     assert [line["zero_stage"] for line in history] == [1, 1, 2]
     changes = {"refiner.recipe.weight_decay": [0.05, 0.3], "zero_optimization.stage": [1, 2]}
     assert [line["changed"] for line in history] == [{}, {}, changes]
     assert "changed: refiner.recipe.weight_decay from 0.05 to 0.3" in done.stdout
     decays = {line["step"]: line["weight_decay"] for line in logged_lines(tmp_path, "changed")}
-    assert decays[12] == [0.0, 0.05] and decays[13] == [0.0, 0.3]
+    assert decays[13] == [0.0, 0.05] and decays[14] == [0.0, 0.3]
 
 
 def made_of(folder: Path, name: str) -> dict[int, list[tuple[int, int]]]:

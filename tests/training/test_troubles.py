@@ -29,6 +29,7 @@ from refiner_ds.training.interval import Interval
 from refiner_ds.training.intervals import Alarm, SaveTimes
 from refiner_ds.training.loop import GIVE_UP, SAVE, STOP, Trainer
 from refiner_ds.training.losses import Losses
+from refiner_ds.training.recovery import Recovery
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.step import OptimizerStep
 from refiner_ds.training.step import Outcome as StepOutcome
@@ -55,17 +56,20 @@ class Course(Trainer):
         self.validation: Any = SimpleNamespace(evaluate=self._note("evaluated"), picture=lambda step: None)
         self.checkpoints: Any = SimpleNamespace(outcome=self._outcome)
         self.save_times = SaveTimes(keys.checkpoint_epochs, keys.checkpoint_steps, 4)
-        self.step, self.done = 0, ""
+        self.recovery = Recovery(self.ready, ALONE, self.console)
+        self.step, self.done, self.unread = 0, "", []
 
     def _note(self, what: str) -> Any:
-        def note(step: int) -> None:
+        def note(step: int) -> bool:
             self.done += f" {what} {step}"
+            return True
 
         return note
 
-    def _given(self, step: int, batches: Any) -> StepOutcome:
+    def _given(self, step: int, batches: Any) -> Any:
         asked = self.requests.get(step + 1, frozenset())
-        return StepOutcome({"loss": self.losses[step], "loss_cls": 0.5}, asked)
+        outcome = StepOutcome({"loss": self.losses[step], "loss_cls": 0.5}, asked)
+        return SimpleNamespace(step=step + 1, read=lambda: outcome, micro_batches=[])
 
     def _batches(self) -> Any:
         return None
@@ -103,7 +107,7 @@ def test_weights_that_a_save_found_not_finite_end_the_run_though_the_loss_still_
 def test_whatever_asks_for_it_saves_and_a_stop_saves_before_it_leaves() -> None:
     course = Course([1.0] * 8, "refiner.run.checkpoint_epochs=null", "refiner.run.checkpoint_steps=3")
     course.requests = {4: frozenset([SAVE]), 5: frozenset([STOP])}
-    assert course.run() == RUN_AGAIN and course.done == " saved 3 saved 4 evaluated 4 saved 5"
+    assert course.run() == RUN_AGAIN and course.done == " saved 3 saved 4 evaluated 4 saved 6"
 
 
 def test_minutes_between_checkpoints_are_the_main_ranks() -> None:
@@ -218,7 +222,13 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step._keys = load().refiner
     step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=float, epoch=float, steps_an_epoch=4))  # type: ignore[assignment]
     step._world, step._requests, step._heartbeat = ALONE, {STOP: lambda: True, SAVE: lambda: False}, Heartbeat()
-    engine: Any = SimpleNamespace(set_lr=lambda lr: None, stepped=False, backward_and_step=lambda loss: None)
+    step._allows, step._clock = None, [0.0]
+    engine: Any = SimpleNamespace(
+        set_lr=lambda lr: None,
+        stepped=False,
+        backward_and_step=lambda loss, allows: None,
+        unread_grad_norm=None,
+    )
     step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
     losses = iter([(1.0, 2.0), (3.0, 6.0)])
 
@@ -227,8 +237,8 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
         return Losses(torch.tensor(total), {"new": torch.tensor(part)})
 
     step._forward = forward  # type: ignore[method-assign,assignment]
-    batch: Any = SimpleNamespace(bad=1)
-    outcome = step(0, iter([batch, batch]))
+    batch: Any = SimpleNamespace(bad=1, sample_B=torch.tensor([3, 4]))
+    outcome = step(0, iter([batch, batch])).read()
     assert outcome.losses == {"loss": 2.0, "loss_new": 4.0} and outcome.requests == {STOP}
     assert outcome.seconds >= 0.1 and outcome.bad_samples == 2
 
@@ -282,7 +292,7 @@ def test_a_picture_skips_a_damaged_image_where_the_run_does(tmp_path: Path, monk
         ready: Any = SimpleNamespace(run=run, num_classes=10, val=val)
         ema: Any = SimpleNamespace(state_dict=build_model(run, 10).state_dict)
         metrics: Any = SimpleNamespace(picture=lambda *_: None)
-        sees = Validation(ready, ALONE, None, ema, metrics, Console(False))  # type: ignore[arg-type]
+        sees = Validation(ready, ALONE, None, ema, metrics, Console(False), StopFlag(), Heartbeat())  # type: ignore[arg-type]
         if bad == "error":
             with pytest.raises(DataError):
                 sees.picture(1)
