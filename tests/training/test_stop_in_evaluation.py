@@ -1,0 +1,79 @@
+"""A request to stop in the middle of an evaluation: saved before, left between two batches, made up for on resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from refiner_ds.data.batch import Batch
+from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.evaluation import EvaluationStopped, evaluate
+from refiner_ds.training.metrics import read_metrics
+from tests.training.launched import ROOT, environment, run
+from tests.training.saving import ALONE, Alone
+from tests.training.test_resume import TRAIN, arguments
+
+
+class Rank(Alone):
+    """One of two ranks; the other never wants to stop."""
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+def batches(taken: list[int], count: int = 10) -> Iterator[Batch]:
+    for number in range(count):
+        taken.append(number)
+        images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+        yield Batch(images, torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([True, True]))
+
+
+class Model(torch.nn.Module):
+    """Guesses class 0."""
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]]).expand(len(images_B3HW), 2)
+
+
+@pytest.mark.parametrize("asked_at", [0, 4])
+def test_an_evaluation_ends_a_batch_after_any_rank_was_asked_to_stop(asked_at: int) -> None:
+    taken: list[int] = []
+    model = Model().train()
+    world = Rank(0, 2, 0, torch.device("cpu"))
+    half = (0.5, 0.5, 0.5)
+    with pytest.raises(EvaluationStopped):
+        evaluate(model, batches(taken), world, half, half, asked_to_stop=lambda: len(taken) > asked_at)
+    assert taken[-1] == asked_at + 1 and model.training
+    found = evaluate(model, batches(taken), ALONE_SUMS, half, half, asked_to_stop=lambda: False)
+    assert (found.images, found.right1) == (20, 10)
+
+
+ALONE_SUMS = Rank(0, 1, 0, ALONE.device)
+
+
+def test_what_it_interrupts_is_saved_before_and_made_up_for_on_resume(tmp_path: Path) -> None:
+    """One rank on one image at a time: long enough to be interrupted."""
+    keys = {"refiner.data.eval_batch": 1, "refiner.run.eval_epochs": 0.2, "refiner.recipe.epochs": 0.2}
+    keys |= {"refiner.recipe.warmup_epochs": 0, "refiner.data.workers": 0}
+    folder = RunFolder(tmp_path / "quickstart")
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments(tmp_path, **keys)], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while folder.latest_checkpoint() is None:
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 75 and "asked to stop: saved step 6" in out, out + err
+    assert not read_metrics(folder.path, "eval") and not folder.complete.exists()
+    again = run(sys.executable, TRAIN, *arguments(tmp_path, **keys))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [(line["step"], line["weights"]) for line in read_metrics(folder.path, "eval")] == [(6, "model"), (6, "ema")]
+    assert folder.complete.exists()
