@@ -141,7 +141,7 @@ def test_the_pages_hold_commands() -> None:
 @pytest.mark.parametrize("command", ALL, ids=lambda command: command.place)
 def test_commands_exist_and_take_these_options(command: Command) -> None:
     first = command.words[0] if command.words else ""
-    if named := re.match(r"usage: [^\[\n]*\{([\w,-]+)\}", help_of(command.module)):
+    if first and (named := re.match(r"usage: [^\[\n]*\{([\w,-]+)\}", help_of(command.module))):
         assert first in named[1].split(","), f"{command.place}: no {first}"
     subcommand = first if re.fullmatch("[a-z]+", first) else ""
     known = set(re.findall(r"--[a-z][\w-]*", help_of(command.module, subcommand)))
