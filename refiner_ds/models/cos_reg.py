@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import is_traced
 
@@ -63,7 +62,6 @@ class _MeanCosine(torch.autograd.Function):
         return _cosine(one_BHNN, other_BHNN)[0].mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         one_BHNN, other_BHNN = ctx.saved_tensors
         cosine_BNN, norm_BNN, other_norm_BNN = _cosine(one_BHNN, other_BHNN)
@@ -91,7 +89,7 @@ def _cosine(one_BHNN: Tensor, other_BHNN: Tensor) -> tuple[Tensor, Tensor, Tenso
         dot_BNN.addcmul_(one_BNN, other_BNN)
         square_BNN.addcmul_(one_BNN, one_BNN)
         other_square_BNN.addcmul_(other_BNN, other_BNN)
-    norm_BNN, other_norm_BNN = square_BNN.sqrt_().clamp_min_(EPS), other_square_BNN.sqrt_().clamp_min_(EPS)
+    norm_BNN, other_norm_BNN = square_BNN.sqrt().clamp_min(EPS), other_square_BNN.sqrt().clamp_min(EPS)
     return dot_BNN / norm_BNN / other_norm_BNN, norm_BNN, other_norm_BNN
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import is_traced
 from refiner_ds.models.direct import can_read
@@ -71,7 +70,6 @@ class _NormLinear(torch.autograd.Function):
         return F.linear(norm_BND.to(weight_MD.dtype), weight_MD, bias_M)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BNM: Tensor) -> tuple[Tensor | None, ...]:
         x_BND, gain_D, shift_D, weight_MD = ctx.saved_tensors
         with torch.autocast(grad_BNM.device.type, enabled=False):
@@ -110,7 +108,6 @@ class _GeluLinearScale(torch.autograd.Function):
         return out_BND if scale_D is None else out_BND * scale_D
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BNM, weight_DM, bias_D, scale_D = ctx.saved_tensors
         with torch.autocast(grad_BND.device.type, enabled=False):

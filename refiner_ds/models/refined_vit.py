@@ -228,7 +228,7 @@ class RefinedViT(nn.Module):
         """The attention maps of each block, as in evaluation: a list of [B, E, N, N], fp32.
 
         Args:
-            x_B3HW: pictures.
+            x_B3HW: images.
             refined: the maps that multiply the values, E of them (as many as heads, unless the refiner does not
                 reduce); otherwise the ones a block refines, [B, H, N, N]. In a block without a refiner both are one.
         """

@@ -7,21 +7,18 @@ Score-map targets need nothing here: they are computed on the model's own patch 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from refiner_ds.checkpoint.files import find_checkpoint, read_weights
+from refiner_ds.checkpoint.files import CLASSES, find_checkpoint, read_classes, read_weights
 from refiner_ds.config import RunFile
 from refiner_ds.errors import CheckpointError, ConfigError
 from refiner_ds.models import RefinedViT
 from refiner_ds.models.released import fit_weights, read_weight_file
 from refiner_ds.run_folder import RunFolder
-
-CLASSES = "classes.json"  # in a checkpoint: the names of its classes, in order
 
 
 def starts_fresh(run: RunFile) -> bool:
@@ -30,7 +27,7 @@ def starts_fresh(run: RunFile) -> bool:
 
 
 def initial_weights(run: RunFile, model: RefinedViT, classes: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict that ``refiner.model.init_from`` comes to for ``model``, and what was adapted, a sentence each.
+    """What ``refiner.model.init_from`` gives ``model``: a state dict, and what was adapted, a sentence each.
 
     Args:
         model: may be on the meta device; it is not changed.
@@ -52,7 +49,7 @@ def initial_weights(run: RunFile, model: RefinedViT, classes: Sequence[str]) -> 
     except (ValueError, CheckpointError) as error:
         raise ConfigError(f"{run.path}: refiner.model.init_from: {error}") from None
     if others and not keys.reset_head and len(names or ()) == len(classes):
-        notes = [note.replace("as asked", "its classes have other names") for note in notes]
+        notes = [note.replace(", as asked", ": its classes have other names") for note in notes]
     return state, notes
 
 
@@ -60,5 +57,5 @@ def _read(place: Path) -> tuple[Mapping[str, Any], list[str] | None]:
     if not place.is_dir():
         return read_weight_file(place), None
     checkpoint = find_checkpoint(place)
-    names = checkpoint / CLASSES
-    return read_weights(checkpoint, "ema"), json.loads(names.read_text()) if names.is_file() else None
+    names = read_classes(checkpoint) if (checkpoint / CLASSES).is_file() else None
+    return read_weights(checkpoint, "ema"), names

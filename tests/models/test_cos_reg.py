@@ -93,6 +93,11 @@ def test_the_cosine_and_its_gradients_are_pytorchs(dtype):
         assert golden.relative_error(one[:, :, live], other[:, :, live]) < tolerance
 
 
+def test_second_derivatives_of_the_cosine_are_right():
+    maps = [torch.rand(1, 3, 2, 2).double().requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradgradcheck(lambda *maps: neighbour_similarity(list(maps), [True, True], 1), maps)
+
+
 def test_the_penalty_saves_nothing_but_what_is_saved_anyway():
     def saved(**options) -> int:
         model = small_model(**RELEASED, **options).train()

@@ -57,6 +57,20 @@ def test_half_precision_has_the_same_dtypes_and_errors_as_the_plain_composition(
     assert all(ours < 1.3 * theirs + 1e-4 for ours, theirs in zip(errors[0][1], errors[1][1], strict=True)), errors
 
 
+@pytest.mark.parametrize("init_values", [None, 0.3])
+def test_second_derivatives_are_right(init_values):
+    mlp, norm = ScaledMlp(3, 4, init_values=init_values).double(), norm_of(3).double()
+    assert torch.autograd.gradgradcheck(lambda x, *_: mlp(x, norm), [torch.randn(2, 3).double().requires_grad_()])
+    x = torch.randn(2, 3).double().requires_grad_()
+    inputs = [x, *norm.parameters(), *mlp.parameters()]
+    seconds = []
+    for out in (mlp(x, norm), composed(mlp, norm, x)):
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(one.square().sum() for one in first), inputs))
+    for one, other in zip(*seconds, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_only_input_and_hidden_layer_are_kept():
     mlp, norm, x = ScaledMlp(WIDTH, HIDDEN), norm_of(WIDTH), torch.randn(2, 5, WIDTH, requires_grad=True)
     assert saved_bytes(lambda: mlp(x, norm), nn.ModuleList((mlp, norm))) == 4 * (2 * 5 * WIDTH + 2 * 5 * HIDDEN)

@@ -12,11 +12,12 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from refiner_ds.config import load
+from refiner_ds.config import RunFile, load
 from refiner_ds.config.schema import RefinerKeys
 from refiner_ds.data.batch import Batch
 from refiner_ds.errors import ConfigError
 from refiner_ds.training.build import build_model
+from refiner_ds.training.initial_weights import initial_weights
 from refiner_ds.training.inputs import InputMaker
 from refiner_ds.training.preparation import prepare
 from tests.training.launched import ROOT, torchrun
@@ -93,6 +94,21 @@ def test_frozen_layers_and_their_running_statistics_stay_to_the_bit(story: dict[
 def test_resuming_does_not_ask_for_the_weights_it_started_from(story: dict[str, Any]) -> None:
     assert not Path(story["run"].refiner.model.init_from).exists()
     assert prepare(story["run"], 2).finished() is None
+
+
+def test_heads_start_afresh_where_classes_have_other_names(story: dict[str, Any]) -> None:
+    run = story["run"]
+    again = run.keys.model_copy(update={"refiner": _starting_from(run.refiner, run.folder)})
+    model = build_model(run, 3)
+    same, notes = initial_weights(RunFile(run.path, again), model, ["blue", "green", "red"])
+    assert notes == [] and torch.equal(same["head.weight"], weights_of(run.folder)["head.weight"])
+    other, notes = initial_weights(RunFile(run.path, again), model, ["one", "three", "two"])
+    assert notes == ["heads start afresh: its classes have other names"]
+    assert torch.equal(other["head.weight"], model.head.weight)
+
+
+def _starting_from(keys: RefinerKeys, place: Path) -> RefinerKeys:
+    return keys.model_copy(update={"model": keys.model.model_copy(update={"init_from": str(place)})})
 
 
 def test_score_map_targets_follow_the_resolution(story: dict[str, Any]) -> None:
