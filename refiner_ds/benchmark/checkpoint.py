@@ -31,6 +31,7 @@ from refiner_ds.training.build import build_model, parameter_count
 from refiner_ds.training.checkpoints import Checkpoints, Contents
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
+from refiner_ds.training.logs import silence_libraries
 from refiner_ds.training.losses import soft_cross_entropy
 from refiner_ds.training.world import World, init, shutdown
 
@@ -93,7 +94,7 @@ class Setting:
         self.engine.backward_and_step(loss)
         self.ema.update(self.step)
         self.step += 1
-        float(loss)  # as a run does, which logs it
+        float(loss.detach())  # as a run does, which logs it
 
     def save(self) -> None:
         state = State(self.step, self.step, 0.0, self.world.size, self.engine.optimizer_steps)
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
+    silence_libraries()
     world = init()
     run = load(
         None,
