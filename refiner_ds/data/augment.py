@@ -125,6 +125,8 @@ class TrainView:
         name = settings.keys.interpolation if settings.keys.interpolation != "random" else random.choice(INTERPOLATIONS)
         crop = image_yx3[y : y + crop_height, x : x + crop_width]
         pixels = resize(crop, settings.img_size, settings.img_size, name)
+        if pixels is crop:
+            pixels = crop.copy()  # a crop's memory is not its own, see `crop_decoding.decode_crop`
         to_image = np.array([[crop_width / width, 0.0, x / width], [0.0, crop_height / height, y / height]])
         if random.random() < settings.keys.hflip:
             pixels = torch.from_numpy(pixels).flip(1).numpy()  # numpy's reversed copy takes ten times as long

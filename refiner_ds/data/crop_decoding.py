@@ -21,6 +21,8 @@ LARGEST_SHARE = 0.9  # of an image's pixels: beyond it, decoding all of them tak
 SUBSAMPLINGS = ("444", "422", "420", "440", "411", "Gray")
 SWITCH = "REFINER_DS_CROP_DECODING"  # set to 0, it keeps the extension out of use
 
+_memory_n = np.empty(0, np.uint8)  # [n] bytes of the last crop
+
 
 @cache
 def crop_decoder() -> ModuleType | None:
@@ -35,11 +37,19 @@ def crop_decoder() -> ModuleType | None:
 
 
 def decode_crop(file: memoryview, x: int, y: int, width: int, height: int) -> np.ndarray | None:
-    """A crop of a JPEG file, [height, width, 3] uint8 RGB; None where the whole image has to be decoded."""
+    """A crop of a JPEG file, [height, width, 3] uint8 RGB; None where the whole image has to be decoded.
+
+    The pixels are good until the next call, whose crop takes their memory: fresh pages for every crop cost a tenth of
+    the decoding.
+    """
+    global _memory_n
     decoder = crop_decoder()
     if decoder is None:
         return None
-    pixels_yx3 = np.empty((height, width, 3), np.uint8)
+    size = height * width * 3
+    if size > len(_memory_n):
+        _memory_n = np.empty(size, np.uint8)
+    pixels_yx3 = _memory_n[:size].reshape(height, width, 3)
     return pixels_yx3 if decoder.decode_crop(file, x, y, width, height, pixels_yx3) else None
 
 

@@ -53,7 +53,7 @@ class Picture(Protocol):
         """Height, width, 3."""
 
     def __getitem__(self, crop: tuple[slice, slice]) -> np.ndarray:
-        """The pixels of [rows, columns], [height, width, 3] uint8."""
+        """The pixels of [rows, columns], [height, width, 3] uint8; good until the next crop of any picture."""
 
 
 class JpegFile:
