@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ def evaluate(
     std: Triple,
     bf16: bool = False,
     asked_to_stop: Callable[[], bool] | None = None,
+    among: Sequence[int] | None = None,
 ) -> Accuracy:
     """Evaluate ``model`` over this rank's ``batches`` and add up over ranks. Every rank must call it.
 
@@ -67,6 +68,7 @@ def evaluate(
         asked_to_stop: looked at before every batch; None: nothing stops an evaluation.
     Raises:
         EvaluationStopped: on all ranks, before the same batch, where any of them was asked to stop.
+        among: the only classes that are guessed, for a set that has some of the model's; None: all.
     """
     was_training = model.training
     model.eval()
@@ -83,6 +85,10 @@ def evaluate(
         valid_B, labels_B = batch.valid_B, batch.labels_B
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             logits_BC = model(normalise(batch.images_BHWC, mean, std, torch.float32)).float()
+        if among is not None:
+            restricted_BC = torch.full_like(logits_BC, -torch.inf)
+            restricted_BC[:, list(among)] = logits_BC[:, list(among)]
+            logits_BC = restricted_BC
         guesses_BK = logits_BC.topk(min(5, logits_BC.shape[1])).indices
         hits_BK = (guesses_BK == labels_B[:, None]) & valid_B[:, None]
         counts += torch.stack(
