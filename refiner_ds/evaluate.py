@@ -98,7 +98,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     )
     bf16 = evaluates_in_bf16(run, world)
     with report_rank_errors(world.rank), explain_worker_death():
-        accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, bf16, among)
+        accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, bf16, among=among)
     if world.is_main:
         _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio, _classes_note(match.note, among))
     shutdown()

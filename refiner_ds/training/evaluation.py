@@ -66,9 +66,9 @@ def evaluate(
         mean, std: of the pixels, as in training.
         bf16: compute under autocast.
         asked_to_stop: looked at before every batch; None: nothing stops an evaluation.
+        among: the only classes that are guessed, for a set that has some of the model's; None: all.
     Raises:
         EvaluationStopped: on all ranks, before the same batch, where any of them was asked to stop.
-        among: the only classes that are guessed, for a set that has some of the model's; None: all.
     """
     was_training = model.training
     model.eval()
