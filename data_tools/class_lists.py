@@ -2,8 +2,9 @@
 
     meta.mat             ImageNet's devkit (ILSVRC2012_devkit_t12/data/meta.mat): ILSVRC ids and WordNet ids
     map_clsloc.txt       the same in later devkits, as lines "<WordNet id> <ILSVRC id> <words>"
-    classes.txt          one name a line, in the order in which label numbers count; or lines "<number> <name>"
-    class_index.json     a list of names, or {"0": name, …}, or Keras' {"0": [WordNet id, words], …}
+    classes.txt          one name a line, in the order in which label numbers count; or lines "<number> <name>", or
+                         "<name>,<number>"; a line of titles may stand above those
+    class_index.json     a list of names; {"0": name, …}; {name: 0, …}; or Keras' {"0": [WordNet id, words], …}
 
 Where every line begins with a WordNet id, that is the name, and the rest of the line describes it.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from refiner_ds.errors import DataError
 WORDNET_ID = re.compile(r"(n\d{8})(?!\w)")
 DEVKIT_LINE = re.compile(r"(n\d{8})\s+(\d+)\s+\S.*")
 NUMBERED_LINE = re.compile(r"(\d+)[\s,;:.)]+(\S.*)")
+NUMBER_AFTER = re.compile(r"(\S.*?)\s*[,;\t]\s*(\d+)")
+IMAGENET_FILE = re.compile(r"ILSVRC\d+_(val|test)_\d+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class ClassList:
             if not label.isdecimal() and label not in known:
                 raise DataError(f"{place}: {printable(image)} has class {label}, {self.not_listed(label)}")
         numbers = {label: int(label) for label in labels.values() if label.isdecimal()}
-        by_number = self._by_number(numbers.values(), count_from, place)
+        by_number = self._numbered(numbers.values(), count_from, place)
+        if count_from is None and min(by_number) == 1:
+            self._refuse_other_numbers_than_imagenets(by_number, labels, place)
         for image, label in labels.items():
             if numbers.get(label) not in by_number:
                 raise DataError(
@@ -66,32 +72,34 @@ class ClassList:
                 )
         return {image: by_number[numbers[label]] for image, label in labels.items()}
 
-    def _by_number(self, numbers: Iterable[int], count_from: int | None, place: str) -> dict[int, str]:
+    def _numbered(self, numbers: Iterable[int], count_from: int | None, place: str) -> dict[int, str]:
+        """The name of every number: what the list says, or its positions."""
         if self.by_number is not None:
-            if count_from is not None:
-                raise DataError(f"{self.source}: gives its classes numbers of its own; leave out --count-from")
+            if count_from not in (None, min(self.by_number)):
+                raise DataError(f"{self.source}: numbers its classes from {min(self.by_number)}, not {count_from}")
             return self.by_number
         lowest, highest = min(numbers), max(numbers)
-        if count_from is None:
-            if lowest == 0:
-                count_from = 0
-            elif highest >= len(self.names):
-                count_from = 1
-            else:
-                raise DataError(
-                    f"{place}: its class numbers, {lowest} to {highest}, may be counted from 0 or from 1; "
-                    "say which with --count-from"
-                )
-            if count_from == 1 and self._is_sorted_wordnet():
-                raise DataError(
-                    f"{self.source}: lists WordNet ids in sorted order, but ImageNet's ground truth numbers classes by "
-                    "ILSVRC id; give the devkit's data/meta.mat or map_clsloc.txt as --classes, or say --count-from 1 "
-                    f"if {place} does count this list"
-                )
-        return {number: name for number, name in enumerate(self.names, count_from)}
+        if count_from is None and 0 < lowest and highest < len(self.names):
+            raise DataError(
+                f"{place}: its class numbers, {lowest} to {highest}, may be counted from 0 or from 1; "
+                "say which with --count-from"
+            )
+        first = int(lowest > 0) if count_from is None else count_from
+        return dict(enumerate(self.names, first))
 
-    def _is_sorted_wordnet(self) -> bool:
-        return all(map(WORDNET_ID.fullmatch, self.names)) and self.names == sorted(self.names)
+    def _refuse_other_numbers_than_imagenets(
+        self, by_number: dict[int, str], labels: Iterable[str], place: str
+    ) -> None:
+        """ImageNet's ground truth, counted from 1, numbers classes by ILSVRC id: no sorted list, nor one of words."""
+        names = [by_number[number] for number in sorted(by_number)]
+        wordnet = all(map(WORDNET_ID.fullmatch, names))
+        of_imagenet = any(IMAGENET_FILE.match(os.path.basename(image)) for image in labels)
+        if (wordnet and names == sorted(names)) or (of_imagenet and not wordnet):
+            kind = "lists WordNet ids in sorted order" if wordnet else "lists no WordNet ids"
+            raise DataError(
+                f"{self.source}: {kind}, but ImageNet's ground truth numbers classes by ILSVRC id; give the devkit's "
+                f"data/meta.mat or map_clsloc.txt as --classes, or say --count-from 1 if {place} does count this list"
+            )
 
     def not_listed(self, name: str) -> str:
         """That a class is missing, and which one may be meant."""
@@ -146,14 +154,15 @@ def read_text(path: Path) -> str:
 
 
 def _from_lines(path: Path, lines: list[str]) -> ClassList:
-    devkit = [DEVKIT_LINE.fullmatch(line) for line in lines]
-    if lines and all(devkit) and _counts(numbers := [int(row[2]) for row in devkit if row]):
-        names = [row[1] for row in devkit if row]
-        return ClassList(path, names, dict(zip(numbers, names, strict=True)))
-    numbered = [NUMBERED_LINE.fullmatch(line) for line in lines]
-    if lines and all(numbered) and _counts(numbers := [int(row[1]) for row in numbered if row]):
-        names = _names([row[2] for row in numbered if row])
-        return ClassList(path, names, dict(zip(numbers, names, strict=True)))
+    for rows in (lines, lines[1:]):  # with or without a line of titles
+        for pattern, number, name in ((DEVKIT_LINE, 2, 1), (NUMBERED_LINE, 1, 2), (NUMBER_AFTER, 2, 1)):
+            found = [row for row in map(pattern.fullmatch, rows) if row]
+            numbers = [int(row[number]) for row in found]
+            if rows and len(found) == len(rows) and _counts(numbers):
+                names = _names([row[name] for row in found])
+                return ClassList(path, names, dict(zip(numbers, names, strict=True)))
+        if rows and all(map(WORDNET_ID.match, rows)):
+            return ClassList(path, _names(rows))
     return ClassList(path, _names(lines))
 
 
@@ -173,6 +182,12 @@ def _names(lines: Sequence[str]) -> list[str]:
 def _from_json(path: Path) -> ClassList:
     try:
         read = json.loads(read_text(path))
+        if (
+            isinstance(read, dict)
+            and all(isinstance(entry, int) for entry in read.values())
+            and _counts([*read.values()])
+        ):
+            read = {number: name for name, number in read.items()}  # torchvision's class_to_idx
         if isinstance(read, dict):
             by_number = {int(number): _json_name(entry) for number, entry in read.items()}
             return ClassList(path, list(by_number.values()), by_number)

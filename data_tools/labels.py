@@ -40,6 +40,7 @@ CLASS_TITLES = frozenset(
     "groundtruth synset wnid species breed predictionstring".split()
 )
 DELIMITERS = ("\t", ",", ";")
+FILE_NAME = re.compile(rf"[^\s,;|:\"']+({'|'.join(map(re.escape, IMAGE_EXTENSIONS))})(?![\w.])", re.IGNORECASE)
 Find = Callable[[str], list[str]]  # the images that a file's name in a label file may mean
 
 
@@ -136,21 +137,24 @@ def _one_image(labels: Path, row: Row, meant: list[str], folder: Path) -> str:
 
 def _finder(folder: Path, images: list[ImageFile]) -> Find:
     """A function from a file as a label file names it to the images that may be meant."""
-    exact = {_plain(image.path): [image.path] for image in images}
-    loose: dict[str, list[str]] = {}
+    exact: dict[str, list[str]] = {}
+    loose: dict[str, list[str]] = {}  # without the folder, without the extension
+    caseless: dict[str, list[str]] = {}  # a file system that knows no case may have changed it
     for image in images:
         base = os.path.basename(image.path)
+        exact.setdefault(_plain(image.path), []).append(image.path)
         for name in {os.path.splitext(image.path)[0], base, os.path.splitext(base)[0]}:
             loose.setdefault(_plain(name), []).append(image.path)
-    prefixes = ("", "./", f"{_plain(str(folder))}/", f"{_plain(folder.resolve().name)}/")
+        for name in {image.path, base}:
+            caseless.setdefault(_plain(name).casefold(), []).append(image.path)
+    within = f"/{_plain(folder.resolve().name)}/"
 
     def find(text: str) -> list[str]:
-        name = _plain(text)
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                rest = name[len(prefix) :]
-                if meant := exact.get(rest) or loose.get(rest):
-                    return meant
+        name = _plain(text).removeprefix("./")
+        _, inside, rest = f"/{name}".partition(within)  # named from a folder above
+        for form in (name, rest) if inside else (name,):
+            if meant := exact.get(form) or loose.get(form) or caseless.get(form.casefold()):
+                return meant
         return []
 
     return find
@@ -163,19 +167,36 @@ def _plain(name: str) -> str:
 
 def _rows(labels: Path, find: Find, paths: list[str]) -> list[Row]:
     """The rows of a label file, read in the layout under which most of them name an image."""
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(labels).split("\n"), 1) if line.strip()]
+    text = read_text(labels)
+    if text.lstrip()[:1] in ("{", "["):
+        raise DataError(f"{labels}: is JSON; give a table of file and class")
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    while lines and lines[0][1].startswith("# "):
+        lines.pop(0)
     layouts: list[_Table | _Spaced] = [_Table(labels, lines, delimiter, find) for delimiter in DELIMITERS]
     layouts.append(_Spaced(lines, find))
     best = max(layouts, key=lambda layout: layout.matches)
-    if best.matches and (2 * best.matches >= len(lines) or len(lines) != len(paths)):
+    if best.matches:
         return best.rows()
+    _refuse_files_that_are_not_there(labels, [line for _, line in lines])
     if len(lines) != len(paths):
-        words = re.split(r"[\s,;]", lines[0][1]) if lines else []
-        named = next((word for word in words if word.lower().endswith(IMAGE_EXTENSIONS)), None)
-        if named:
-            raise DataError(f"{labels}: names {named}, which is not among the images; remove the line or add the image")
-        raise DataError(f"{labels}: {len(lines)} labels for {len(paths)} images; give one each")
+        raise DataError(f"{labels}: {len(lines)} label{'s' * (len(lines) != 1)} for {len(paths)} images; give one each")
     return [Row(number, path, line.strip('"')) for (number, line), path in zip(lines, paths, strict=True)]
+
+
+def _refuse_files_that_are_not_there(labels: Path, lines: list[str]) -> None:
+    """Lines of which none names an image are classes, unless they look like files of another folder."""
+    for line in lines:
+        named = FILE_NAME.search(line)
+        if named:
+            raise DataError(
+                f"{labels}: names {named[0]}, which is not among the images; remove the line or add the image"
+            )
+    tables = any(all(delimiter in line for line in lines) for delimiter in DELIMITERS)
+    if tables and lines and len(set(lines)) == len(lines):
+        raise DataError(
+            f"{labels}: none of its lines names an image, the last is {lines[-1]!r}; name the images' folder"
+        )
 
 
 class _Table:

@@ -28,6 +28,7 @@ from .image_files import key_of
 
 EXTENSION = ".parquet"
 PIECE = re.compile(r"(.+?)[-.](\d+)-of-(\d+)")  # as Hugging Face names the pieces of a split
+MOST_FOLDERS = 20
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels")
 
 
@@ -152,12 +153,12 @@ def plan_from_parquet(
 
 
 def _files(source: Path) -> list[Path]:
-    """The files that a source names: a folder's own, or those in its folder data/, where repositories keep them."""
+    """The files that a source names: a folder's own, or those in a few folders in it, as repositories have them."""
     if not source.is_dir():
         return sorted(map(Path, glob.glob(str(source))))
-    folders = (source, source / "data")
-    found = (sorted(path for path in inside.glob(f"[!.]*{EXTENSION}")) for inside in folders)
-    return next((files for files in found if files), [])
+    folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    places = [source, *(folders if len(folders) <= MOST_FOLDERS else [])]  # more are class folders
+    return [file for place in places for file in sorted(place.glob(f"[!.]*{EXTENSION}"))]
 
 
 def _one_split(source: Path) -> list[Path]:
@@ -172,9 +173,10 @@ def _one_split(source: Path) -> list[Path]:
         if piece:
             pieces[int(piece[2])] = int(piece[3])
     if len(splits) > 1:
+        folder = sorted(splits)[0].endswith("/")
+        example = str(files[0].parent) if folder else f"'{files[0].parent}/{sorted(splits)[0]}-*{EXTENSION}'"
         raise DataError(
-            f"{printable(source)}: holds {', '.join(sorted(splits))}; name one of them, as in "
-            f"'{files[0].parent}/{sorted(splits)[0].rstrip('/')}*{EXTENSION}'"
+            f"{printable(source)}: holds {', '.join(sorted(splits))}; name one of them, as in {printable(example)}"
         )
     ((split, pieces),) = splits.items()
     for number in range(max(pieces.values(), default=0)):
@@ -214,7 +216,7 @@ def _columns(file: Path, class_list: ClassList | None, label_column: str | None)
         labels = [column.name for column in schema if column.name in LABEL_NAMES]
     label = label_column or _choose(file, labels, LABEL_NAMES, "labels", "say which with --label-column")
     whole = pyarrow.types.is_integer(schema.field(label).type)
-    if not whole and not pyarrow.types.is_string(schema.field(label).type):
+    if not whole and not _is_text(schema.field(label).type, pyarrow):
         raise DataError(f"{printable(file)}: column {label} is {schema.field(label).type}; labels are numbers or names")
     names = class_list.names if class_list else described.get(label, {}).get("names") if whole else None
     if names and len(set(names)) != len(names):
@@ -223,10 +225,17 @@ def _columns(file: Path, class_list: ClassList | None, label_column: str | None)
     return Columns(image, label, names, pyarrow.types.is_struct(schema.field(image).type))
 
 
+def _is_text(kind: Any, pyarrow: Any) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+
+
 def _holds_images(column: Any, pyarrow: Any) -> bool:
     if pyarrow.types.is_struct(column.type):
         return column.type.get_field_index("bytes") >= 0
-    return bool(column.name in IMAGE_NAMES and pyarrow.types.is_binary(column.type))
+    binary = pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type)
+    return bool(column.name in IMAGE_NAMES and binary)
 
 
 def _choose(file: Path, found: list[str], usual: tuple[str, ...], what: str, advice: str) -> str:

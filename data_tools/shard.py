@@ -61,6 +61,17 @@ def plan(given: argparse.Namespace) -> Plan:
     return plan_from_files(source, given.seed, shard_bytes, given.maps)
 
 
+def _check_places(source: Path, out: Path) -> None:
+    """Refuse what is no source, and a set that would become part of it."""
+    if out.exists():
+        raise DataError(f"{printable(out)}: already exists; choose another folder or remove it")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{printable(out)}: lies in {printable(source)}, which is to be read; choose another folder")
+    if source.is_file() and not is_parquet(source):
+        advice = "index it with shard.py index" if source.suffix == ".tar" else "unpack it, and name the folder"
+        raise DataError(f"{printable(source)}: a file, where a folder of images is wanted; {advice}")
+
+
 def _classes_of(spec: str) -> ClassList:
     """The classes of an existing set."""
     index = open_index(spec, check_files=False)
@@ -133,8 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     given = _arguments().parse_args(arguments)
     if min(given.shard_mb, given.processes, given.max_megapixels) <= 0:
         raise DataError("--shard-mb, --processes and --max-megapixels must be above 0")
-    if given.out.exists():
-        raise DataError(f"{printable(given.out)}: already exists; choose another folder or remove it")
+    _check_places(given.source, given.out)
     inspect = Inspect(given.decode, int(given.max_megapixels * 1e6))
     built = build_set(plan(given), given.out, inspect, given.processes)
     _print_summary(given.out, built)

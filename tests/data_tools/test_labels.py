@@ -73,6 +73,11 @@ LAYOUTS: dict[str, str | bytes] = {
     "blank lines": "\n" + quoted(",").replace("\n", "\n\n"),
     "no extension": quoted(",").replace(".jpg", "").replace(".JPEG", "").replace(".png", ""),
     "paths": "".join(f"val/{name}\t{label}\n" for name, label in MEANT.items()),
+    "paths from above": "".join(f"data/val/{name}\t{label}\n" for name, label in MEANT.items()),
+    "another case": "".join(f"{name.upper()}\t{label}\n" for name, label in MEANT.items() if '"' not in label)
+    + 'A,B.PNG\t"the ""big"", one"\n',
+    "a comment": "# mine\n" + quoted(","),
+    "an index": ",file,label\n" + "".join(f'{n},"{row[0]}","{row[1]}"\n' for n, row in enumerate(ROWS)),
     "windows paths": "".join(f".\\{name}\t{label}\n" for name, label in MEANT.items()),
     "decomposed accents": quoted(",").replace("\u00e9", "e\u0301"),
     "named twice alike": quoted(",") + 'dog.JPEG,"dog"\n',
@@ -134,6 +139,11 @@ REFUSED = {
     "empty class": ('dog.JPEG,dog\n"a,b.png",\n', "line 2 gives a,b.png no class"),
     "three columns": ("dog.JPEG,7,dog\n", "3 columns, of which 2 may be the class"),
     "two titles": ("file,label,class\ndog.JPEG,7,dog\n", "3 columns, of which 2 may be the class"),
+    "another folder": ("train/dog.JPEG cat\ntrain/b.jpg cat\nc.jpg cat\nd.jpg dog\n", "names train/dog.JPEG, which"),
+    "another delimiter": ("dog.JPEG|cat\nb.jpg|cat\nc.jpg|dog\nd.jpg|dog\n", "names dog.JPEG, which is not among"),
+    "other names": ("img1,ant\nimg2,ant\nimg3,bee\nimg4,bee\n", "none of its lines names an image"),
+    "few names": ("dog,ant\nimg2,ant\nimg3,bee\nimg4,bee\n", "line 2 names img2, which is not in"),
+    "json": ('{"dog.JPEG": "dog"}\n', "is JSON; give a table"),
     "count": ("1\n2\n", "2 labels for 4 images"),
     "nothing": ("", "0 labels for 4 images"),
 }
@@ -153,7 +163,10 @@ def test_name_that_may_be_two_images_is_refused(folder: Path) -> None:
 
 
 def test_numbers_stand_for_the_list_and_labels_are_sorted(tmp_path: Path) -> None:
-    images = kaggle(tmp_path)
+    images = tmp_path / "val"
+    images.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (images / name).write_bytes(b"x")
     listed = ClassList(Path("classes.txt"), ["zebra", "ant", "golden cat"])
     for text, first in (("0\n1\n2\n", 0), ("1\n2\n3\n", 1)):
         found, classes = read(images, text, listed)
@@ -218,6 +231,12 @@ def test_sorted_synsets_are_not_what_the_ground_truth_numbers(tmp_path: Path) ->
     message = refusal(images, "3\n1\n2\n", classes=listed)
     assert "ILSVRC id" in message and "meta.mat" in message and "--count-from 1" in message
     assert list(read(images, "3\n1\n2\n", listed, count_from=1)[0].values()) == ["n02119789", "n02100735", "n02110185"]
+    words = ClassList(Path("words.txt"), ["English setter", "Siberian husky", "kit fox"])
+    assert "lists no WordNet ids, but ImageNet's" in refusal(images, "3\n1\n2\n", classes=words)
+    assert list(read(images, "3\n1\n2\n", words, count_from=1)[0].values()) == [*words.names[2:], *words.names[:2]]
+    numbered = ClassList(listed.source, listed.names, dict(enumerate(listed.names, 1)))
+    assert "ILSVRC id" in refusal(images, "3\n1\n2\n", classes=numbered)
+    assert "numbers its classes from 1, not 0" in refusal(images, "3\n1\n2\n", classes=numbered, count_from=0)
     by_id = ClassList(Path("by_id.txt"), [IDS[number] for number in IDS])
     assert list(read(images, "3\n1\n2\n", by_id)[0].values()) == ["n02110185", "n02119789", "n02100735"]
 
@@ -228,6 +247,11 @@ LISTS = {
     "description after a tab": ("golden cat\tfelis\ndog\tcanis\n", ["golden cat", "dog"], None),
     "numbered": ("2 golden cat\n1 dog\n", ["golden cat", "dog"], {2: "golden cat", 1: "dog"}),
     "numbered from 0": ("0: cat\n1: dog\n", ["cat", "dog"], {0: "cat", 1: "dog"}),
+    "numbered, with titles": ("id,name\n1,dog\n0,golden cat\n", ["dog", "golden cat"], {1: "dog", 0: "golden cat"}),
+    "numbered after the name": ("golden cat,2\ndog,1\n", ["golden cat", "dog"], {2: "golden cat", 1: "dog"}),
+    "described, with titles": ("wnid,words\nn00000002,fox\nn00000001,dog\n", ["n00000002", "n00000001"], None),
+    "rooms": ("room 2\nroom 1\n", ["room 2", "room 1"], None),
+    "json by name": ('{"golden cat": 1, "dog": 0}', ["golden cat", "dog"], {1: "golden cat", 0: "dog"}),
     "numbers that do not count": ("7 up\n9 lives\n", ["7 up", "9 lives"], None),
     "quoted, with a mark": ('\ufeff"golden cat"\n"dog"\n', ["golden cat", "dog"], None),
     "json": ('["golden cat", "dog"]', ["golden cat", "dog"], None),

@@ -91,6 +91,16 @@ def test_any_number_of_processes_writes_the_same_bytes_and_the_seed_decides_the_
     assert list(contents(tmp_path / "one")) != list(contents(tmp_path / "other"))
 
 
+def test_splits_in_folders_of_their_own_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the hub's converted copies are laid out."""
+    for split, numbers in (("train", range(8)), ("test", range(8, 12))):
+        write(tmp_path / "default" / split / "0000.parquet", numbers)
+    message = refusal(capsys, tmp_path / "default", tmp_path / "out")
+    assert f"holds test/, train/; name one of them, as in {tmp_path}/default/test" in message
+    assert run(tmp_path / "default" / "train", tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == meant(range(8))
+
+
 def test_row_group_larger_than_a_shard_is_split(tmp_path: Path) -> None:
     write(tmp_path / "all.parquet", range(30), group=30)
     assert run(tmp_path / "all.parquet", tmp_path / "out") == 0
@@ -101,8 +111,9 @@ def test_row_group_larger_than_a_shard_is_split(tmp_path: Path) -> None:
 def test_plain_columns_are_enough(tmp_path: Path) -> None:
     """Without the hub's metadata: binary images, labels by name or by number."""
     images = pyarrow.array([picture(number) for number in range(6)], pyarrow.binary())
-    for name, labels in (("names", ["cat", "a dog"] * 3), ("numbers", [10, 9] * 3)):
-        table = pyarrow.table({"image": images, "label": labels})
+    for name, labels in (("names", ["cat", "a dog"] * 3), ("numbers", [10, 9] * 3), ("coded", ["cat", "a dog"] * 3)):
+        column = pyarrow.array(labels).dictionary_encode() if name == "coded" else pyarrow.array(labels)
+        table = pyarrow.table({"image": images, "label": column})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
         assert run(tmp_path / f"{name}.parquet", tmp_path / name) == 0
         found = contents(tmp_path / name)
