@@ -22,6 +22,7 @@ from refiner_ds.attention.dispatch import (
     resolve_backend,
     set_save_for_backward,
 )
+from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.map.eager import make_map
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
 from refiner_ds.attention.refiners import REFINERS, Refiner
@@ -54,6 +55,7 @@ __all__ = [
     "attend",
     "attention_backend",
     "batch_norm",
+    "first_order",
     "fold_refiner",
     "frozen_statistics",
     "is_traced",

@@ -26,6 +26,7 @@ from refiner_ds.attention.backends import Backend
 from refiner_ds.attention.backends.eager import EagerBackend
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.backends.triton import TritonBackend
+from refiner_ds.attention.checks import check_case
 from refiner_ds.attention.refiners import refiner_of
 from refiner_ds.attention.saving import check_save_for_backward
 from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
@@ -59,8 +60,14 @@ _fallbacks: dict[str, dict[str, str]] = {}
 
 
 def is_traced() -> bool:
-    """Whether a compiler or an exporter is tracing: they are shown the eager backend."""
-    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    """Whether a compiler, a tracer or an exporter is recording: they are given the eager backend.
+
+    Raises:
+        RuntimeError: the recorder is the legacy ONNX exporter, which traces.
+    """
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError("the legacy ONNX exporter is not supported; call torch.onnx.export(..., dynamo=True)")
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 @cache
@@ -107,10 +114,11 @@ def attention_backend(backend: str) -> Iterator[None]:
             os.environ["REFINER_ATTENTION"] = before
 
 
-def _backend_for(case: Case, backend: str | None) -> Backend:
-    """The first of the requested backend and its stand-ins that supports the case."""
+def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None = None) -> Backend:
+    """The first of the requested backend and its stand-ins that supports the case, after a check of the arguments."""
     if is_traced():
         return EAGER
+    _check(case, residual_BHNN)
     requested = resolve_backend(backend, case.value_BHNd.device)
     reasons = []
     for candidate in CANDIDATES[requested]:
@@ -120,6 +128,13 @@ def _backend_for(case: Case, backend: str | None) -> Backend:
     kind = "map" if case.weights is None else refiner_of(case.weights).name
     _report(requested, kind, f"{kind}: {candidate.name}, because {reasons[0]}" if reasons else "")
     return candidate
+
+
+def _check(case: Case, residual_BHNN: Tensor | None) -> None:
+    """Refuse arguments that do not fit together."""
+    check_case(case, residual_BHNN)
+    if case.weights is not None and (check := refiner_of(case.weights).check) is not None:
+        check(case.weights, case)
 
 
 def _report(requested: str, kind: str, fallback: str) -> None:
@@ -158,9 +173,9 @@ def attend(
     Returns:
         [B, H, N, d], and the map [B, H, N, N] for the next block, both in the values' dtype.
     Raises:
-        ValueError: there is no such backend, or the device cannot run it.
+        ValueError: arguments do not fit together, there is no such backend, or the device cannot run it.
     """
-    chosen = _backend_for(Case(deferred, value_BHNd), backend)
+    chosen = _backend_for(Case(deferred, value_BHNd), backend, residual_BHNN)
     return chosen.attend(deferred, value_BHNd, residual_BHNN)
 
 
@@ -185,7 +200,8 @@ def refine(
         [B, H, N, d] in the values' dtype; [B, E, N, d] where the refiner does not reduce.
     Raises:
         TypeError: the weights are of no known kind.
-        ValueError: there is no such backend, the device cannot run it, or there is nothing of that name to save.
+        ValueError: arguments do not fit together, there is no such backend, the device cannot run it, or nothing that
+            can be saved has that name.
     """
     # The view sums the refiner's own gradients of the map before those of its other users, so that rounding happens in
     # the same order whether or not the refiner is recomputed by itself.

@@ -91,10 +91,11 @@ def batch_norm(x: Tensor, norm: Norm) -> Tensor:
         The shape and dtype of ``x``.
     """
     precision = statistics_dtype(x.dtype)
-    if norm.updates and norm.batches is not None:
+    counts = norm.updates and x.numel() > 0  # an empty batch has no statistics
+    if counts and norm.batches is not None:
         norm.batches.add_(1)
     averages = (norm.running_mean, norm.running_var)
-    if norm.training and not norm.updates:
+    if norm.training and not counts:
         # Copies rather than None: torch's checkpoint requires a recomputation to save as many tensors as the first run.
         averages = (norm.running_mean.clone(), norm.running_var.clone())
     # The kernels take half-precision input beside fp32 gains and averages, and then accumulate in fp32.

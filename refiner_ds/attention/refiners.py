@@ -14,6 +14,7 @@ from torch import Tensor
 
 from refiner_ds.attention.bottleneck.eager import folded_map
 from refiner_ds.attention.bottleneck.eager import refined_map as bottleneck_map
+from refiner_ds.attention.checks import check_bottleneck, check_folded, check_linear
 from refiner_ds.attention.linear.eager import refined_map as linear_map
 from refiner_ds.attention.weights import BottleneckWeights, Case, FoldedWeights, LinearWeights, RefinerWeights
 
@@ -39,21 +40,23 @@ class Refiner(NamedTuple):
         name: in messages and log lines.
         eager: maps [B, H, N, N], weights and scale to refined maps [B, M, N, N], under autograd.
         tiled, triton: modules that are :class:`Implementation`\\ s, by name; ``None`` where there is none.
+        check: raises ValueError for weights that do not fit each other or the maps.
     """
 
     name: str
     eager: Callable[[Tensor, Any, float], Tensor]
     tiled: str | None = None
     triton: str | None = None
+    check: Callable[[Any, Case], None] | None = None
 
 
 _BOTTLENECK = f"{PACKAGE}.bottleneck.tiled", f"{PACKAGE}.bottleneck.triton"
 
 # Type of the weights -> row.
 REFINERS: dict[type, Refiner] = {
-    LinearWeights: Refiner("linear", linear_map, f"{PACKAGE}.linear.tiled", f"{PACKAGE}.linear.triton"),
-    BottleneckWeights: Refiner("bottleneck", bottleneck_map, *_BOTTLENECK),
-    FoldedWeights: Refiner("folded bottleneck", folded_map, *_BOTTLENECK),
+    LinearWeights: Refiner("linear", linear_map, f"{PACKAGE}.linear.tiled", f"{PACKAGE}.linear.triton", check_linear),
+    BottleneckWeights: Refiner("bottleneck", bottleneck_map, *_BOTTLENECK, check_bottleneck),
+    FoldedWeights: Refiner("folded bottleneck", folded_map, *_BOTTLENECK, check_folded),
 }
 
 

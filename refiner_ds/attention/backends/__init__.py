@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refiner_ds.attention.weights import Case, DeferredMap
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "unsupported_call"]
 
 
 class Backend(Protocol):
@@ -44,3 +44,12 @@ class Backend(Protocol):
 
     def refine(self, case: Case, scale: float, save_for_backward: str) -> Tensor:
         """As ``attention.refine``: refined maps times values, [B, M, N, d]."""
+
+
+def unsupported_call(case: Case) -> str | None:
+    """The reason why only the eager backend computes a call, whatever its operation, or ``None``."""
+    if len(case.value_BHNd) == 0:
+        return "the batch is empty"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms are implemented there alone"
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.backends import unsupported_call
 from refiner_ds.attention.map import tiled as map_tiled
 from refiner_ds.attention.refiners import implementation, refiner_of
 from refiner_ds.attention.weights import Case, DeferredMap
@@ -21,6 +22,8 @@ class TiledBackend:
         return None
 
     def supports(self, case: Case) -> str | None:
+        if (reason := unsupported_call(case)) is not None:
+            return reason
         if case.weights is None:
             return None
         tiled = implementation(case.weights, self.name)

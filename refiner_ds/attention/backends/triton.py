@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.backends import unsupported_call
 from refiner_ds.attention.refiners import implementation, refiner_of
 from refiner_ds.attention.weights import Case, DeferredMap
 
@@ -32,6 +33,8 @@ class TritonBackend:
 
     def supports(self, case: Case) -> str | None:
         if (reason := self.runs_on(case.value_BHNd.device)) is not None:
+            return reason
+        if (reason := unsupported_call(case)) is not None:
             return reason
         dtype = case.attn.q_BHNd.dtype if isinstance(case.attn, DeferredMap) else case.value_BHNd.dtype
         for one in (dtype, case.value_BHNd.dtype):

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention.bottleneck.norm_algebra import Affine, NormAlgebra, Statistics
+from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.norms import Norm
 from refiner_ds.attention.weights import BottleneckWeights, LocalKernels
 
@@ -105,7 +105,7 @@ class _Refine(torch.autograd.Function):
         return out_BHNd
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BHNd: Tensor) -> tuple[Tensor | None, ...]:
         map_BHNN, value_BHNd, *rest = ctx.saved_tensors
         tensors, rest = rest[: ctx.tensors], rest[ctx.tensors :]

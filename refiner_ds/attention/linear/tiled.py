@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import equations
+from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.map.tiled import make_map, score_gradients, softmax_rows
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling.ops import correlate, expand, product_dtype, reduce
@@ -111,13 +111,14 @@ class _Refine(torch.autograd.Function):
             for tile in _cut(value_BHNd, steps):
                 map_bHRN = _map_rows(source, scale, tile).to(dtype)
                 # The dense convolution alone is as fast on maps as they come.
-                expanded_bERN = map_bHRN if steps.groups == 1 else _in(map_bHRN, steps.expand_EH)
+                dense = steps.groups == 1 and steps.expand_EH is None
+                expanded_bERN = map_bHRN if dense else _in(map_bHRN, steps.expand_EH)
                 refined_bMRN = _out(convolve(expanded_bERN, steps.kernel, tile, steps.groups), steps.reduce_HE)
                 out_BMNd[tile.images, :, tile.rows] = equations.attend(refined_bMRN, value_BHNd[tile.images].to(dtype))
         return out_BMNd
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BMNd: Tensor) -> tuple[Tensor | None, ...]:
         value_BHNd, kernel, expand_EH, reduce_HE, *source = ctx.saved_tensors
         with torch.autocast(value_BHNd.device.type, enabled=False):

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import equations
+from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.kernels.launch import unsupported_kernel_size
 from refiner_ds.attention.kernels.padded import to_padded
 from refiner_ds.attention.linear import tiled
@@ -57,7 +57,7 @@ class _Refine(torch.autograd.Function):
         return refined_attend(map_BHNN, value_BHNd, kernel_MHkk)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BMNd: Tensor) -> tuple[Tensor | None, ...]:
         value_BHNd, kernel_MHkk, *source = ctx.saved_tensors
         map_BHNN = to_padded(source[0]) if len(source) == 1 else softmax_map(source[0], source[1], ctx.scale)[0]

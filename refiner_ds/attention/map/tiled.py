@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refiner_ds.attention import equations
+from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling.ops import product_dtype
 from refiner_ds.attention.tiling.tiles import Tile, tiles
@@ -68,7 +68,7 @@ class _MakeMap(torch.autograd.Function):
         return map_BHNN
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
         q_BHNd, k_BHNd = ctx.saved_tensors
         batch, heads, tokens, _ = q_BHNd.shape
@@ -116,7 +116,7 @@ class _Attend(torch.autograd.Function):
         return map_BHNN @ value_BHNd
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BHNd: Tensor) -> tuple[Tensor, Tensor]:
         map_BHNN, value_BHNd = ctx.saved_tensors
         return grad_BHNd @ value_BHNd.mT, map_BHNN.mT @ grad_BHNd

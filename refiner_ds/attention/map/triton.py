@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.map import tiled
 from refiner_ds.attention.map.triton_kernels import score_gradients, softmax_map
 from refiner_ds.attention.weights import DeferredMap
@@ -36,7 +36,7 @@ class _MakeMap(torch.autograd.Function):
         return map_BHNN
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
         scale, dropout, seed = ctx.how
         q_BHNd, k_BHNd, lse_BHN = ctx.saved_tensors
@@ -76,7 +76,7 @@ class _Attend(torch.autograd.Function):
         return map_BHNN @ value_BHNd, map_BHNN
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_BHNd: Tensor | None, grad_BHNN: Tensor | None) -> tuple[Tensor | None, ...]:
         scale, dropout, seed = ctx.how
         q_BHNd, k_BHNd, value_BHNd, lse_BHN, map_BHNN = ctx.saved_tensors

@@ -88,7 +88,7 @@ def _standard(maps: int) -> tuple[Tensor, Tensor]:
 def _entries(x_bCRN: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The tile in fp32 or better, flattened as far as its memory allows, and the axes to sum over."""
     x_bCRN = x_bCRN.to(statistics_dtype(x_bCRN.dtype))
-    if x_bCRN.stride(1) == 1:
+    if x_bCRN.stride(1) == 1 and x_bCRN.shape[1] > 1:  # of a single map any stride can be 1
         return x_bCRN.permute(0, 2, 3, 1).flatten(0, 2), (0,)
     return x_bCRN.flatten(2), (0, 2)
 
