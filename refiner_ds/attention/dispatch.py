@@ -35,6 +35,7 @@ __all__ = [
     "BACKENDS",
     "attend",
     "attention_backend",
+    "describe_backend",
     "is_traced",
     "plain_attention",
     "refine",
@@ -143,8 +144,17 @@ def _report(requested: str, kind: str, fallback: str) -> None:
     if known.get(kind) == fallback:
         return
     known[kind] = fallback
-    fallbacks = "; ".join(one for one in known.values() if one)
-    log.info("attention: %s%s", requested, f" ({fallbacks})" if fallbacks else "")
+    log.info("attention: %s", _described(requested))
+
+
+def _described(requested: str) -> str:
+    fallbacks = "; ".join(one for one in _fallbacks.get(requested, {}).values() if one)
+    return f"{requested} ({fallbacks})" if fallbacks else requested
+
+
+def describe_backend(device: torch.device) -> str:
+    """The backend requested on a device and what has stood in for it so far: "triton (map: tiled, because …)"."""
+    return _described(resolve_backend(device=device))
 
 
 def set_save_for_backward(save_for_backward: str) -> None:

@@ -23,7 +23,7 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.global_batch} images a step = {self.world_size} processes × {self.micro_batch} at once"
+            f"{self.global_batch} images a step = {_counted(self.world_size)} × {self.micro_batch} at once"
             f" × {self.accumulation} accumulated"
         )
 
@@ -44,7 +44,7 @@ def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> B
     below, above = global_batch // unit * unit, (global_batch // unit + 1) * unit
     nearest = f"the nearest that do are {below} and {above}" if below else f"the nearest that does is {above}"
     each = f" × {micro_batch} images at once" if micro_batch else ""
-    sentence = f"train_batch_size {global_batch} does not divide over {world_size} processes{each}; {nearest}"
+    sentence = f"train_batch_size {global_batch} does not divide over {_counted(world_size)}{each}; {nearest}"
     if worlds := _nearest_worlds(global_batch, micro_batch or 1, world_size):
         sentence += f", or start {' or '.join(map(str, worlds))} processes"
     if micro_batch and global_batch % world_size == 0:
@@ -58,3 +58,7 @@ def _nearest_worlds(global_batch: int, micro_batch: int, world_size: int) -> lis
     """The numbers of processes on either side of ``world_size`` over which the batch divides."""
     fits = [world for world in range(1, global_batch + 1) if global_batch % (world * micro_batch) == 0]
     return [world for world in fits if world < world_size][-1:] + [world for world in fits if world > world_size][:1]
+
+
+def _counted(processes: int) -> str:
+    return f"{processes} process{'es' * (processes > 1)}"

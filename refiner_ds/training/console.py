@@ -55,13 +55,28 @@ class Console:
         elif logged:
             print(line, flush=True)
 
-    def _left(self, step: int, trained: int) -> str:
-        """Time left at the pace since the first report; what came before, loading a checkpoint say, does not recur."""
-        now = time.monotonic()
+    def count(self, trained: int) -> None:
+        """Begin to measure the pace; called after every step of this process, the first time counts."""
         if self._first is None:
-            self._first = (now, trained)
-        since, before = self._first
-        return _clock((now - since) / (trained - before) * (self._total - step)) if trained > before else "…"
+            self._first = (time.monotonic(), trained)
+
+    def end(self, step: int, trained: int) -> str:
+        """When the run ends at this pace: "ends in about 1d 02h, on Fri 27 Nov, 14:05"."""
+        seconds = self._seconds_left(step, trained)
+        if seconds is None:
+            return "its end cannot be told yet"
+        at = time.strftime("%a %d %b, %H:%M", time.localtime(time.time() + seconds))
+        return f"ends in about {_clock(seconds)}, on {at}"
+
+    def _left(self, step: int, trained: int) -> str:
+        seconds = self._seconds_left(step, trained)
+        return "…" if seconds is None else _clock(seconds)
+
+    def _seconds_left(self, step: int, trained: int) -> float | None:
+        """At the pace since the first step; what came before, loading a checkpoint say, does not recur."""
+        since, before = self._first or (0.0, trained)
+        pace = (time.monotonic() - since) / (trained - before) if trained > before else None
+        return None if pace is None else pace * (self._total - step)
 
     def done(self) -> None:
         """Take the progress line away."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from refiner_ds.attention import describe_backend
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import Engine
@@ -16,6 +17,7 @@ from refiner_ds.training.stragglers import Stragglers, data_advice
 from refiner_ds.training.world import World
 
 ADVICE_STEPS = 20  # an interval of a few steps says nothing about the loader
+ETA_STEPS = 50  # of this process, after which the end is estimated once for good
 
 
 class Progress:
@@ -46,8 +48,14 @@ class Progress:
         logged = step == self._schedule.total_steps or step % self._every == 0
         if logged:
             self.write(step)
+        trained = step - self._began_at
+        self._console.count(trained)
+        if trained == 1 and "(" in (backend := describe_backend(self._world.device)):
+            self._console.say(f"attention: {backend}")  # what it could not compute itself is known only now
+        if trained == ETA_STEPS:
+            self._console.say(f"after {ETA_STEPS} steps: {self._console.end(step, trained)}")
         if self._numbers:
-            self._console.progress(step, step - self._began_at, self._fields(step), logged)
+            self._console.progress(step, trained, self._fields(step), logged)
 
     def stalled(self, seconds: float) -> None:
         """Count that training has waited for a checkpoint; it shows in the next line."""
@@ -91,8 +99,9 @@ class Progress:
 
     def _fields(self, step: int) -> dict[str, str]:
         epochs = self._schedule.total_steps / self._schedule.steps_an_epoch
+        digits = 1 if epochs >= 10 else 2
         return {
-            "epoch": f"{step / self._schedule.steps_an_epoch:.1f}/{epochs:g}",
+            "epoch": f"{step / self._schedule.steps_an_epoch:.{digits}f}/{epochs:.4g}",
             "step": f"{step}/{self._schedule.total_steps}",
             "loss": f"{self._numbers['loss']:.4f}",
             "lr": f"{self._numbers['lr']:.2e}",

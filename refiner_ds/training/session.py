@@ -20,7 +20,9 @@ from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import choose_attention
 from refiner_ds.training.console import Console, log
 from refiner_ds.training.data_identity import record_data
+from refiner_ds.training.engine import computes_in_bf16
 from refiner_ds.training.flight_recorder import last_collective
+from refiner_ds.training.header import header
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.history import record_start
 from refiner_ds.training.logs import write_logs
@@ -123,13 +125,10 @@ def _watched(ready: Preparation, world: World) -> Iterator[Heartbeat]:
 
 
 def _print_header(ready: Preparation, world: World) -> None:
-    console = Console(world.is_main)
-    where = f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type.upper()}"
-    console.say(f"{ready.run.refiner.model.name}, {ready.train.count:,} images, {where}")
-    console.say(f"{ready.batch}; {ready.schedule.steps_an_epoch} steps an epoch, {ready.schedule.total_steps} in all")
-    if ready.val_note:
-        console.say(f"validation set: {ready.val_note}")
-    console.say(f"run folder {ready.run.folder}")
+    if world.is_main:
+        console = Console(prints=True)
+        for about, line in header(ready, world, computes_in_bf16(ready.run, world)).items():
+            console.say(f"{about:<12} {line}")
 
 
 def _record_start(ready: Preparation, world: World, trainer: Trainer, before: dict[str, Any] | None) -> None:

@@ -79,7 +79,7 @@ def broken_data(folder: Path) -> dict[str, tuple[list[str], str]]:
         "misspelt key": (["--config", str(mine)], f"{mine}: refiner.recipe.epoch is not a key; did you mean epochs?"),
         "wrong type": (["--set", "train_batch_size=many"], 'train_batch_size is "many"; it must be a whole number'),
         "no such file": (["--config", str(folder / "mien.json")], "did you mean"),
-        "batch": (["--set", "train_micro_batch_size_per_gpu=36"], "does not divide over 1 processes × 36"),
+        "batch": (["--set", "train_micro_batch_size_per_gpu=36"], "does not divide over 1 process × 36"),
         "missing folder": (["--set", f"refiner.data.train={folder}/no"], f"{folder}/no: no such folder"),
         "empty folder": (["--set", f"refiner.data.train={empty}"], f"{empty}: "),
         "no index": (["--set", f"refiner.data.train={bare}"], "index"),
