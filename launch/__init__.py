@@ -12,6 +12,7 @@
     attempts.py      what a job leaves about itself           why.py    in one sentence      cost.py    in GPU-hours
     registry.py      runs submitted from here                 follow.py a log as it grows
     doctor.py        examines nodes; made of health/
+    stopwatch.py     where the seconds of a submission go
 
 Nothing here knows a tensor: torch is imported by the job, never by the command that submits it.
 """

@@ -26,6 +26,7 @@ from .snapshot import ROOT, sources
 
 CODE_SECONDS = 300  # importing torch from a cold shared file system takes its time
 KEPT_SIGNATURES = 200
+PLACES = ("/", "package:")
 
 
 def check_resources(allocation: Allocation) -> None:
@@ -63,6 +64,7 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
                 " write it as ${NAME}, an environment variable that the job has"
             )
     remote = any(is_address(place) for place in _data_places(allocation))
+    RunFolder(allocation.run.folder).refuse_unwritable()
     if Passed(signature(allocation, root)):
         return False
     sets = [word for override in overrides for word in ("--set", override)]
@@ -88,16 +90,22 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
 
 
 def signature(allocation: Allocation, root: Path) -> str:
-    """A hash of what ``check_ready`` depends on: code, run file, data and run folder, environment, processes."""
+    """A hash of what ``check_ready`` depends on: code, run file, data, environment, processes, what the run has done.
+
+    A run folder's own name is no part of it: the runs of a sweep, or a dry run and what follows it, are checked once.
+    """
     folder = RunFolder(allocation.run.folder)
+    run = allocation.run.resolved()
+    for key in ("name", "output"):
+        run["refiner"]["run"].pop(key)
     watched = [
         *(file for place in sources(root).values() for file in sorted(place.rglob("*.py"))),
         *(file for place in _data_places(allocation) for file in _data_files(place, allocation)),
-        *(folder.config, folder.complete, folder.latest_file, folder.path),
         *(Path(place) for place in sys.path if place.endswith("site-packages")),
     ]
     known = {
-        "run": allocation.run.resolved(),
+        "run": run,
+        "done": [_text(file) for file in (folder.config, folder.complete, folder.latest_file)],
         "world": allocation.world_size,
         "python": sys.executable,
         "files": [_stamp(file) for file in watched],
@@ -111,17 +119,21 @@ def _data_places(allocation: Allocation) -> list[str]:
 
 
 def _data_files(place: str, allocation: Allocation) -> Iterator[Path]:
-    """What stands where data is, or where a packaged set is made; an empty place may be made meanwhile."""
-    folder = Path(place)
-    if place.startswith("package:"):
-        folder = (
-            cache_folder() if allocation.run.refiner.data.cache is None else Path(allocation.run.refiner.data.cache)
-        )
+    """What stands where data is: shards, index, label files; for a packaged set, the sets that were made."""
     with suppress(OSError):
-        yield folder
-        yield from sorted(folder.iterdir())
-        index = folder.parent / f"{folder.name}.index"
-        yield from (index, folder / "index.json")
+        if place.startswith("package:"):
+            made = Path(allocation.run.refiner.data.cache or cache_folder())
+            yield from sorted(entry for entry in made.iterdir() if entry.is_dir())
+        else:
+            yield Path(place)
+            yield from sorted(Path(place).iterdir())
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

@@ -35,13 +35,10 @@ def ask(
 
 
 def require_slurm() -> None:
-    """Raise LaunchError unless this machine submits to a Slurm that answers."""
+    """Raise LaunchError unless Slurm's commands are here."""
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
             raise LaunchError(f"there is no Slurm here ({program} not found); add --local to run on this machine")
-    answer = ask("sinfo", "--noheader", "--format=%P")
-    if answer.returncode:
-        raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}; add --local to run on this machine")
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,8 @@ def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
     """
     which = (f"--partition={partition}",) if partition else ()
     answer = ask("sinfo", "--noheader", "--format=%P|%G|%c|%m", *which)
+    if answer.returncode:
+        raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}; add --local to run on this machine")
     rows = [line.split("|") for line in answer.stdout.splitlines()]
     rows = [row for row in rows if len(row) == 4 and (partition or row[0].endswith("*"))]  # the default has an asterisk
     named = f"partition {partition}" if partition else "the default partition"

@@ -34,6 +34,7 @@ from .attempts import Attempts
 from .batch import Executor, submission_environment
 from .cluster import ClusterProfile, load_profile
 from .follow import follow
+from .stopwatch import Stopwatch
 from .why import why
 
 FLAG_TYPES: dict[str, Callable[[str], Any]] = {
@@ -45,6 +46,8 @@ FLAG_TYPES: dict[str, Callable[[str], Any]] = {
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit code: 0, 2 where it refuses, or with ``--wait`` and ``--local`` the job's."""
+    watch = Stopwatch()
+    watch.lap("starting")
     args = _parser().parse_args(argv)
     profile = load_profile(args.cluster, {key: getattr(args, key) for key in profile_flags()})
     allocation = make_allocation(args, profile)
@@ -52,10 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{allocation.run.path}: {allocation}; {batch}", file=sys.stderr)
     for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
         print(line, file=sys.stderr)
+    watch.lap("run file and cluster")
     start = check(allocation, args.set)
+    watch.lap("checks")
     if args.dry_run:
         return _dry_run(allocation, start)
-    return _run_here(allocation) if allocation.local else _run_on_slurm(allocation, args.wait)
+    return _run_here(allocation, watch) if allocation.local else _run_on_slurm(allocation, args.wait, watch)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,9 +135,9 @@ def _dry_run(allocation: Allocation, start: str) -> int:
     return 0
 
 
-def _run_on_slurm(allocation: Allocation, wait: bool) -> int:
+def _run_on_slurm(allocation: Allocation, wait: bool, watch: Stopwatch) -> int:
     job = submission.submit(allocation)
-    _print_summary(allocation, job.job_id, stop=f"scancel {job.job_id}")
+    _print_summary(allocation, job.job_id, f"scancel {job.job_id}", watch)
     if not wait:
         return 0
     try:
@@ -148,10 +153,10 @@ def _ended(job_id: str) -> bool:
     return state is not None and state.ended
 
 
-def _run_here(allocation: Allocation) -> int:
+def _run_here(allocation: Allocation, watch: Stopwatch) -> int:
     signal.signal(signal.SIGTERM, _leave)
     job, executor = submission.start_here(allocation)
-    _print_summary(allocation, job.job_id, stop=f"kill {job.job_id}")
+    _print_summary(allocation, job.job_id, f"kill {job.job_id}", watch)
     controller, interrupted = executor.controller, False
     try:
         follow(job.paths.stdout, lambda: controller.poll() is not None, sys.stdout, every=0.2)
@@ -171,8 +176,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _print_summary(allocation: Allocation, job_id: str, stop: str) -> None:
+def _print_summary(allocation: Allocation, job_id: str, stop: str, watch: Stopwatch) -> None:
     folder = RunFolder(allocation.run.folder)
+    watch.lap("submission")
     rows = {
         "run folder": str(folder),
         "log": f"tail -F {folder.jobs}/{job_id}_0_log.out",
@@ -182,6 +188,7 @@ def _print_summary(allocation: Allocation, job_id: str, stop: str) -> None:
         "stop": stop,
     }
     print(f"job {job_id}: {allocation}")
+    print(f"  {'submitted':<12}in {watch}")
     for word, command in rows.items():
         print(f"  {word:<12}{command}")
     sys.stdout.flush()

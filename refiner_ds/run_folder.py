@@ -22,8 +22,11 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from refiner_ds.errors import ConfigError
 
 STATE = "state.json"  # in a checkpoint
 STEP = re.compile(r"step_(\d{8,})")
@@ -79,6 +82,20 @@ class RunFolder:
         self.jobs = self.path / "jobs"
         self.code = self.path / "code"
         self.export = self.path / "export"
+
+    def refuse_unwritable(self) -> None:
+        """Raise ConfigError where the run folder cannot be made or written."""
+        standing = self.path
+        while not standing.exists() and standing != standing.parent:
+            standing = standing.parent
+        try:
+            with tempfile.TemporaryFile(dir=standing):  # asking for permission is not enough: root has it everywhere
+                pass
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise ConfigError(
+                f"{self.path}: cannot be written ({standing}: {why}); set refiner.run.output to a folder that can"
+            ) from None
 
     def __str__(self) -> str:
         return str(self.path)

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
     "checkpoint": "refiner_ds.benchmark.checkpoint",
     "kernels": "refiner_ds.benchmark.kernels",
+    "launch": "refiner_ds.benchmark.launch",
     "loader": "refiner_ds.benchmark.loader",
     "model": "refiner_ds.benchmark.model",
     "scale": "refiner_ds.benchmark.scale",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     batch = run.batch(world_size)
     with torch.device("meta"):
         build_model(run, run.refiner.model.num_classes or 10)
-    refuse_unwritable(run.folder)
+    RunFolder(run.folder).refuse_unwritable()
     refuse_another_run(run)
     train = load_index(run.refiner.data.train, run)
     maps = _score_maps(run, train)
@@ -145,16 +144,3 @@ def _refuse_disagreement(run: RunFile, train: ShardIndex) -> None:
         )
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raise ConfigError where a run folder cannot be made or written."""
-    standing = folder
-    while not standing.exists() and standing != standing.parent:
-        standing = standing.parent
-    try:
-        with tempfile.TemporaryFile(dir=standing):  # asking for permission is not enough: root has it everywhere
-            pass
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise ConfigError(
-            f"{folder}: cannot be written ({standing}: {why}); set refiner.run.output to a folder that can"
-        ) from None

@@ -100,7 +100,7 @@ def test_a_number_of_nodes_or_gpus_that_cannot_be(refusal) -> None:  # type: ign
 
 @pytest.mark.slurm
 def test_what_slurm_itself_would_refuse(refusal, slurm: SlurmCluster) -> None:  # type: ignore[no-untyped-def]
-    assert "Slurm refuses the job: Invalid partition name" in refusal(
+    assert "Slurm knows no node of partition fast" in refusal(
         "--gpus-per-node", "0", "--partition", "fast", env=slurm.env
     )
     assert "configuration is not available" in refusal("--nodes", "6", "--gpus-per-node", "0", env=slurm.env)
@@ -132,3 +132,22 @@ def test_submitting_imports_no_torch(clone: Clone) -> None:
     done = clone.submit(*LOCAL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert clone.seen()["0.0"]["WORLD_SIZE"] == "1"
+
+
+def test_what_was_checked_and_has_not_changed_is_not_checked_again(clone: Clone) -> None:
+    """A dry run, the submission after it, and the next run of a sweep; not edited code, nor a run that has gone on."""
+
+    def checked(run: Clone, *words: str) -> bool:
+        done = run.submit(*LOCAL, "--dry-run", *words)
+        assert done.returncode == 0, done.stderr
+        return "nothing has changed" not in done.stderr
+
+    assert [checked(clone), checked(clone), checked(clone.another("next"))] == [True, False, False]
+    assert checked(clone, "--set", "refiner.recipe.lr=1e-4")
+    (clone.root / "refiner_ds/models/stem.py").open("a").write("\n# edited\n")
+    assert [checked(clone), checked(clone)] == [True, False]
+    clone.run_folder.mkdir(parents=True)
+    (clone.run_folder / "complete.json").write_text("{}")
+    assert checked(clone)
+    (clone.root / "refiner_ds/train.py").write_text("raise SystemExit('error: no')\n")
+    assert clone.submit(*LOCAL, "--dry-run").returncode == 2
