@@ -20,6 +20,8 @@ from typing import Any
 from refiner_ds.errors import LaunchError
 from refiner_ds.files import write_atomically
 
+from .health.node import nvidia_gpus
+
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
 PORT_STRIDE = 617  # between the ports of a job's restarts: jobs of neighbouring numbers do not meet at once
 TOLD = ("NCCL_", "SLURM_JOB", "CUDA_", "OMP_", "LOADEDMODULES", "CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -76,7 +78,7 @@ def node_faults(run_folder: Path, gpus: int, workers: bool) -> list[str]:
         gpus: GPUs that a process here must see.
         workers: whether loader workers hand batches over in shared memory.
     """
-    faults = [fault for fault in (_gpu_fault(gpus) if gpus else None,) if fault]
+    faults = _gpu_faults(gpus) if gpus else []
     if workers:
         with suppress(OSError):
             free = shutil.disk_usage("/dev/shm").free >> 20
@@ -96,17 +98,14 @@ def node_faults(run_folder: Path, gpus: int, workers: bool) -> list[str]:
     return faults
 
 
-def _gpu_fault(gpus: int) -> str | None:
-    try:
-        listed = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
-        return None  # another make of GPU; torch will say
-    except (OSError, subprocess.TimeoutExpired):
-        return "nvidia-smi does not answer within 60 s"
-    if listed.returncode:
-        return f"nvidia-smi: {(listed.stdout + listed.stderr).strip().splitlines()[-1]}"
-    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return f"{count} of {gpus} GPUs answer" if count < gpus else None
+def _gpu_faults(gpus: int) -> list[str]:
+    found, error = nvidia_gpus()
+    if error:
+        return [error]
+    if not found:
+        return []  # another make of GPU; torch will say
+    faults = [f"GPU {gpu.index} has had {gpu.ecc_errors} uncorrected ECC errors" for gpu in found if gpu.ecc_errors]
+    return faults + ([f"{len(found)} of {gpus} GPUs answer"] if len(found) < gpus else [])
 
 
 def capture(file: Path, nodes: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,7 @@ from refiner_ds.config import BatchPlan, RunFile
 from refiner_ds.data.classes import match_classes
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.locate import open_index
-from refiner_ds.errors import ConfigError, DataError
+from refiner_ds.errors import DataError
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import build_model
 from refiner_ds.training.data_identity import refuse_other_data

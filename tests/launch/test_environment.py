@@ -16,6 +16,8 @@ from launch.environment import free_port, master_address, node_faults
 from launch.job import environment_of
 from refiner_ds.errors import LaunchError
 
+GPU = "0, NVIDIA H100, 570.1, 81559, 4, 0, 0x0000000000000000, Disabled"  # as nvidia-smi's query prints it
+
 
 def task(rank: int = 3, **more: Any) -> Any:
     known = {
@@ -91,15 +93,17 @@ def planted(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
 
 
 def test_a_healthy_node_has_no_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, tmp_path, "echo 'GPU 0: H100'; echo 'GPU 1: H100'")
+    planted(monkeypatch, tmp_path, f"echo '{GPU}'; echo '1{GPU[1:]}'")
     assert node_faults(tmp_path, 2, workers=True) == []
 
 
 def test_faults_of_a_node_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, tmp_path, "echo 'GPU 0: H100'")
+    planted(monkeypatch, tmp_path, f"echo '{GPU}'")
     assert node_faults(tmp_path, 2, workers=False) == ["1 of 2 GPUs answer"]
     planted(monkeypatch, tmp_path, "echo 'Unable to determine the device handle for GPU0: GPU is lost.'; exit 15")
     assert "GPU is lost" in node_faults(tmp_path, 2, workers=False)[0]
+    planted(monkeypatch, tmp_path, f"echo '{GPU.replace(' 0, 0x', ' 7, 0x')}'")
+    assert node_faults(tmp_path, 1, workers=False) == ["GPU 0 has had 7 uncorrected ECC errors"]
     assert "cannot be written" in node_faults(tmp_path / "absent", 0, workers=False)[0]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
