@@ -11,6 +11,7 @@
     diagnosis.py     which rank failed first  symptoms.py     and of what
     attempts.py      what a job leaves about itself           why.py    in one sentence      cost.py    in GPU-hours
     registry.py      runs submitted from here                 follow.py a log as it grows
+    chain.py         runs that follow one another                        elastic.py  jobs that can do with fewer nodes
     doctor.py        examines nodes; made of health/
     stopwatch.py     where the seconds of a submission go
 

@@ -49,6 +49,11 @@ class Allocation:
         """Batch arithmetic. Raises ConfigError where the batch does not divide over the processes."""
         return self.run.batch(self.world_size)
 
+    def refuse_indivisible(self) -> None:
+        """Raise ConfigError where the batch does not divide over all the nodes, or over the fewest it can do with."""
+        for nodes in {self.nodes, self.min_nodes or self.nodes}:
+            self.run.batch(nodes * self.tasks)
+
     @property
     def nodes_text(self) -> str | int:
         """The node count as sbatch takes it."""

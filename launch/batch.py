@@ -85,16 +85,22 @@ def _parameters(allocation: Allocation, run_folder: RunFolder, exclude: str, dep
     added = {flag: value for flag, value in profile.sbatch.items() if value is not False}
     if exclude:
         added["exclude"] = ",".join(filter(None, (str(added.get("exclude", "")), exclude)))
+    cpus, tasks = allocation.cpus_per_task, allocation.tasks
+    elastic = allocation.min_nodes not in (None, allocation.nodes)
+    if elastic:
+        # With tasks a node, Slurm gives the fewest nodes of a range; without, the most. The supervisor tells srun.
+        added["nodes"] = allocation.nodes_text  # after submitit has counted the tasks
+        cpus = cpus * tasks if cpus else None
     if dependency:
         added["dependency"] = ",".join(filter(None, (str(added.get("dependency", "")), dependency)))
     if not profile.requeue:
         added["no-requeue"] = True
     return {
         "job_name": run_folder.path.name,
-        "nodes": allocation.nodes_text,
-        "ntasks_per_node": allocation.tasks,
+        "nodes": allocation.nodes,
+        **({} if elastic else {"ntasks_per_node": tasks}),
         "gpus_per_node": profile.gpus_per_node if profile.gpus else allocation.gpus or None,
-        "cpus_per_task": allocation.cpus_per_task,
+        "cpus_per_task": cpus,
         "mem": None if allocation.mem_mb is None else f"{allocation.mem_mb}M" if allocation.mem_mb else "0",
         "time": profile.minutes,
         "partition": profile.partition,

@@ -102,6 +102,7 @@ def signature(allocation: Allocation, root: Path) -> str:
         *(file for place in sources(root).values() for file in sorted(place.rglob("*.py"))),
         *(file for place in _data_places(allocation) for file in _data_files(place, allocation)),
         *(Path(place) for place in sys.path if place.endswith("site-packages")),
+        *_initial_weights(allocation.run.refiner.model.init_from),
     ]
     known = {
         "run": run,
@@ -127,6 +128,10 @@ def _data_files(place: str, allocation: Allocation) -> Iterator[Path]:
         else:
             yield Path(place)
             yield from sorted(Path(place).iterdir())
+
+
+def _initial_weights(place: str | None) -> tuple[Path, ...]:
+    return (Path(place), Path(place) / "latest") if place else ()
 
 
 def _text(file: Path) -> str:

@@ -38,6 +38,9 @@ class ClusterProfile(BaseModel):
     time: str | int | None = Field(None, description="the same as Slurm writes it: 1-00:00:00, 12:30:00, or minutes")
     signal_seconds: int = Field(120, ge=1, description="seconds before the time limit at which the job saves")
     requeue: bool = Field(True, description="false: the job ends where it would be requeued")
+    grow_minutes: float = Field(
+        10, gt=0, description="how often a job that has fewer nodes than it asked for looks for free ones"
+    )
     requeues: int = Field(100, ge=0, description="how often a job may requeue itself before it is left to a person")
     gpus_per_node: int | str | None = Field(
         None, description="GPUs, and so processes, a node; h100:8 names a type; 0: train on CPU; null: what nodes have"

@@ -113,8 +113,9 @@ def _before_training(number: int, frame: FrameType | None) -> NoReturn:
 
 def environment_of(task: submitit.JobEnvironment, gpus: bool) -> dict[str, str]:
     """The variables torchrun would set, for one task of a job."""
-    local_world = task.num_tasks // task.num_nodes
-    several_nodes = task.num_nodes > 1
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or task.num_nodes)  # an elastic job may leave some idle
+    local_world = task.num_tasks // nodes
+    several_nodes = nodes > 1
     given = {
         "RANK": str(task.global_rank),
         "WORLD_SIZE": str(task.num_tasks),

@@ -98,7 +98,8 @@ def start_here(allocation: Allocation) -> tuple[submitit.Job[Any], local.LocalEx
 
 
 def _job(allocation: Allocation) -> dict[str, object]:
-    job = Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus)
+    least = allocation.min_nodes or allocation.nodes
+    job = Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus, least)
     return {**job.to_json(), "local": allocation.local, "command": shlex.join(sys.argv)}
 
 

@@ -3,6 +3,7 @@
     python launch/submit.py --nodes 4 --config ds_configs/refiner_s.json --cluster mycluster.yaml
     python launch/submit.py --nodes 4 --gpus-per-node 0 --wait           the quickstart, on the CPUs of four nodes
     python launch/submit.py --local                                      … on this machine
+    python launch/submit.py --config ds_configs/refiner_m.json --then ds_configs/refiner_m_384.json     two runs in turn
 
 The command checks what can be checked, copies the code into the run folder, submits one task per GPU through submitit
 and prints where things are. Submitting a run again resumes what its folder holds.
@@ -24,11 +25,11 @@ if not __package__:  # started as a file: its packages are those of the clone it
 
 from pydantic.fields import FieldInfo
 
-from refiner_ds.config import load
+from refiner_ds.config import RunFile, load
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder
 
-from . import checks, local, slurm, submission
+from . import chain, checks, local, slurm, submission
 from .allocation import Allocation, on_slurm
 from .attempts import Attempts
 from .batch import Executor, submission_environment
@@ -50,17 +51,22 @@ def main(argv: list[str] | None = None) -> int:
     watch.lap("starting")
     args = _parser().parse_args(argv)
     profile = load_profile(args.cluster, {key: getattr(args, key) for key in profile_flags()})
-    allocation = make_allocation(args, profile)
-    batch = allocation.batch  # refuses one that does not divide
-    print(f"{allocation.run.path}: {allocation}; {batch}", file=sys.stderr)
-    for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
-        print(line, file=sys.stderr)
+    runs = list(chain.stages(args.config, args.then, args.set, lambda run: allocate(args, profile, run)))
+    for stage in runs:
+        allocation = stage.allocation
+        allocation.refuse_indivisible()
+        print(f"{allocation.run.path}: {allocation}; {allocation.batch}", file=sys.stderr)
+        for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
+            print(line, file=sys.stderr)
     watch.lap("run file and cluster")
-    start = check(allocation, args.set)
+    starts = [check(stage.allocation, stage.check) for stage in runs]
     watch.lap("checks")
     if args.dry_run:
-        return _dry_run(allocation, start)
-    return _run_here(allocation, watch) if allocation.local else _run_on_slurm(allocation, args.wait, watch)
+        return [_dry_run(stage.allocation, start) for stage, start in zip(runs, starts, strict=True)][0]
+    if args.local:
+        codes = (_run_here(stage.allocation, watch) for stage in runs)
+        return next((code for code in codes if code), 0)
+    return _run_on_slurm([stage.allocation for stage in runs], args.wait, watch)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="run file; ds_configs/quickstart.json without")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the run file"
+    )
+    parser.add_argument(
+        "--then",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="run file that follows, from its weights; repeatable",
     )
     add_machine_flags(parser)
     parser.add_argument("--local", action="store_true", help="run on this machine, all nodes' processes, and wait")
@@ -79,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say on how many nodes of which cluster a run goes."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    parser.add_argument("--min-nodes", type=int, metavar="N", help="nodes it can do with when there are no more")
     site = parser.add_argument_group("the site", "keys of the cluster profile, each of which a flag overrides")
     site.add_argument("--cluster", type=Path, metavar="FILE", help="cluster profile; see launch/clusters/example.yaml")
     for key, field in profile_flags().items():
@@ -97,15 +111,22 @@ def profile_flags() -> dict[str, FieldInfo]:
 
 def make_allocation(args: argparse.Namespace, profile: ClusterProfile) -> Allocation:
     """The run that is asked for and the machines it is to have. Raises ConfigError or LaunchError."""
+    return allocate(args, profile, load(args.config, args.set))
+
+
+def allocate(args: argparse.Namespace, profile: ClusterProfile, run: RunFile) -> Allocation:
+    """The machines that a run is to have. Raises LaunchError."""
     if args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job has at least one node")
-    run = load(args.config, args.set)
+    least = args.min_nodes
+    if least is not None and not 1 <= least <= args.nodes:
+        raise LaunchError(f"--min-nodes {least}: must be from 1 to --nodes {args.nodes}")
     if getattr(args, "local", False):
         here = len(local.visible_devices()) // args.nodes
         return Allocation(run, profile, args.nodes, here if profile.gpus is None else profile.gpus, local=True)
     slurm.require_slurm()
     gpu_type = str(profile.gpus_per_node).rpartition(":")[0] or None
-    return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type))
+    return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type), least)
 
 
 def check(allocation: Allocation, overrides: list[str]) -> str:
@@ -135,9 +156,13 @@ def _dry_run(allocation: Allocation, start: str) -> int:
     return 0
 
 
-def _run_on_slurm(allocation: Allocation, wait: bool, watch: Stopwatch) -> int:
-    job = submission.submit(allocation)
-    _print_summary(allocation, job.job_id, f"scancel {job.job_id}", watch)
+def _run_on_slurm(runs: list[Allocation], wait: bool, watch: Stopwatch) -> int:
+    job, dependency = None, ""
+    for allocation in runs:
+        job = submission.submit(allocation, dependency=dependency)
+        _print_summary(allocation, job.job_id, f"scancel {job.job_id}", watch)
+        dependency = f"afterok:{job.job_id}"
+    assert job is not None
     if not wait:
         return 0
     try:

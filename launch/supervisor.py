@@ -20,7 +20,8 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refiner_ds.errors import LaunchError
@@ -32,9 +33,10 @@ from .attempts import Attempts, Failure, Record, owner
 from .cluster import ClusterProfile
 from .cost import cost_line
 from .diagnosis import Diagnosis, TaskEnd, diagnose, last_lines, task_ends, verdict_since
+from .elastic import step_size, usable_nodes, watch_for_nodes
 from .environment import capture, free_port, master_address
 from .policy import Action, Cause, Decision, Limits
-from .snapshot import JOB_FILE, check_code
+from .snapshot import JOB_FILE, RUN_FILE, check_code
 
 ASK_SECONDS = 5.0  # between two questions to a controller that is away, or refuses
 AWAY_SECONDS = 3600.0  # how long it may be away when the job wants to be requeued
@@ -49,23 +51,30 @@ class Job:
 
     Attributes:
         tasks: processes a node; ``gpus`` GPUs a node.
+        min_nodes: nodes it can do with; ``nodes`` unless it is elastic.
     """
 
     profile: ClusterProfile
     nodes: int
     tasks: int
     gpus: int
+    min_nodes: int
+
+    @property
+    def elastic(self) -> bool:
+        """Whether it can do with fewer nodes than it asks for."""
+        return self.min_nodes < self.nodes
 
     @staticmethod
     def read(code: Path) -> Job:
         """The job of a snapshot."""
         known = json.loads((code / JOB_FILE).read_text())
         profile = ClusterProfile.model_validate(known["profile"])
-        return Job(profile, known["nodes"], known["tasks"], known["gpus"])
+        return Job(profile, known["nodes"], known["tasks"], known["gpus"], known["min_nodes"])
 
     def to_json(self) -> dict[str, object]:
         """What ``read`` reads."""
-        return {"profile": self.profile.model_dump(), "nodes": self.nodes, "tasks": self.tasks, "gpus": self.gpus}
+        return {**asdict(self), "profile": self.profile.model_dump()}
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class Supervisor(ABC):
         capture(self.run_folder.jobs / f"{self.job_id}_environment.json", self.nodes)
         self.notify("restart" if record.number else "start", f"started on {self.nodes}")
         outcome = self.run_tasks(variables)
+        self._release_lock()
 
         def tail(rank: int) -> list[str]:
             file = self.run_folder.jobs / f"{self.job_id}_{rank}_log.out"
@@ -150,6 +160,12 @@ class Supervisor(ABC):
         if owned not in (None, self.job_id):
             raise LaunchError(f"{self.run_folder}: belongs to job {owned} now; this one ends")
         check_code(self.code)
+
+    def _release_lock(self) -> None:
+        """Remove the run folder's lock where a task that has just ended left it: nobody need wait until it is stale."""
+        with suppress(OSError, ValueError, KeyError):
+            if json.loads(self.run_folder.lock.read_text())["host"] in expand(self.nodes):
+                self.run_folder.lock.unlink()
 
     def _end(self, record: Record, diagnosis: Diagnosis) -> int:
         newest = self.run_folder.latest_checkpoint()
@@ -234,8 +250,11 @@ class SlurmSupervisor(Supervisor):
             signal.signal(number, lambda number, frame: None)
         ends: list[TaskEnd] = []
         said: list[str] = []
+        command = [*self._command]
+        if self.job.elastic:
+            command[1:1] = self._fit()
         with subprocess.Popen(
-            self._command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
+            command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as tasks:
             assert tasks.stderr is not None
             for line in tasks.stderr:
@@ -283,6 +302,24 @@ class SlurmSupervisor(Supervisor):
         spare = slurm.spare_nodes(partition, expand(self.nodes) + expand(excluded)) if record.blames_node else 0
         profile = self.job.profile
         return Limits(profile.requeue, profile.requeues, ending and not requeued, requeued, spare)
+
+    def _fit(self) -> tuple[str, ...]:
+        """srun's flags for the nodes that an elastic job was given and can use; watches for more."""
+        job, given = self.job, self._allocated
+
+        def usable(more: int) -> int:
+            return usable_nodes(self.code / RUN_FILE, given + more, job.min_nodes, job.tasks)
+
+        nodes = usable(0)
+        log(f"{nodes} of {given} nodes are used, {nodes * job.tasks} processes")
+        if given < job.nodes:
+            partition = os.environ["SLURM_JOB_PARTITION"]
+            watch_for_nodes(self.job_id, partition, job.nodes - given, usable, job.profile.grow_minutes, log)
+        return step_size(nodes, job.tasks)
+
+    @property
+    def _allocated(self) -> int:
+        return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
 
     def _exclude(self, node: str) -> None:
         if not node:

@@ -99,19 +99,27 @@ class Clone:
         return "\n".join(f"{file.name}:\n{file.read_text()}" for file in self.run_folder.glob("jobs/*_log.out"))
 
     def submit_here(
-        self, cluster: SlurmCluster, nodes: int = 1, gpus: int = 0, dependency: str = "", **profile: Any
+        self,
+        cluster: SlurmCluster,
+        nodes: int = 1,
+        gpus: int = 0,
+        *,
+        batch: int = 48,
+        least: int | None = None,
+        dependency: str = "",
+        overrides: tuple[str, ...] = (),
+        **profile: Any,
     ) -> str:
         """Submit in this process, which costs no start of another; unchecked. Returns the job's number."""
-        run = load(
-            self.root / "ds_configs/quickstart.json",
-            [f"refiner.run.output={self.output}", f"refiner.run.name={self.name}", "train_batch_size=48"],
-        )
+        named = (f"refiner.run.output={self.output}", f"refiner.run.name={self.name}", f"train_batch_size={batch}")
+        run = load(self.root / "ds_configs/quickstart.json", [*named, *overrides])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snapshot, "ROOT", self.root)
             for key, value in {**cluster.env, "REFINER_DS_CACHE": str(self.cache)}.items():
                 patch.setenv(key, value)
             known = ClusterProfile(gpus_per_node=gpus, cpus_per_task=1, **profile)
-            return submission.submit(Allocation(run, known, nodes, gpus, cpus_per_task=1), dependency=dependency).job_id
+            allocation = Allocation(run, known, nodes, gpus, cpus_per_task=1, min_nodes=least)
+            return submission.submit(allocation, dependency=dependency).job_id
 
 
 @pytest.fixture(scope="session")

@@ -214,6 +214,44 @@ def test_a_requeue_waits_for_a_controller_that_is_away(clone: Clone, slurm: Slur
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
 
 
+def test_an_elastic_job_starts_with_what_there_is_and_grows(clone: Clone, slurm: SlurmCluster) -> None:
+    """Three nodes are given to it, over two of which its batch divides; the fourth comes free meanwhile."""
+    blocker = slurm.client("sbatch", "--parsable", "-N1", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300")
+    slurm.wait(blocker, "RUNNING")
+    clone.behave(r0=["saved"])
+    job = clone.submit_here(slurm, nodes=4, least=2, batch=32, grow_minutes=0.05)
+    clone.wait_for("0.0", "1.0")
+    slurm.client("scancel", blocker)
+    clone.wait_for("0.1", "1.1", "2.0", "3.0", seconds=90)
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    told = {who: (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"]) for who, one in clone.seen().items()}
+    assert told == {"0.0": ("2", "1"), "1.0": ("2", "1"), **dict.fromkeys(("0.1", "1.1", "2.0", "3.0"), ("4", "1"))}
+    assert "2 of 3 nodes are used" in clone.logs() and "to restart on 4" in clone.logs()
+
+
+def test_a_chain_is_submitted_at_once_and_each_run_starts_from_the_one_before(
+    clone: Clone, slurm: SlurmCluster
+) -> None:
+    for name, text in {"a": "{}", "b": "{}", "c": json.dumps({"model": {"init_from": "runs/a"}})}.items():
+        file = {"extends": "quickstart.json", "refiner": {**json.loads(text), "run": {"name": name}}}
+        (clone.root / f"ds_configs/{name}.json").write_text(json.dumps(file))
+    files = [str(clone.root / f"ds_configs/{name}.json") for name in "abc"]
+    place = ("--set", f"refiner.run.output={clone.output}")
+    command = (sys.executable, str(clone.root / "launch/submit.py"), *place, *CPU, "--config", files[0])
+    env = {**slurm.env, "REFINER_DS_CACHE": str(clone.cache)}
+    twice = subprocess.run((*command, "--then", files[0]), env=env, capture_output=True, text=True)
+    assert twice.returncode == 2 and "as an earlier run of the chain does" in twice.stderr
+    words = (*command, "--then", files[1], "--then", files[2], "--wait")
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=clone.output.parent, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    starts = {}
+    for name in "abc":
+        (run_file,) = (clone.output / name / "code").glob("*/run.json")
+        starts[name] = json.loads(run_file.read_text())["refiner"]["model"]["init_from"]
+        assert clone.another(name).seen().keys() == {"0.0"}
+    assert starts == {"a": None, "b": str(clone.output / "a"), "c": str(clone.output / "a")}
+
+
 def test_of_two_submissions_at_once_one_is_taken(clone: Clone, slurm: SlurmCluster) -> None:
     clone.behave(r0=["saved"])
     env = {**slurm.env, "REFINER_DS_CACHE": str(clone.cache)}
