@@ -95,6 +95,11 @@ class ModelKeys(Section):
         description="train a dense (auxiliary) head on patches beside the class head; false: the class head alone;"
         " null: true",
     )
+    sync_batch_norm: bool = Field(
+        False,
+        description="in training, batch norms take the statistics of the micro-batches of all ranks; refiners are then"
+        " computed by eager",
+    )
     cos_reg: float = Field(
         0.0, ge=0, description="weight of the cosine similarity of neighbouring blocks' maps along heads; released: 0.1"
     )

@@ -11,11 +11,13 @@ from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box
 from refiner_ds.models.refined_vit import RefinedViT
 from refiner_ds.models.registry import checkpoint_filter_fn, refined_vit, refiner_vit_l, refiner_vit_m, refiner_vit_s
 from refiner_ds.models.released import load_released_weights
+from refiner_ds.models.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "NO_BOX",
     "Box",
     "RefinedViT",
+    "SyncBatchNorm",
     "checkpoint_filter_fn",
     "draw_mix_box",
     "load_released_weights",

@@ -7,12 +7,12 @@ must be honoured, so such a layer is called and the fast path left.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torchvision.ops import FrozenBatchNorm2d
 
 from refiner_ds.attention import BatchNorm, Norm
+from refiner_ds.models.sync_batch_norm import SyncBatchNorm, several_ranks
 
 __all__ = ["batch_norm_tensors", "can_read"]
 
@@ -37,14 +37,14 @@ def can_read(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def batch_norm_tensors(module: nn.Module) -> Norm | None:
     """The tensors of a batch norm as ``attention.refine`` takes them, in the mode the module is in.
 
-    Taken are this package's batch norm, PyTorch's, its synchronised one where it does not synchronise, and the frozen
-    one of torchvision (``timm.utils.freeze``).
+    Taken are this package's batch norm and PyTorch's, their synchronised ones where they do not synchronise, and the
+    frozen one of torchvision (``timm.utils.freeze``).
 
     Returns:
         ``None`` where the module has to be called: another class, hooks, statistics over ranks, no running
         statistics or no gain, a cumulative average, or statistics in half precision.
     """
-    if not can_read(module, BatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
+    if not can_read(module, BatchNorm, SyncBatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
         return None
     if isinstance(module, FrozenBatchNorm2d):
         return Norm(module.weight, module.bias, module.running_mean, module.running_var, None, False, module.eps)
@@ -53,7 +53,7 @@ def batch_norm_tensors(module: nn.Module) -> Norm | None:
     mean, variance = module.running_mean, module.running_var
     if module.weight is None or mean is None or variance is None or mean.dtype.itemsize < 4:
         return None
-    synchronises = isinstance(module, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
+    synchronises = isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) and several_ranks()
     if training and (module.momentum is None or synchronises):
         return None
     return Norm(

@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from refiner_ds.attention import attention_backend, resolve_backend, set_save_for_backward
 from refiner_ds.config import RunFile
 from refiner_ds.errors import ConfigError
-from refiner_ds.models import RefinedViT  # importing it registers the names with timm
+from refiner_ds.models import RefinedViT, SyncBatchNorm  # importing them registers the names with timm
 
 # The run file's words for what timm's models take; every other key of refiner.model has the same name there.
-NOT_OPTIONS = {"name", "attention", "save_for_backward", "checkpointing", "init_from", "reset_head", "freeze"}
+NOT_OPTIONS = {
+    "name", "attention", "save_for_backward", "checkpointing", "init_from", "reset_head", "freeze", "sync_batch_norm",
+}  # fmt: skip
 TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
 
 
@@ -64,6 +66,8 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
             f"{run.path}: refiner.model.name {keys.name} has no patch head to train on token labels;"
             ' for a plain ViT take refined_vit with "refiner": "none"'
         )
+    if keys.sync_batch_norm:
+        SyncBatchNorm.convert(model)
     try:
         model.freeze(keys.freeze)
     except ValueError as error:
