@@ -182,19 +182,23 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     silence_libraries()
     world = init()
-    run = load(
-        None,
-        [
-            f'refiner.model={{"name": "{options.model}", "img_size": {options.img_size}, "num_classes": 1000}}',
-            f"train_batch_size={options.batch * world.size}",
-            f"zero_optimization.stage={options.stage}",
-            *options.set,
-        ],
-    )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        run = _run_file(options, Path(folder), world.size)
         figures = measure(run, Path(world.broadcast(folder)), world, options.steps, options.rounds)
         world.barrier()
     if world.is_main:
         print(json.dumps(asdict(figures)) if options.json else figures.table())
     shutdown()
     return 0
+
+
+def _run_file(options: argparse.Namespace, folder: Path, world_size: int) -> RunFile:
+    """A run of the model alone: no data is read."""
+    model = {"name": options.model, "img_size": options.img_size, "num_classes": 1000}
+    keys = {
+        "refiner": {"model": model, "data": {"train": "none"}},
+        "train_batch_size": options.batch * world_size,
+        "zero_optimization": {"stage": options.stage},
+    }
+    (folder / "run.json").write_text(json.dumps(keys))
+    return load(folder / "run.json", options.set)
