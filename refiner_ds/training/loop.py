@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -190,14 +190,21 @@ class Trainer:
         self.step = self.checkpoints.load(newest).step
         self.console.say(f"back at {newest} (step {self.step})")
         self.progress.rewind(self.step)
+        self._close_batches()
         self.batches = self._batches()
         return None
 
     def close(self) -> None:
         """Flush what is open; to be called however `run` ended."""
+        self._close_batches()
         self.console.done()
         self.progress.close()
         self.engine.close()
+
+    def _close_batches(self) -> None:
+        """End the loader's workers."""
+        if isinstance(self.batches, Generator):
+            self.batches.close()
 
     def _batches(self) -> Iterator[Batch]:
         return train_batches_of(self.ready, self.world, self.step)

@@ -27,6 +27,8 @@ STOPPING = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0  # launchers pass on what a terminal has sent to the whole group already
 GRACE_SECONDS = 20.0  # from the second TERM on; Slurm kills 30 s after its first
 
+END = b"\0"  # no signal has this number
+
 _before_leaving: list[Callable[[int], object]] = []
 
 
@@ -164,13 +166,14 @@ def stop_flag(flag: StopFlag | None = None) -> Iterator[StopFlag]:
         signal.set_wakeup_fd(woken_before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writing)
+        os.write(writing, END)  # closing would not do: loader workers hold the other end, too
         listener.join()
+        os.close(writing)
         os.close(reading)
 
 
 def _listen(reading: int, flag: StopFlag) -> None:
-    while numbers := os.read(reading, 64):
+    while END not in (numbers := os.read(reading, 64)):
         for number in numbers:
             if number in STOPPING:
                 flag.heard(number)

@@ -98,6 +98,15 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_child_that_was_forked_meanwhile_does_not_hold_up_the_end() -> None:
+    with stop_flag(Exits().flag()):
+        child = os.fork()  # a loader's worker, which lives on
+        if child == 0:
+            signal.pause()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 WAITING_IN_C = """
 import ctypes, sys
 from refiner_ds.training.signals import StopFlag, before_leaving, stop_flag
