@@ -27,7 +27,7 @@ from .conftest import ROOT, Clone
 SMALL = (
     *(
         "refiner.model.depth=2",
-        "refiner.recipe.epochs=4",
+        "refiner.recipe.epochs=20",
         "refiner.recipe.warmup_epochs=0.5",
         "refiner.run.log_steps=1",
     ),
@@ -79,14 +79,19 @@ class Drill:
     def disturb(self, fault: Callable[[Drill], None]) -> str:
         """Do it once the run has saved and gone on; the row's figures."""
         self.until(lambda: self.folder.latest_checkpoint() and len(self.steps()) > 5, "the first checkpoint")
-        before, at = len(self.steps()), time.time()
+        at, done = time.time(), 0  # a resumed run drops the lines of steps that it does again
         fault(self)
-        self.until(lambda: any(when > at and step for step, when in self._after_restart(at)), "the next step")
+
+        def goes_on() -> bool:
+            nonlocal done
+            again = self._after_restart(at)
+            done = done if again else max([done, *(step for step, _ in self.steps())])
+            return bool(again)
+
+        self.until(goes_on, "the next step")
         again, when = self._after_restart(at)[0]
-        done = max(step for step, moment in self.steps() if moment < when and step)
         attempts = Attempts.of(self.folder, self.job).records
         causes = ", ".join(record.cause or "lost" for record in attempts[:-1])
-        assert before
         self.slurm.cancel_all()
         return f"{when - at:.0f} | {max(0, done - again + 1)} | {causes}"
 

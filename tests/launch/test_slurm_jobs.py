@@ -131,6 +131,21 @@ def test_a_node_that_fails_twice_in_a_row_is_left_out(clone: Clone, slurm: Slurm
     assert first.node not in {clone.seen()[who]["host"] for who in ("0.2", "1.2")}
 
 
+def test_a_node_with_a_fault_is_left_out_before_anything_is_trained(clone: Clone, slurm: SlurmCluster) -> None:
+    tool = clone.output.parent / "faulty/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'Unable to determine the device handle for GPU1: GPU is lost.'; exit 15\n")
+    tool.chmod(0o755)
+    faulty = {"node1": {"PATH": f"{tool.parent}:{slurm.env['PATH']}"}}
+    job = clone.submit_here(slurm, gpus=2, node_environment=faulty)
+    clone.wait_for("0.0", "1.0", seconds=90)
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    first, second = records(clone, job)
+    assert (first.cause, first.node, second.nodes) == ("unhealthy node", "node1", "node2")
+    assert "GPU is lost" in first.evidence and "node1 is not healthy" in first.reason
+    assert {one["host"] for one in clone.seen().values()} == {"node2"}
+
+
 def test_a_job_that_gets_no_further_ends_with_the_exit_code_of_what_failed(clone: Clone, slurm: SlurmCluster) -> None:
     clone.behave(r0=["raise"] * 9)
     done = clone.submit(*CPU, "--wait", env=slurm.env)
