@@ -208,7 +208,7 @@ def test_many_processes_fetch_a_shard_once(server: Server, tmp_path: Path) -> No
         server.faults[name] = ("slow", 1000)
     script = (
         "import sys; from refiner_ds.data.locate import open_index; from refiner_ds.data.index import ShardIndex\n"
-        "from refiner_ds.data.samples import SampleReader, decode_image\n"
+        "from refiner_ds.data.decoding import decode_image; from refiner_ds.data.samples import SampleReader\n"
         "index = open_index(sys.argv[1], sys.argv[2]); reader = SampleReader(index)\n"
         "sys.exit(sum(int(decode_image(reader.read(n))[0, 0, 0]) for n in range(20)) != 190)"
     )
