@@ -141,5 +141,3 @@ def _refuse_disagreement(run: RunFile, train: ShardIndex) -> None:
             f"{train.folder}: names {len(train.classes)} classes, more than refiner.model.num_classes {classes};"
             f" set it to {len(train.classes)} or null"
         )
-
-

@@ -18,6 +18,7 @@ from refiner_ds.benchmark.model import Row, Setting, largest, table
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_every_model_gets_every_figure(capsys, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)  # the interpreter would take minutes
     assert main(["model", "--depth", "2", "--img-size", "64", "--batch", "2", "--rounds", "1", "--json"]) == 0
@@ -73,6 +74,7 @@ def peak_of_ones(size: int) -> int:
     return peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU)
 
 
+@pytest.mark.slow
 def test_peak_bytes_see_what_a_step_needs():
     size = 64 * 2**20
     with multiprocessing.get_context("spawn").Pool(1) as fresh:  # this process may hold freed memory of other tests

@@ -104,6 +104,7 @@ def test_images_and_maps_in_one_set(images: ShardIndex, checkpoint: Path, tmp_pa
     assert verify([str(tmp_path / "both"), "--processes", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_run_killed_outright_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(
     images: ShardIndex, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def annotated(partial: Path, index: ShardIndex) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_run_killed_inside_a_shard_keeps_its_chunks(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,8 @@ from tests.slurm.cluster import SlurmCluster
 
 from .conftest import Clone
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def refusal(clone: Clone):  # type: ignore[no-untyped-def]

@@ -63,6 +63,7 @@ def test_fused_half_precision_models_still_agree():
     assert ((logits.float() - truth).norm() / truth.norm()).item() < 0.02
 
 
+@pytest.mark.slow
 def test_fused_s_exports_to_onnx_and_runs_in_onnxruntime(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -81,6 +82,7 @@ def test_fused_s_exports_to_onnx_and_runs_in_onnxruntime(tmp_path):
     np.testing.assert_allclose(logits, truth, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_training_and_evaluation_steps_compute_the_same():
     options = {**VARIANTS["released"], "depth": 2}
     eager, model = small_model(**options), small_model(**options)
@@ -99,6 +101,7 @@ def test_compiled_training_and_evaluation_steps_compute_the_same():
         assert golden.relative_error(compiled.eval()(pictures()), eager.eval()(pictures())) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"cos_reg": 0.1}, {"return_dense": False}], ids=["dense", "cos-reg", "class"])
 @pytest.mark.parametrize("variant", ["released", "paper", "plain"])
 def test_training_and_evaluation_compile_into_one_graph_each(variant, options):
