@@ -111,9 +111,10 @@ class RefinedViT(nn.Module):
         self._fused = False
         self._frozen_norms: set[str] = set()
 
-        self._set_grid(grid_of(img_size, patch_size))
+        grid = grid_of(img_size, patch_size)
         self.patch_embed = ConvStem(patch_size, in_chans, stem_chs, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self._set_grid(grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_grid[0] * self.patch_grid[1], embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         options = AttentionOptions(
@@ -344,7 +345,7 @@ class RefinedViT(nn.Module):
         if grid[0] == grid[1]:
             self._buffers.pop(GRID, None)  # a square one follows from its number of patches, as in released weights
         else:
-            self.register_buffer(GRID, torch.tensor(grid))
+            self.register_buffer(GRID, torch.tensor(grid, device=self.cls_token.device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Positions of another grid with as many patches would be copied without a word.
@@ -439,8 +440,9 @@ class RefinedViT(nn.Module):
         if mode and self._fused:
             raise ValueError("a fused model has no norms left to train; create the model again and load its weights")
         super().train(mode)
-        for name in self._frozen_norms:
-            self.get_submodule(name).training = False
+        for name, module in self.named_modules() if self._frozen_norms else ():
+            if name in self._frozen_norms:
+                module.training = False
         return self
 
 

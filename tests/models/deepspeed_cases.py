@@ -1,7 +1,7 @@
 """What only a process with DeepSpeed up can tell, as one JSON line: run by test_deepspeed.py in a process of its own.
 
 {"recompute": {"released pair": [what differs], …}, "fp32 loop": losses, "fp32": {stage: losses, …}, "bf16": …,
- "init": {"zero.Init": {parameter: spread, …}, "plain": …}, "fsdp2": {what is wrapped: distance, …}}
+ "init": {"zero.Init": {parameter: spread, …}, "plain": …}, "fsdp2": {what is wrapped: distance, …}, "ddp": losses}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 from refiner_ds.training.world import init, shutdown
 from tests.models.small import BOX, PAPER, RANDOM, RELEASED, differences, pictures, small_model, training_step
@@ -122,6 +122,20 @@ def fully_sharded() -> dict[str, float]:
     return found
 
 
+def data_parallel() -> list[float]:
+    """Losses of a plain DistributedDataParallel loop on class logits; it refuses parameters without a gradient."""
+    model = nn.parallel.DistributedDataParallel(small_model(**RELEASED, return_dense=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(STEPS):
+        loss = cross_entropy(model(pictures()), torch.tensor([0, 1, 2, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init()
@@ -132,6 +146,7 @@ if __name__ == "__main__":
         "bf16": {stage: train(stage, half=True) for stage in (0, 1, 2, 3)},
         "init": initialisation(),
         "fsdp2": fully_sharded(),
+        "ddp": data_parallel(),
     }
     print("RESULT " + json.dumps(results))
     shutdown()

@@ -57,3 +57,8 @@ def test_initialisation_survives_zero_init(results):
 @pytest.mark.parametrize("wrapped", ["root", "blocks", "layers"])
 def test_fsdp2_gives_the_plain_gradients_whatever_it_wraps(results, wrapped):
     assert results["fsdp2"][wrapped] < 1e-4
+
+
+def test_a_plain_ddp_loop_trains_class_logits(results):
+    first, second, third = results["ddp"]
+    assert first > second > third

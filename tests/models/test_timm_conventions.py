@@ -167,3 +167,20 @@ def test_initialisation_is_the_released_one():
     assert model.patch_embed.conv1.weight.std().item() == pytest.approx((1 / (3 * 147)) ** 0.5, rel=0.1)
     depthwise = model.blocks[1].attn.DLA.depth_sep_conv.weight
     assert depthwise.std().item() == pytest.approx((1 / 27) ** 0.5, rel=0.2)  # PyTorch's own for a fan-in of 9
+
+
+def test_frozen_layers_get_no_gradient_and_their_batch_norms_keep_their_statistics():
+    model = small_model(**RELEASED)
+    frozen = model.freeze(["patch_embed", "blocks.[01]", "pos_embed"])
+    assert "pos_embed" in frozen and "blocks.1.attn.DLA.bn1.weight" in frozen and "blocks.2.norm1.weight" not in frozen
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    class_logits, patch_logits, _ = model.train()(pictures())
+    (class_logits.mean() + patch_logits.mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name in frozen), name
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved == {name for name in before if name.startswith("blocks.3")}
+    model.prune_intermediate_layers([0])
+    assert not model.train().patch_embed.bn1.training
+    with pytest.raises(ValueError, match="^blocks.7 names no parameter; names begin with"):
+        model.freeze(["blocks.7"])

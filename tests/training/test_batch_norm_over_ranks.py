@@ -12,7 +12,8 @@ from tests.training.launched import ROOT, torchrun
 
 TINY = {
     "refiner.model.depth": 2, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
-    "refiner.model.stem_chs": [4, 4, 4], "refiner.recipe.epochs": 0.2, "refiner.recipe.warmup_epochs": 0,
+    "refiner.model.stem_chs": [4, 4, 4], "refiner.recipe.epochs": 0.03, "train_batch_size": 8,
+    "refiner.recipe.warmup_epochs": 0,
     "refiner.recipe.cooldown_epochs": 0, "refiner.recipe.mix_token": False, "refiner.run.log_steps": 1,
     "refiner.data.val": None, "refiner.model.sync_batch_norm": True, "zero_optimization.stage": 2,
 }  # fmt: skip
@@ -28,5 +29,5 @@ def losses(output: Path, processes: int) -> list[float]:
 
 def test_two_processes_take_the_course_of_one(tmp_path: Path) -> None:
     one, two = (losses(tmp_path / str(processes), processes) for processes in (1, 2))
-    assert len(one) == 6
-    assert two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 5
+    assert two == pytest.approx(one, rel=5e-4)  # 1e-6 here; 4e-3 where each rank has statistics of its own
