@@ -70,6 +70,14 @@ def test_what_is_said_of_a_broken_file_is_the_same_each_time() -> None:
     assert inspect(b"<html>404</html>", "a.jpg").error == "not an image in a format that is known"
 
 
+def test_addresses_of_objects_are_left_out_of_what_a_decoder_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: object) -> None:
+        raise OSError(f"broken file {file}")
+
+    monkeypatch.setattr(Image, "open", broken)
+    assert inspect(b"anything", "a.png").error == "cannot be decoded (broken file)"
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
 def test_exif_orientation_is_noted(kind: str) -> None:
     """Not of TIFF, which Pillow turns as it reads."""

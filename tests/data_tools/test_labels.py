@@ -91,6 +91,13 @@ def test_label_is_the_one_that_is_written(folder: Path, layout: str) -> None:
     assert classes == sorted(set(MEANT.values()))
 
 
+def test_column_of_file_names_is_told_from_one_of_numbers_that_name_files_too(tmp_path: Path) -> None:
+    for name in ("2.jpg", "1.jpg"):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / name).write_bytes(b"x")
+    assert read(tmp_path / "val", "2,1.jpg\n1,2.jpg\n")[0] == {"1.jpg": "2", "2.jpg": "1"}
+
+
 def test_labels_in_the_order_of_the_file_names_keep_their_spaces(folder: Path) -> None:
     found, _ = read(folder, "big cat\nsmall cat\ndog, a\nbig cat\n")
     assert found == {"a,b.png": "big cat", "caf\u00e9.jpg": "small cat", "cat one.jpg": "dog, a", "dog.JPEG": "big cat"}
