@@ -227,6 +227,7 @@ def said(findings: list[Finding], *words: str) -> set[str]:
     return {host for finding in findings if all(word in finding.what for word in words) for host in finding.hosts}
 
 
+@pytest.mark.slow
 def test_faults_planted_in_real_processes_are_found(tmp_path: Path, port: int) -> None:
     """Fifteen, on three of four nodes that meet, share a folder and reduce for real."""
     if os.geteuid() != 0 or subprocess.run(("unshare", "--mount", "true")).returncode:
@@ -255,6 +256,7 @@ def test_faults_planted_in_real_processes_are_found(tmp_path: Path, port: int) -
     assert not list((tmp_path / "runs").iterdir())  # nothing is left behind
 
 
+@pytest.mark.slow
 def test_locks_that_do_not_reach_other_nodes_are_found(tmp_path: Path, port: int) -> None:
     commands, plants = planted_nodes(tmp_path)
     locks = plants[3] | {"PYTHONPATH": f"{tmp_path / 'site'}:{Path(__file__).parents[2]}"}
@@ -262,6 +264,7 @@ def test_locks_that_do_not_reach_other_nodes_are_found(tmp_path: Path, port: int
     assert said(examine(reports, Wanted(workers=0)), "does not respect another node's file lock") == {"node2"}
 
 
+@pytest.mark.slow
 def test_nodes_that_do_not_come_are_named(tmp_path: Path, port: int) -> None:
     probe = [sys.executable, "-c", "import launch.health.shared as s; s.MEET_SECONDS = 2.0; "
              "from launch.health.probe import main; main()", "--folder", str(tmp_path / "runs")]  # fmt: skip
@@ -293,6 +296,7 @@ def words(tmp_path: Path, *more: str) -> list[str]:
     return [word for place in places for word in ("--set", place)] + list(more)
 
 
+@pytest.mark.slow
 def test_command_examines_this_machine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(words(tmp_path, "--gpus-per-node", "0")) == 0
     told = capfd.readouterr().out
