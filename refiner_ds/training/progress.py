@@ -16,7 +16,7 @@ from refiner_ds.training.step import Outcome
 from refiner_ds.training.stragglers import Stragglers, data_advice
 from refiner_ds.training.world import World
 
-ADVICE_STEPS = 20  # an interval of a few steps says nothing about the loader
+ADVICE_STEPS = 20  # an interval of fewer says nothing about a rank or its loader
 ETA_STEPS = 50  # of this process, after which the end is estimated once for good
 
 
@@ -85,11 +85,13 @@ class Progress:
         self.metrics.rewind(step)
 
     def _tell_of_slow_ranks(self, numbers: dict[str, float]) -> None:
+        if self._interval.steps < ADVICE_STEPS:
+            return
         for sentence in self._stragglers.judge(self._world.gather(self._interval.rank_time(self._world))):
             self._console.say(sentence)
         cores = len(os.sched_getaffinity(0))
         advice = data_advice(numbers["step_seconds"], numbers["data_wait_seconds"], self._workers, cores)
-        if advice and not self._advised and self._interval.steps >= ADVICE_STEPS:
+        if advice and not self._advised:
             self._advised = True
             self._console.say(advice)
 

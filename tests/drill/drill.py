@@ -24,7 +24,7 @@ from tests.drill.events import EVENTS, Running
 from tests.training.launched import ROOT, environment, torchrun
 
 TRAIN = str(ROOT / "refiner_ds" / "train.py")
-STEPS_AN_EPOCH, STEPS_AN_EVENT = 30, 12
+STEPS_AN_EPOCH, STEPS_AN_EVENT = 30, 60
 LAUNCHERS = (
     [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29641"],
@@ -74,7 +74,7 @@ class Drill:
         for launcher, part in zip(LAUNCHERS, (planned[:half], planned[half:]), strict=True):
             with self._supervised(launcher, epochs) as supervisor:
                 for kind in part:
-                    if time.monotonic() - began < 60 * minutes:
+                    if time.monotonic() - began < 60 * minutes and not self._disturbed.complete.exists():
                         self._happen(kind)
                 if part is not planned[:half] or len(self.recoveries) == events:
                     assert supervisor.wait(600) == 0, self._log()
@@ -148,6 +148,7 @@ class Drill:
     def _wait(self, true: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + AGAIN_SECONDS
         while not self._holds(true):
+            assert not self._disturbed.complete.exists(), f"{what}: the run ended before; give it more steps"
             assert time.monotonic() < end, f"{what}: {self._log()}"
             time.sleep(0.1)
 
