@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["first_order"]
+__all__ = ["REFUSAL", "first_order"]
 
 REFUSAL = "second derivatives need REFINER_ATTENTION=eager: this backward is written by hand and has none"
 

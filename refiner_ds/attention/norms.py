@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BatchNorm", "Norm", "batch_norm", "frozen_statistics", "recompute_aware", "statistics_dtype"]
+__all__ = [
+    "BatchNorm",
+    "Norm",
+    "batch_norm",
+    "fold_norm",
+    "frozen_statistics",
+    "recompute_aware",
+    "statistics_dtype",
+    "update_running",
+]
 
 # A plain global, not a thread-local: autograd recomputes in its own thread while the main one waits in backward,
 # and torch.compile can guard on a global.
@@ -102,6 +111,24 @@ def batch_norm(x: Tensor, norm: Norm) -> Tensor:
     return F.batch_norm(
         x, *averages, norm.weight.to(precision), norm.bias.to(precision), norm.training, norm.momentum, norm.eps
     )
+
+
+def fold_norm(norm: Norm, mean_C: Tensor, variance_C: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch norm with given statistics as gain and inverse deviation, float64, [C] and [C]."""
+    inverse_C = (variance_C.double() + norm.eps).rsqrt()
+    return norm.weight.double() * inverse_C, inverse_C
+
+
+@torch.no_grad()
+def update_running(norm: Norm, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
+    """Count one training pass over ``count`` entries a map, as ``torch.nn.BatchNorm2d`` does; not in recomputation."""
+    if not norm.updates:
+        return
+    if norm.batches is not None:
+        norm.batches.add_(1)
+    unbiased_C = variance_C * (count / (count - 1))
+    for running_C, new_C in ((norm.running_mean, mean_C), (norm.running_var, unbiased_C)):
+        running_C.copy_(running_C.double().lerp(new_C.to(running_C.device), norm.momentum))
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -1,6 +1,6 @@
 """The cases of the released refiner, alike for tiles and kernels.
 
-    in training         autograd.py over the backend's passes; saves A, or A and two activations
+    in training         passes.py; saves A, or A and two activations
     in evaluation       folding.py, then the backend's inference; saves nothing
 
 Axes: B batch, H heads, N tokens, d head width.
@@ -9,30 +9,15 @@ Axes: B batch, H heads, N tokens, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
-from refiner_ds.attention.bottleneck.autograd import Passes, refine_in_training
 from refiner_ds.attention.bottleneck.folding import fold_refiner
+from refiner_ds.attention.bottleneck.operators import refine_folded, refine_in_training
 from refiner_ds.attention.saving import resolve_save_for_backward
 from refiner_ds.attention.weights import BottleneckWeights, Case, DeferredMap, FoldedWeights
 
-__all__ = ["Parts", "refine_case", "unsupported_case"]
-
-
-class Parts(NamedTuple):
-    """What a backend computes a bottleneck with.
-
-    Args:
-        make_map: a deferred map to the map.
-        folded: map, values and folded weights to the output.
-        passes: those over the maps of a training step.
-    """
-
-    make_map: Callable[[DeferredMap], Tensor]
-    folded: Callable[[Tensor, Tensor, FoldedWeights], Tensor]
-    passes: type[Passes]
+__all__ = ["refine_case", "unsupported_case"]
 
 
 def unsupported_case(case: Case) -> str | None:
@@ -50,14 +35,16 @@ def unsupported_case(case: Case) -> str | None:
     return "gradients through running statistics are implemented there alone" if case.wants_gradients() else None
 
 
-def refine_case(parts: Parts, case: Case, scale: float, save_for_backward: str) -> Tensor:
-    """Refined maps times values, [B, H, N, d] in the values' dtype."""
+def refine_case(
+    backend: str, make_map: Callable[[DeferredMap], Tensor], case: Case, scale: float, save_for_backward: str
+) -> Tensor:
+    """Refined maps times values, [B, H, N, d] in the values' dtype, by "tiled" or "triton"."""
     attn, value_BHNd, weights = case
-    map_BHNN = (parts.make_map(attn) if isinstance(attn, DeferredMap) else attn).to(value_BHNd.dtype)
+    map_BHNN = (make_map(attn) if isinstance(attn, DeferredMap) else attn).to(value_BHNd.dtype)
     if isinstance(weights, FoldedWeights):
-        return parts.folded(map_BHNN, value_BHNd, weights)
+        return refine_folded(backend, map_BHNN, value_BHNd, weights)
     assert isinstance(weights, BottleneckWeights)
     if not weights.norm1_E.training:
-        return parts.folded(map_BHNN, value_BHNd, fold_refiner(weights, scale))
+        return refine_folded(backend, map_BHNN, value_BHNd, fold_refiner(weights, scale))
     saved = resolve_save_for_backward(save_for_backward, map_BHNN, weights.expand_EH.shape[0])
-    return refine_in_training(map_BHNN, value_BHNd, weights, scale, saved, parts.passes)
+    return refine_in_training(backend, map_BHNN, value_BHNd, weights, scale, saved == "activations")

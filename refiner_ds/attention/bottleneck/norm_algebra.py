@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
-from refiner_ds.attention.tiling.moments import fold_norm, update_running
+from refiner_ds.attention.norms import fold_norm
 from refiner_ds.attention.weights import BottleneckWeights
 
 __all__ = ["Affine", "NormAlgebra", "Statistics"]
@@ -88,14 +88,6 @@ class NormAlgebra:
         self.fold_norm1(statistics.mean_H, statistics.covariance_HH)
         self.fold_norm2(statistics.mean2_E, statistics.variance2_E)
         self.fold_norms34(statistics.mean3_H, statistics.joint_22H)
-
-    def update_running(self, statistics: Statistics) -> None:
-        """Update the running statistics of all four norms."""
-        norms = self.weights
-        update_running(norms.norm1_E, *self.moments1, self.count)
-        update_running(norms.norm2_E, statistics.mean2_E, statistics.variance2_E, self.count)
-        update_running(norms.norm3_H, statistics.mean3_H, statistics.joint_22H[0, 0], self.count)
-        update_running(norms.adapt_H, *self.moments4, self.count)
 
     # -- backward ----------------------------------------------------------------------------------------------------
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refiner_ds.attention.bottleneck.cases import Parts, refine_case, unsupported_case
-from refiner_ds.attention.bottleneck.tiled_backward import TiledPasses
-from refiner_ds.attention.bottleneck.tiled_inference import refine_folded
+from refiner_ds.attention.bottleneck.cases import refine_case, unsupported_case
 from refiner_ds.attention.map.tiled import make_map
 from refiner_ds.attention.weights import Case
 
 __all__ = ["refine", "supports"]
-
-_PARTS = Parts(make_map, refine_folded, TiledPasses)
 
 
 def supports(case: Case) -> str | None:
@@ -22,4 +18,4 @@ def supports(case: Case) -> str | None:
 
 def refine(case: Case, scale: float, save_for_backward: str) -> Tensor:
     """Refined maps times values, [B, H, N, d] in the values' dtype."""
-    return refine_case(_PARTS, case, scale, save_for_backward)
+    return refine_case("tiled", make_map, case, scale, save_for_backward)

@@ -25,7 +25,7 @@ __all__ = ["TiledPasses"]
 
 
 class TiledPasses(ForwardPasses):
-    """All passes over tiles, forward and backward; see ``autograd.Passes``."""
+    """All passes over tiles, forward and backward; see ``passes.Passes``."""
 
     def bwd_output(
         self, activations: tuple[Tensor, Tensor], value_BHNd: Tensor, grad_BHNd: Tensor

@@ -29,7 +29,7 @@ __all__ = ["ForwardPasses"]
 
 
 class ForwardPasses:
-    """The passes forward over the tiles of one refinement; see ``autograd.Passes``.
+    """The passes forward over the tiles of one refinement; see ``passes.Passes``.
 
     Args:
         map_BHNN: the maps; activations are stored in their dtype.

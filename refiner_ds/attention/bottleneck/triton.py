@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refiner_ds.attention.bottleneck.cases import Parts, refine_case, unsupported_case
-from refiner_ds.attention.bottleneck.triton_inference import refine_folded
-from refiner_ds.attention.bottleneck.triton_passes import KernelPasses
+from refiner_ds.attention.bottleneck.cases import refine_case, unsupported_case
 from refiner_ds.attention.kernels.launch import unsupported_kernel_size
 from refiner_ds.attention.map.triton import make_map
 from refiner_ds.attention.weights import BottleneckWeights, Case, FoldedWeights
 
 __all__ = ["refine", "supports"]
-
-_PARTS = Parts(make_map, refine_folded, KernelPasses)
 
 
 def supports(case: Case) -> str | None:
@@ -24,4 +20,4 @@ def supports(case: Case) -> str | None:
 
 def refine(case: Case, scale: float, save_for_backward: str) -> Tensor:
     """Refined maps times values, [B, H, N, d] in the values' dtype."""
-    return refine_case(_PARTS, case, scale, save_for_backward)
+    return refine_case("triton", make_map, case, scale, save_for_backward)

@@ -1,4 +1,4 @@
-"""The passes over the maps of the released refiner in training, by kernels, for autograd.py.
+"""The passes over the maps of the released refiner in training, by kernels, for passes.py.
 
     triton_forward.py                             A ──> h2 ──> h3 ──> refined A·V
     triton_backward.py, triton_backward_local.py  the four passes backward
@@ -22,7 +22,7 @@ __all__ = ["KernelPasses"]
 
 
 class KernelPasses:
-    """All passes by kernels; see :class:`refiner_ds.attention.bottleneck.autograd.Passes`.
+    """All passes by kernels; see :class:`refiner_ds.attention.bottleneck.passes.Passes`.
 
     Args:
         map_BHNN: the maps, fp32 or half precision, on a device that runs kernels.

@@ -11,20 +11,20 @@ the images and query rows of a tile, L = R·N.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from refiner_ds.attention import equations
-from refiner_ds.attention.first_order import first_order
+from refiner_ds.attention.linear import operators
 from refiner_ds.attention.map.tiled import make_map, score_gradients, softmax_rows
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling.ops import correlate, expand, product_dtype, reduce
 from refiner_ds.attention.tiling.tiles import Tile, convolution_gradients, convolve, tiles
 from refiner_ds.attention.weights import Case, DeferredMap, LinearWeights
 
-__all__ = ["Steps", "composing_is_faster", "refine", "steps_of", "supports"]
+__all__ = ["Steps", "composing_is_faster", "gradients", "refine", "refined_values", "steps_of", "supports"]
 
 # By arithmetic composing pays from r = 3.3 on (12 heads, k = 3), but a multiplication takes longer in thin products and
 # depthwise convolutions than in a dense one. Training at N = 197 on CPU, steps over composed: at r = 1 0.8 of the time,
@@ -92,42 +92,32 @@ def _out(x_bCRN: Tensor, weight: Tensor | None) -> Tensor:
     return x_bCRN.contiguous() if weight is None else reduce(x_bCRN, weight)
 
 
-class _Refine(torch.autograd.Function):
-    """(map) or (q, k), with value and the weights of steps, to refined map times value."""
+def refined_values(scale: float, value_BHNd: Tensor, steps: Steps, source: list[Tensor]) -> Tensor:
+    """Refined maps times values, [B, M, N, d] in the values' dtype; ``source`` is a map, or queries and keys."""
+    batch, _, tokens, width = value_BHNd.shape
+    out_BMNd = value_BHNd.new_empty(batch, steps.maps_out, tokens, width)
+    dtype = product_dtype(value_BHNd)
+    with torch.autocast(value_BHNd.device.type, enabled=False):
+        steps = steps.to(dtype)
+        for tile in _cut(value_BHNd, steps):
+            map_bHRN = _map_rows(source, scale, tile).to(dtype)
+            # The dense convolution alone is as fast on maps as they come.
+            dense = steps.groups == 1 and steps.expand_EH is None
+            expanded_bERN = map_bHRN if dense else _in(map_bHRN, steps.expand_EH)
+            refined_bMRN = _out(convolve(expanded_bERN, steps.kernel, tile, steps.groups), steps.reduce_HE)
+            out_BMNd[tile.images, :, tile.rows] = equations.attend(refined_bMRN, value_BHNd[tile.images].to(dtype))
+    return out_BMNd
 
-    @staticmethod
-    def forward(
-        ctx: Any, scale: float, value_BHNd: Tensor, kernel: Tensor, expand_EH: Tensor | None, reduce_HE: Tensor | None,
-        *source: Tensor,
-    ) -> Tensor:  # fmt: skip
-        steps = Steps(kernel, expand_EH, reduce_HE)
-        ctx.save_for_backward(value_BHNd, *steps, *source)
-        ctx.scale = scale
-        batch, _, tokens, width = value_BHNd.shape
-        out_BMNd = value_BHNd.new_empty(batch, steps.maps_out, tokens, width)
-        dtype = product_dtype(value_BHNd)
-        with torch.autocast(value_BHNd.device.type, enabled=False):
-            steps = steps.to(dtype)
-            for tile in _cut(value_BHNd, steps):
-                map_bHRN = _map_rows(source, scale, tile).to(dtype)
-                # The dense convolution alone is as fast on maps as they come.
-                dense = steps.groups == 1 and steps.expand_EH is None
-                expanded_bERN = map_bHRN if dense else _in(map_bHRN, steps.expand_EH)
-                refined_bMRN = _out(convolve(expanded_bERN, steps.kernel, tile, steps.groups), steps.reduce_HE)
-                out_BMNd[tile.images, :, tile.rows] = equations.attend(refined_bMRN, value_BHNd[tile.images].to(dtype))
-        return out_BMNd
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BMNd: Tensor) -> tuple[Tensor | None, ...]:
-        value_BHNd, kernel, expand_EH, reduce_HE, *source = ctx.saved_tensors
-        with torch.autocast(value_BHNd.device.type, enabled=False):
-            backward = _Backward(value_BHNd, Steps(kernel, expand_EH, reduce_HE), source, ctx.scale)
-            for tile in _cut(value_BHNd, backward.steps):
-                backward.add(grad_BMNd, tile)
-        inputs = (value_BHNd, kernel, expand_EH, reduce_HE, *source)
-        pairs = zip(backward.gradients(), inputs, strict=True)
-        return None, *(None if like is None or grad is None else grad.to(like.dtype) for grad, like in pairs)
+def gradients(
+    grad_BMNd: Tensor, scale: float, value_BHNd: Tensor, steps: Steps, source: list[Tensor]
+) -> list[Tensor | None]:
+    """Backward of :func:`refined_values`: of value, kernel, expansion, reduction, and the map or queries and keys."""
+    with torch.autocast(value_BHNd.device.type, enabled=False):
+        backward = _Backward(value_BHNd, steps, source, scale)
+        for tile in _cut(value_BHNd, backward.steps):
+            backward.add(grad_BMNd, tile)
+    return backward.gradients()
 
 
 def _cut(value_BHNd: Tensor, steps: Steps) -> list[Tile]:
@@ -137,7 +127,7 @@ def _cut(value_BHNd: Tensor, steps: Steps) -> list[Tile]:
     return list(tiles(batch, tokens, most, value_BHNd.device, steps.kernel.shape[-1] // 2, steps.kernel.itemsize))
 
 
-def _map_rows(source: tuple[Tensor, ...] | list[Tensor], scale: float, tile: Tile) -> Tensor:
+def _map_rows(source: list[Tensor], scale: float, tile: Tile) -> Tensor:
     """A tile's rows of the map with their halo, [b, H, R, N]: read, or computed from queries and keys."""
     if len(source) == 1:
         return source[0][tile.images, :, tile.with_halo]
@@ -215,6 +205,4 @@ def refine(case: Case, scale: float, save_for_backward: str) -> Tensor:
     steps = steps_of(weights, scale)
     if isinstance(attn, DeferredMap) and attn.dropout:
         attn = make_map(attn).to(value_BHNd.dtype)
-    if isinstance(attn, DeferredMap):
-        return _Refine.apply(attn.scale, value_BHNd, *steps, attn.q_BHNd, attn.k_BHNd)
-    return _Refine.apply(1.0, value_BHNd, *steps, attn)
+    return operators.refine_linear("tiled", attn, value_BHNd, *steps)

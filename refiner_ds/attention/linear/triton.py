@@ -10,16 +10,13 @@ Axes: B batch, H heads, M maps that multiply values (E expanded without reductio
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from refiner_ds.attention import equations
-from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.kernels.launch import unsupported_kernel_size
 from refiner_ds.attention.kernels.padded import to_padded
-from refiner_ds.attention.linear import tiled
+from refiner_ds.attention.linear import operators, tiled
 from refiner_ds.attention.linear.triton_backward import kernel_gradient, map_gradient
 from refiner_ds.attention.linear.triton_forward import refined_attend
 from refiner_ds.attention.map.triton import make_map
@@ -27,7 +24,7 @@ from refiner_ds.attention.map.triton_kernels import score_gradients, softmax_map
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.weights import Case, DeferredMap, LinearWeights
 
-__all__ = ["dense_kernel", "refine", "supports"]
+__all__ = ["dense_kernel", "gradients", "refine", "refined_values", "supports"]
 
 
 def dense_kernel(weights: LinearWeights, scale: float) -> Tensor:
@@ -46,30 +43,29 @@ def dense_kernel(weights: LinearWeights, scale: float) -> Tensor:
         return equations.compose_kernel(expand_EH, kernel_E1kk, weights.reduce_HE.to(kernel_E1kk.dtype))
 
 
-class _Refine(torch.autograd.Function):
-    """(map) or (q, k), with value and kernel, to refined map times value."""
+def refined_values(
+    scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, source: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Refined maps times values, [B, M, N, d], and row log-sum-exps if ``source`` is queries and keys, not a map."""
+    if len(source) == 1:
+        return refined_attend(source[0], value_BHNd, kernel_MHkk), None
+    map_BHNN, lse_BHN = softmax_map(source[0], source[1], scale)
+    return refined_attend(map_BHNN, value_BHNd, kernel_MHkk), lse_BHN
 
-    @staticmethod
-    def forward(ctx: Any, scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, *source: Tensor) -> Tensor:
-        map_BHNN, *lse = source if len(source) == 1 else softmax_map(source[0], source[1], scale)
-        ctx.save_for_backward(value_BHNd, kernel_MHkk, *source, *lse)
-        ctx.scale = scale
-        return refined_attend(map_BHNN, value_BHNd, kernel_MHkk)
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BMNd: Tensor) -> tuple[Tensor | None, ...]:
-        value_BHNd, kernel_MHkk, *source = ctx.saved_tensors
-        map_BHNN = to_padded(source[0]) if len(source) == 1 else softmax_map(source[0], source[1], ctx.scale)[0]
-        d_value_BHNd = _value_gradient(map_BHNN, grad_BMNd, kernel_MHkk, value_BHNd)
-        d_kernel_MHkk = kernel_gradient(map_BHNN, grad_BMNd, value_BHNd, kernel_MHkk.shape[-1])
-        del map_BHNN
-        d_map_BHNN = map_gradient(grad_BMNd, value_BHNd, kernel_MHkk)
-        d_source = [d_map_BHNN.to(source[0].dtype)] if len(source) == 1 else []
-        if len(source) > 1:
-            q_BHNd, k_BHNd, lse_BHN = source
-            d_source = list(score_gradients(q_BHNd, k_BHNd, lse_BHN, ctx.scale, d_map_BHNN)[:2])
-        return None, d_value_BHNd, d_kernel_MHkk.to(kernel_MHkk.dtype), *d_source
+def gradients(
+    grad_BMNd: Tensor, scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, source: list[Tensor], lse_BHN: Tensor
+) -> list[Tensor]:
+    """Backward of :func:`refined_values`: of value, kernel, and the map or queries and keys."""
+    map_BHNN = to_padded(source[0]) if len(source) == 1 else softmax_map(source[0], source[1], scale)[0]
+    d_value_BHNd = _value_gradient(map_BHNN, grad_BMNd, kernel_MHkk, value_BHNd)
+    d_kernel_MHkk = kernel_gradient(map_BHNN, grad_BMNd, value_BHNd, kernel_MHkk.shape[-1])
+    del map_BHNN
+    d_map_BHNN = map_gradient(grad_BMNd, value_BHNd, kernel_MHkk)
+    d_source = [d_map_BHNN]
+    if len(source) > 1:
+        d_source = list(score_gradients(source[0], source[1], lse_BHN, scale, d_map_BHNN)[:2])
+    return [d_value_BHNd, d_kernel_MHkk, *d_source]
 
 
 def _value_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, kernel_MHkk: Tensor, value_BHNd: Tensor) -> Tensor:
@@ -77,7 +73,8 @@ def _value_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, kernel_MHkk: Tensor, va
     heads, maps = value_BHNd.shape[1], grad_BMNd.shape[1]
     dtype = value_BHNd.dtype if maps == heads else torch.float32
     d_value_BMNd = refined_attend(map_BHNN.mT, grad_BMNd, kernel_MHkk.mT, dtype)
-    return d_value_BMNd if maps == heads else d_value_BMNd.unflatten(1, (heads, -1)).sum(2).to(value_BHNd.dtype)
+    summed_BHNd = d_value_BMNd if maps == heads else d_value_BMNd.unflatten(1, (heads, -1)).sum(2)
+    return summed_BHNd.to(value_BHNd.dtype)
 
 
 def supports(case: Case) -> str | None:
@@ -96,6 +93,4 @@ def refine(case: Case, scale: float, save_for_backward: str) -> Tensor:
     kernel_MHkk = dense_kernel(weights, scale)
     if isinstance(attn, DeferredMap) and attn.dropout:
         attn = make_map(attn).to(value_BHNd.dtype)
-    if isinstance(attn, DeferredMap):
-        return _Refine.apply(attn.scale, value_BHNd, kernel_MHkk, attn.q_BHNd, attn.k_BHNd)
-    return _Refine.apply(1.0, value_BHNd, kernel_MHkk, attn)
+    return operators.refine_linear("triton", attn, value_BHNd, kernel_MHkk)

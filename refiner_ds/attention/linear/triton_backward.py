@@ -19,7 +19,7 @@ from refiner_ds.attention.kernels.launch import launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 from refiner_ds.attention.linear.triton_loads import WARPS, map_tiles, slices, stages, tap, vectors
 
-__all__ = ["kernel_gradient", "map_gradient"]
+__all__ = ["kernel_gradient", "map_gradient", "takes_one_launch"]
 
 # Columns of a head in a program, by the bytes of a number: with more, fp32 spills kilobytes.
 WIDEST = {2: 64, 4: 16}
@@ -90,8 +90,7 @@ def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> 
     batch, shared, tokens, width = value_BHNd.shape
     maps, heads, taps, _ = kernel_MHkk.shape
     wide, kernel_MHkk = WIDEST[value_BHNd.element_size()], kernel_MHkk.contiguous()
-    whole = maps <= 16 and width <= wide
-    d_map_BHNN = empty_padded(value_BHNd, heads, None if whole else torch.float32)
+    d_map_BHNN = empty_padded(value_BHNd, heads, None if takes_one_launch(maps, value_BHNd) else torch.float32)
     add = False
     for first in range(0, maps, 16):
         for grad, value in slices(wide, grad_BMNd, value_BHNd):
@@ -104,6 +103,11 @@ def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> 
             )  # fmt: skip
             add = True
     return d_map_BHNN
+
+
+def takes_one_launch(maps: int, value_BHNd: Tensor) -> bool:
+    """Whether :func:`map_gradient` writes once, in the values' dtype, rather than adding in fp32."""
+    return maps <= 16 and value_BHNd.shape[-1] <= WIDEST[value_BHNd.element_size()]
 
 
 @triton.jit

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention import equations
-from refiner_ds.attention.first_order import first_order
+from refiner_ds.attention.map import operators
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling.ops import product_dtype
 from refiner_ds.attention.tiling.tiles import Tile, tiles
 from refiner_ds.attention.weights import DeferredMap
 
-__all__ = ["attend", "make_map", "score_gradients", "softmax_rows"]
+__all__ = ["attend", "make_map", "map_gradients", "score_gradients", "softmax_map", "softmax_rows"]
 
 
 def softmax_rows(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None) -> Tensor:
@@ -44,50 +44,46 @@ def score_gradients(
     return dq_bHRd.to(precise).mul_(scale), dk_bHNd.to(precise).mul_(scale)
 
 
-class _MakeMap(torch.autograd.Function):
-    """(q, k, residual map or None) to the map; saves q and k."""
+def softmax_map(
+    q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int
+) -> Tensor:
+    """softmax(scale·QKᵀ) + scale·residual, with dropout drawn from ``seed``, [B, H, N, N] in the queries' dtype."""
+    batch, heads, tokens, _ = q_BHNd.shape
+    precision = statistics_dtype(q_BHNd.dtype)
+    map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
+    with torch.autocast(q_BHNd.device.type, enabled=False):
+        for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
+            rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+            if residual_BHNN is not None:
+                rows_bHRN.add_(residual_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
+            if dropout:
+                rows_bHRN.mul_(_dropout_factor(rows_bHRN, dropout, seed + index))
+            map_BHNN[tile.images, :, tile.rows] = rows_bHRN
+    return map_BHNN
 
-    @staticmethod
-    def forward(
-        ctx: Any, q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int
-    ) -> Tensor:
-        batch, heads, tokens, _ = q_BHNd.shape
-        precision = statistics_dtype(q_BHNd.dtype)
-        map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
-        with torch.autocast(q_BHNd.device.type, enabled=False):
-            for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
-                rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
-                if residual_BHNN is not None:
-                    rows_bHRN.add_(residual_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
-                if dropout:
-                    rows_bHRN.mul_(_dropout_factor(rows_bHRN, dropout, seed + index))
-                map_BHNN[tile.images, :, tile.rows] = rows_bHRN
-        ctx.save_for_backward(q_BHNd, k_BHNd)
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
-        ctx.residual = None if residual_BHNN is None else residual_BHNN.dtype
-        return map_BHNN
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_BHNN: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHNd, k_BHNd = ctx.saved_tensors
-        batch, heads, tokens, _ = q_BHNd.shape
-        dq_BHNd = torch.empty_like(q_BHNd)
-        precision = statistics_dtype(q_BHNd.dtype)
-        dk_BHNd = torch.zeros_like(k_BHNd, dtype=precision)
-        d_residual_BHNN = None if ctx.residual is None else torch.empty_like(grad_BHNN, dtype=ctx.residual)
-        with torch.autocast(q_BHNd.device.type, enabled=False):
-            for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
-                grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(precision)
-                if ctx.dropout:
-                    grad_bHRN = grad_bHRN * _dropout_factor(grad_bHRN, ctx.dropout, ctx.seed + index)
-                if d_residual_BHNN is not None:
-                    d_residual_BHNN[tile.images, :, tile.rows] = grad_bHRN * ctx.scale
-                softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, ctx.scale, tile)
-                dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, ctx.scale, tile)
-                dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
-                dk_BHNd[tile.images] += dk_bHNd
-        return dq_BHNd, dk_BHNd.to(k_BHNd.dtype), d_residual_BHNN, None, None, None
+def map_gradients(
+    grad_BHNN: Tensor, q_BHNd: Tensor, k_BHNd: Tensor, residual: torch.dtype | None, scale: float, dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Backward of :func:`softmax_map`: ∂q, ∂k, and ∂residual in the dtype ``residual`` if given."""
+    batch, heads, tokens, _ = q_BHNd.shape
+    dq_BHNd = torch.empty_like(q_BHNd)
+    precision = statistics_dtype(q_BHNd.dtype)
+    dk_BHNd = torch.zeros_like(k_BHNd, dtype=precision)
+    d_residual_BHNN = None if residual is None else torch.empty_like(grad_BHNN, dtype=residual)
+    with torch.autocast(q_BHNd.device.type, enabled=False):
+        for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
+            grad_bHRN = grad_BHNN[tile.images, :, tile.rows].to(precision)
+            if dropout:
+                grad_bHRN = grad_bHRN * _dropout_factor(grad_bHRN, dropout, seed + index)
+            if d_residual_BHNN is not None:
+                d_residual_BHNN[tile.images, :, tile.rows] = grad_bHRN * scale
+            softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+            dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, scale, tile)
+            dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
+            dk_BHNd[tile.images] += dk_bHNd
+    return dq_BHNd, dk_BHNd.to(k_BHNd.dtype), d_residual_BHNN
 
 
 def _dropout_factor(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
@@ -104,7 +100,7 @@ def make_map(deferred: DeferredMap, residual_BHNN: Tensor | None = None) -> Tens
     Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
     """
     seed = int(torch.randint(2**62, ())) if deferred.dropout else 0
-    return _MakeMap.apply(deferred.q_BHNd, deferred.k_BHNd, residual_BHNN, deferred.scale, deferred.dropout, seed)
+    return operators.make_map("tiled", deferred, residual_BHNN, seed)
 
 
 class _Attend(torch.autograd.Function):
@@ -116,18 +112,17 @@ class _Attend(torch.autograd.Function):
         return map_BHNN @ value_BHNd
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, grad_BHNd: Tensor) -> tuple[Tensor, Tensor]:
         map_BHNN, value_BHNd = ctx.saved_tensors
         return grad_BHNd @ value_BHNd.mT, map_BHNN.mT @ grad_BHNd
 
 
 def attend(map_BHNN: Tensor, value_BHNd: Tensor) -> Tensor:
-    """As ``reference.attend`` with one map for each head, [B, H, N, d], saving the values where they are.
+    """As ``equations.attend`` with one map for each head, [B, H, N, d], saving the values where they are.
 
     PyTorch's own product would save a contiguous copy of values that are a slice of q, k and v.
     """
     device = map_BHNN.device.type
     if torch.is_autocast_enabled(device) and value_BHNd.dtype != torch.get_autocast_dtype(device):
         return equations.attend(map_BHNN, value_BHNd)
-    return _Attend.apply(map_BHNN, value_BHNd)
+    return map_BHNN @ value_BHNd if torch.compiler.is_compiling() else _Attend.apply(map_BHNN, value_BHNd)

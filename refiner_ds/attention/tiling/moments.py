@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from refiner_ds.attention.norms import Norm
-
-__all__ = ["Moments", "fold_norm", "update_running"]
+__all__ = ["Moments"]
 
 
 class Moments:
@@ -35,21 +33,3 @@ class Moments:
     def covariance_KKC(self) -> Tensor:
         """Biased covariances, [K, K, C]."""
         return self._comoment_KKC / self.count
-
-
-def fold_norm(norm: Norm, mean_C: Tensor, variance_C: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch norm with given statistics as gain and inverse deviation, float64, [C] and [C]."""
-    inverse_C = (variance_C.double() + norm.eps).rsqrt()
-    return norm.weight.double() * inverse_C, inverse_C
-
-
-@torch.no_grad()
-def update_running(norm: Norm, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
-    """Count one training pass over ``count`` entries a map, as ``torch.nn.BatchNorm2d`` does; not in recomputation."""
-    if not norm.updates:
-        return
-    if norm.batches is not None:
-        norm.batches.add_(1)
-    unbiased_C = variance_C * (count / (count - 1))
-    for running_C, new_C in ((norm.running_mean, mean_C), (norm.running_var, unbiased_C)):
-        running_C.copy_(running_C.double().lerp(new_C.to(running_C.device), norm.momentum))

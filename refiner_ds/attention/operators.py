@@ -1,0 +1,49 @@
+"""The operators of refined attention, opaque to PyTorch's compiler, exporter and dispatcher, in ``refiner_ds::``.
+
+    make_map, attend             map/operators.py
+    refine_linear                linear/operators.py
+    refine_bottleneck, refine_folded   bottleneck/operators.py
+
+Each has a fake implementation, so that shapes, dtypes and strides are known without computing, and a backward that is
+an operator itself, written by hand. ``backend`` is "tiled" or "triton".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refiner_ds.attention.first_order import REFUSAL
+
+__all__ = ["Operator", "empty_maps", "operator", "refuse_second_derivative"]
+
+Operator = Callable[..., Any]
+
+
+def operator(name: str, schema: str) -> Callable[[Operator], Any]:
+    """Decorator that makes a function the operator ``refiner_ds::name``; it must not mutate or return arguments."""
+    return torch.library.custom_op(f"refiner_ds::{name}", mutates_args=(), schema=schema)
+
+
+def refuse_second_derivative(backward: Any) -> None:
+    """Let differentiating through a backward operator be refused, rather than missing without a word."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(REFUSAL)
+
+    backward.register_autograd(refuse, setup_context=setup_context)
+
+
+def empty_maps(backend: str, like_BHNN: Tensor, maps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Maps as a backend lays them out, uninitialised: [B, ``maps``, N, N], contiguous, or for kernels padded."""
+    batch, heads, tokens = like_BHNN.shape[:3]
+    if backend == "triton":
+        from refiner_ds.attention.kernels.padded import empty_padded
+
+        return empty_padded(like_BHNN, maps, dtype)
+    return like_BHNN.new_empty(batch, maps or heads, tokens, tokens, dtype=dtype)
