@@ -10,6 +10,10 @@ By operation, with every backend's implementation side by side:
     map/   linear/   bottleneck/        built of   tiling/ (tiles of query rows)   kernels/ (Triton)
 """
 
+# Whoever loads an exported program finds the operators registered.
+import refiner_ds.attention.bottleneck.operators
+import refiner_ds.attention.linear.operators
+import refiner_ds.attention.map.operators  # noqa: F401
 from refiner_ds.attention.backends.eager import refined_map
 from refiner_ds.attention.bottleneck.folding import fold_refiner, running_affine, scaled
 from refiner_ds.attention.dispatch import (
