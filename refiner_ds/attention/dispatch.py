@@ -27,7 +27,7 @@ from refiner_ds.attention.backends.eager import EagerBackend
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.backends.triton import TritonBackend
 from refiner_ds.attention.checks import check_case
-from refiner_ds.attention.refiners import refiner_of
+from refiner_ds.attention.refiners import load_implementations, refiner_of
 from refiner_ds.attention.saving import check_save_for_backward
 from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
 
@@ -61,14 +61,22 @@ _fallbacks: dict[str, dict[str, str]] = {}
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a tracer or an exporter is recording: they are given the eager backend.
+    """Whether a compiler, a tracer or an exporter is recording what is computed."""
+    return torch.compiler.is_compiling() or _is_decomposed()
+
+
+def _is_decomposed() -> bool:
+    """Whether what records knows PyTorch's own operators only: it is given the eager backend.
 
     Raises:
-        RuntimeError: the recorder is the legacy ONNX exporter, which traces.
+        RuntimeError: it is the legacy ONNX exporter, which traces.
     """
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+    exporting = torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_compiling():
+        return exporting
+    if torch.jit.is_tracing() and exporting:
         raise RuntimeError("the legacy ONNX exporter is not supported; call torch.onnx.export(..., dynamo=True)")
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return torch.jit.is_tracing() or exporting
 
 
 @cache
@@ -117,8 +125,11 @@ def attention_backend(backend: str) -> Iterator[None]:
 
 def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None = None) -> Backend:
     """The first of the requested backend and its stand-ins that supports the case, after a check of the arguments."""
-    if is_traced():
+    if _is_decomposed():
         return EAGER
+    if torch.compiler.is_compiling():
+        name = _compiled_backend(backend, case.value_BHNd.device.type)
+        return next(one for one in CANDIDATES[name] if one.supports(case) is None)
     _check(case, residual_BHNN)
     requested = resolve_backend(backend, case.value_BHNd.device)
     reasons = []
@@ -129,6 +140,16 @@ def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None =
     kind = "map" if case.weights is None else refiner_of(case.weights).name
     _report(requested, kind, f"{kind}: {candidate.name}, because {reasons[0]}" if reasons else "")
     return candidate
+
+
+@torch.compiler.assume_constant_result
+def _compiled_backend(backend: str | None, device: str) -> str:
+    """:func:`resolve_backend` as the compiler calls it, while it traces."""
+    name = resolve_backend(backend, torch.device(device))
+    for candidate in CANDIDATES[name]:
+        if candidate is not EAGER:
+            load_implementations(candidate.name)
+    return name
 
 
 def _check(case: Case, residual_BHNN: Tensor | None) -> None:

@@ -70,8 +70,11 @@ def frozen_statistics() -> Iterator[None]:
 def recompute_aware(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``function`` for one checkpointed call: from its second run on, running statistics stay as they are.
 
-    Make a new wrapper for every call of ``checkpoint``; it then does not matter whose checkpoint it is.
+    Make a new wrapper for every call of ``checkpoint``; it then does not matter whose checkpoint it is. A compiled
+    recomputation has no side effects, and needs none.
     """
+    if torch.compiler.is_compiling():
+        return function
     ran = False
 
     def run(*args: Any) -> Any:

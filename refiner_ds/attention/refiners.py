@@ -18,7 +18,7 @@ from refiner_ds.attention.checks import check_bottleneck, check_folded, check_li
 from refiner_ds.attention.linear.eager import refined_map as linear_map
 from refiner_ds.attention.weights import BottleneckWeights, Case, FoldedWeights, LinearWeights, RefinerWeights
 
-__all__ = ["REFINERS", "Implementation", "Refiner", "implementation", "refiner_of"]
+__all__ = ["REFINERS", "Implementation", "Refiner", "implementation", "load_implementations", "refiner_of"]
 
 PACKAGE = "refiner_ds.attention"
 
@@ -60,6 +60,10 @@ REFINERS: dict[type, Refiner] = {
 }
 
 
+# Modules that rows name, once they are imported.
+_loaded: dict[str, Implementation] = {}
+
+
 def refiner_of(weights: RefinerWeights) -> Refiner:
     """The row of these weights.
 
@@ -75,5 +79,22 @@ def refiner_of(weights: RefinerWeights) -> Refiner:
 
 def implementation(weights: RefinerWeights, backend: str) -> Implementation | None:
     """What computes a refiner with these weights by "tiled" or "triton", if anything does."""
-    module = getattr(refiner_of(weights), backend)
-    return None if module is None else cast(Implementation, import_module(module))
+    row = refiner_of(weights)
+    module = row.tiled if backend == "tiled" else row.triton
+    if module is None:
+        return None
+    if module not in _loaded:
+        _load(module)
+    return _loaded[module]
+
+
+def load_implementations(backend: str) -> None:
+    """Import every row's module for a backend: a compiler does not import."""
+    for row in REFINERS.values():
+        module = row.tiled if backend == "tiled" else row.triton
+        if module is not None and module not in _loaded:
+            _load(module)
+
+
+def _load(module: str) -> None:
+    _loaded[module] = cast(Implementation, import_module(module))

@@ -47,6 +47,7 @@ def resolve_save_for_backward(save_for_backward: str, map_BHNN: Tensor, expanded
     return "activations" if activations_bytes <= ACTIVATIONS_SHARE * _memory_bytes(map_BHNN.device) else "map"
 
 
+@torch.compiler.assume_constant_result
 def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

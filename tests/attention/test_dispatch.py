@@ -173,15 +173,19 @@ def test_an_unknown_word_for_what_is_saved_is_refused():
 
 
 @pytest.mark.parametrize("make", [lambda: bottleneck(3, 2), lambda: linear(3, 2)])
-def test_compilers_see_the_eager_backend(make):
+@pytest.mark.parametrize(("backend", "opaque"), [("eager", False), ("tiled", True)])
+def test_compilers_see_operators_unless_eager_is_requested(make, backend, opaque):
     pair, value, weights = scores(2, 3, 9), leaf(2, 3, 9, 5), make()
-    traced = []
+    graphs = []
 
-    @torch.compile(backend="eager", fullgraph=True)
+    def noting(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    @torch.compile(backend=noting, fullgraph=True)
     def compiled(value):
-        traced.append(attention.is_traced())
-        return attention.refine(pair, value, weights, SCALE)
+        return attention.refine(pair, value, weights, SCALE, backend=backend)
 
     torch._dynamo.reset()
     torch.testing.assert_close(compiled(value), attention.refine(pair, value, weights, SCALE, backend="eager"))
-    assert traced == [True]
+    assert len(graphs) == 1 and ("refiner_ds" in graphs[0]) is opaque

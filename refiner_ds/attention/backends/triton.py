@@ -32,7 +32,7 @@ class TritonBackend:
         return None if runs_on(device) else f"kernels need a GPU, not {device}"
 
     def supports(self, case: Case) -> str | None:
-        if (reason := self.runs_on(case.value_BHNd.device)) is not None:
+        if not torch.compiler.is_compiling() and (reason := self.runs_on(case.value_BHNd.device)) is not None:
             return reason
         if (reason := unsupported_call(case)) is not None:
             return reason

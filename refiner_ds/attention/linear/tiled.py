@@ -68,7 +68,9 @@ def composing_is_faster(heads: int, expanded: int, kernel_size: int) -> bool:
 
 def steps_of(weights: LinearWeights, scale: float) -> Steps:
     """The weights in the faster form, ``scale`` included; constraint "none" only."""
-    kernel_E1kk = _exact(weights.local.kernels[0]) * scale
+    kernel_E1kk = _exact(weights.local.kernels[0])
+    if scale != 1:  # inductor loses track of a factor of 1 inside an activation checkpoint
+        kernel_E1kk = kernel_E1kk * scale
     if weights.expand_EH is None or weights.reduce_HE is None:
         return Steps(kernel_E1kk, weights.expand_EH)
     expand_EH, reduce_HE = _exact(weights.expand_EH), _exact(weights.reduce_HE)

@@ -33,7 +33,9 @@ def dense_kernel(weights: LinearWeights, scale: float) -> Tensor:
     Without expansion each map's own kernel is on the diagonal. ``scale`` is a factor on all of it.
     """
     kernel_E1kk = weights.local.kernels[0]
-    kernel_E1kk = kernel_E1kk.to(statistics_dtype(kernel_E1kk.dtype)) * scale
+    kernel_E1kk = kernel_E1kk.to(statistics_dtype(kernel_E1kk.dtype))
+    if scale != 1:  # inductor loses track of a factor of 1 inside an activation checkpoint
+        kernel_E1kk = kernel_E1kk * scale
     if weights.expand_EH is None:
         return kernel_E1kk * torch.eye(len(kernel_E1kk), device=kernel_E1kk.device)[:, :, None, None]
     expand_EH = weights.expand_EH.to(kernel_E1kk.dtype)
