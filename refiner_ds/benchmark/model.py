@@ -2,8 +2,9 @@
 
     python -m refiner_ds.benchmark model [--model refiner_vit_s] [--batch 4] [--device cuda --dtype bf16] [--compile]
 
-    eager, compiled         every map materialised, eagerly and under torch.compile
+    eager                   every map materialised
     tiled, triton           the same numbers without saving expanded maps; triton where there is a GPU
+    …, compiled             with --compile each under torch.compile, which sees tiled and triton as operators
     plain twin              the same depth and width without refiners, PyTorch's fused attention
     timm DeiT-S             beside the small model
 
@@ -83,7 +84,7 @@ class Setting:
         found = [Contender(backend, self.model, backend) for backend in attention.BACKENDS if self._runs(backend)]
         found.append(Contender(UNIT, self.model, refiner="none"))
         if self.compile:
-            found += [replace(one, label=f"{one.label}, compiled", compiled=True) for one in (found[0], found[-1])]
+            found += [replace(one, label=f"{one.label}, compiled", compiled=True) for one in found]
         if self.model == "refiner_vit_s":
             found.append(Contender("timm DeiT-S", "deit_small_patch16_224"))
         return found
