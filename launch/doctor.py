@@ -30,7 +30,7 @@ from . import local
 from .allocation import Allocation
 from .cluster import load_profile
 from .flags import words
-from .health.findings import Finding, Wanted, examine
+from .health.findings import Finding, Requirements, examine
 from .health.gather import Reports, run_here, run_on_slurm
 from .submit import add_machine_flags, make_allocation, profile_flags
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     allocation = make_allocation(given, profile)
     reports = _here(allocation) if allocation.local else _on_slurm(allocation, given.queue_seconds)
     workers = allocation.run.refiner.data.workers
-    findings = examine(reports, Wanted(allocation.gpus or None, workers, given.images_per_second))
+    findings = examine(reports, Requirements(allocation.gpus or None, workers, given.images_per_second))
     findings += [] if allocation.local else _accounting()
     print(_summary(reports))
     for finding in findings:

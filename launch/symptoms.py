@@ -106,7 +106,7 @@ SYMPTOMS = (
     Symptom(
         "checkpoint damaged",
         r"checkpoints?/step_\d+.*(bytes|missing|damaged|not the ones written|cannot be read)",
-        "delete the checkpoint folder it names; the run resumes from the one before",
+        "requeue it: a damaged checkpoint is skipped, and the run resumes from the one before",
     ),
     Symptom(
         "network between ranks",

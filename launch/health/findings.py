@@ -42,8 +42,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What training will want.
+class Requirements:
+    """What training needs of its nodes.
 
     Attributes:
         gpus: a node; None: whatever there is.
@@ -72,7 +72,7 @@ class Host:
 Found = Iterator[tuple[bool, str]]  # whether it is serious, and the sentence
 
 
-def examine(reports: Reports, wanted: Wanted) -> list[Finding]:
+def examine(reports: Reports, needs: Requirements) -> list[Finding]:
     """All findings, serious ones first; the same sentence of several nodes is said once."""
     nodes = [reports.nodes[rank] for rank in sorted(reports.nodes)]
     shared = [reports.shared[rank] for rank in sorted(reports.shared)]
@@ -80,7 +80,7 @@ def examine(reports: Reports, wanted: Wanted) -> list[Finding]:
     hosts: dict[tuple[bool, str], list[str]] = {}
     for node in nodes:
         for check in NODE_CHECKS:
-            for found in check(node, wanted, places[node.host]):
+            for found in check(node, needs, places[node.host]):
                 hosts.setdefault(found, []).append(node.host)
     for one in shared:
         for found in _together(one):
@@ -90,35 +90,35 @@ def examine(reports: Reports, wanted: Wanted) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.serious)
 
 
-def _cores(node: Node, wanted: Wanted, host: Host) -> Found:
+def _cores(node: Node, needs: Requirements, host: Host) -> Found:
     each = host.cores_each
-    if each < wanted.workers + 1:
+    if each < needs.workers + 1:
         yield (
             False,
             (
-                f"{each:g} cores for a process with {wanted.workers} loader workers; "
+                f"{each:g} cores for a process with {needs.workers} loader workers; "
                 "ask for more with cpus_per_task, or lower refiner.data.workers"
             ),
         )
-    rate = node.decode_rate * min(each, wanted.workers or 1)
-    if 0 < rate < wanted.images_per_second:
+    rate = node.decode_rate * min(each, needs.workers or 1)
+    if 0 < rate < needs.images_per_second:
         yield (
             False,
             (
                 f"{each:g} cores decode {rate:,.0f} images/s where a process is to train on "
-                f"{wanted.images_per_second:,.0f}; ask for more cores and workers"
+                f"{needs.images_per_second:,.0f}; ask for more cores and workers"
             ),
         )
 
 
-def _memory(node: Node, wanted: Wanted, host: Host) -> Found:
+def _memory(node: Node, needs: Requirements, host: Host) -> Found:
     for serious, limit in ((True, MEMORY_ERROR), (False, MEMORY_WARNING)):
         if 0 <= node.memory < limit * host.tasks:
             yield serious, f"{node.memory / GIB:.1f} GiB of memory for {host.tasks} processes; ask for more with mem_gb"
             return
 
 
-def _shared_memory(node: Node, wanted: Wanted, host: Host) -> Found:
+def _shared_memory(node: Node, needs: Requirements, host: Host) -> Found:
     if node.shared_memory < SHARED_MEMORY * host.tasks:
         yield (
             True,
@@ -129,12 +129,12 @@ def _shared_memory(node: Node, wanted: Wanted, host: Host) -> Found:
         )
 
 
-def _limits(node: Node, wanted: Wanted, host: Host) -> Found:
+def _limits(node: Node, needs: Requirements, host: Host) -> Found:
     if 0 <= node.open_files < OPEN_FILES:
         yield True, f"a process may open {node.open_files} files; raise the limit (ulimit -n {OPEN_FILES}) in setup"
 
 
-def _folder(node: Node, wanted: Wanted, host: Host) -> Found:
+def _folder(node: Node, needs: Requirements, host: Host) -> Found:
     folder = node.folder
     if folder.error:
         yield True, f"{folder.path} cannot be written ({folder.error}); choose a folder that every node can write"
@@ -157,11 +157,11 @@ def _folder(node: Node, wanted: Wanted, host: Host) -> Found:
         )
 
 
-def _gpus(node: Node, wanted: Wanted, host: Host) -> Found:
+def _gpus(node: Node, needs: Requirements, host: Host) -> Found:
     if node.gpu_error:
         yield True, f"{node.gpu_error}; have the node drained and its driver looked at"
-    if wanted.gpus and len(node.gpus) < wanted.gpus and not node.gpu_error:
-        yield True, f"{len(node.gpus)} GPUs where {wanted.gpus} are wanted; exclude the node and report it"
+    if needs.gpus and len(node.gpus) < needs.gpus and not node.gpu_error:
+        yield True, f"{len(node.gpus)} GPUs where {needs.gpus} are wanted; exclude the node and report it"
     for gpu in node.gpus:
         if gpu.ecc_errors:
             yield True, f"GPU {gpu.index} has {gpu.ecc_errors} uncorrectable memory errors; exclude the node, report it"
@@ -173,12 +173,12 @@ def _gpus(node: Node, wanted: Wanted, host: Host) -> Found:
             yield False, f"GPU {gpu.index} is split by MIG, over which NCCL does not reduce; ask for whole GPUs"
 
 
-def _data(node: Node, wanted: Wanted, host: Host) -> Found:
+def _data(node: Node, needs: Requirements, host: Host) -> Found:
     if node.data_error:
         yield True, f"the data cannot be read here: {node.data_error}"
 
 
-NODE_CHECKS: Sequence[Callable[[Node, Wanted, Host], Found]] = (
+NODE_CHECKS: Sequence[Callable[[Node, Requirements, Host], Found]] = (
     _cores,
     _memory,
     _shared_memory,

@@ -70,7 +70,7 @@ class Meeting:
         self.rank = rank
         self.hosts = hosts
         self.leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
-        self.leads = rank in self.leaders
+        self.is_leader = rank in self.leaders
         self._barriers = 0
 
     def barrier(self) -> None:
@@ -88,7 +88,7 @@ def examine(rank: int, world_size: int, address: str, port: int, folder: Path, g
         meeting = _meet(found, world_size, address, port)
         if meeting is None:
             return found
-        if meeting.leads and len(meeting.leaders) > 1:
+        if meeting.is_leader and len(meeting.leaders) > 1:
             _compare_clocks(found, meeting)
             _examine_folder(found, meeting, folder / f".doctor-{port}")
         _all_reduce(found, meeting, gpu)

@@ -102,20 +102,20 @@ def find_photographs(folder: Path | None) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     files = [path for path in files if "_segmented" not in path.name]  # label pictures, not photographs
     if len(files) < BATCH:
-        raise DataError(f"{folder}: {len(files)} JPEG files; at least {BATCH} are wanted")
+        raise DataError(f"{folder}: {len(files)} JPEG files; it takes at least {BATCH}")
     return files
 
 
-def lay_out(files: list[Path], workshop: Path) -> Photographs:
+def lay_out(files: list[Path], folder: Path) -> Photographs:
     """Copy the files into a class folder and into shards; whole batches of them."""
     files = files[: len(files) // BATCH * BATCH]
-    inside = workshop / "loose" / "photograph"
+    inside = folder / "loose" / "photograph"
     inside.mkdir(parents=True)
-    with SetWriter(workshop / "shards", ["photograph"], 64) as writer:
+    with SetWriter(folder / "shards", ["photograph"], 64) as writer:
         for number, path in enumerate(files):
             shutil.copy(path, inside / f"{number:05d}.jpg")
             writer.add(f"{number:05d}", path.read_bytes(), "jpg", 0)
-    return Photographs(sorted(inside.iterdir()), workshop / "loose", ShardIndex.load(workshop / "shards"))
+    return Photographs(sorted(inside.iterdir()), folder / "loose", ShardIndex.load(folder / "shards"))
 
 
 def epoch_of_shards(photographs: Photographs, loose: bool = False, whole: bool = False) -> Epoch:
@@ -293,8 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="worker processes to scale over")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="refiner_ds-loader-") as workshop:
-        photographs = lay_out(find_photographs(given.images), Path(workshop))
+    with tempfile.TemporaryDirectory(prefix="refiner_ds-loader-") as folder:
+        photographs = lay_out(find_photographs(given.images), Path(folder))
         rounds = max(1, given.rounds)
         costs, score_map = measure(photographs, rounds), measure_score_map(rounds)
         print(report(photographs, costs, score_map, scaling(photographs, given.workers, rounds)))

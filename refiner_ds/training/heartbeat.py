@@ -81,7 +81,7 @@ class Heartbeat:
         self.patient = True
         self.since = time.monotonic()
         self._steps_begun = 0
-        self._spent = 0.0
+        self._elapsed = 0.0
         self._recent: deque[float] = deque(maxlen=REMEMBERED_STEPS)
 
     def beat(self, step: int, doing: str, patient: bool = False) -> None:
@@ -94,11 +94,11 @@ class Heartbeat:
         """
         now = time.monotonic()
         if not self.patient:
-            self._spent += now - self.since
+            self._elapsed += now - self.since
         if step != self.step:
-            if self._spent:
-                self._recent.append(self._spent)
-            self._steps_begun, self._spent = self._steps_begun + 1, 0.0
+            if self._elapsed:
+                self._recent.append(self._elapsed)
+            self._steps_begun, self._elapsed = self._steps_begun + 1, 0.0
         self.patient = patient or self._steps_begun <= FIRST_STEPS
         self.step, self.doing, self.since = step, doing, now
         self.beats += 1

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from launch import doctor
-from launch.health.findings import Finding, Wanted, examine
+from launch.health.findings import Finding, Requirements, examine
 from launch.health.gather import Reports, run_tasks
 from launch.health.node import GIB, MIB, Folder, Gpu, Node, free_memory, nvidia_gpus
 from launch.health.shared import Shared
 from tests.slurm.cluster import SlurmCluster
 
-WANTED = Wanted(gpus=2, workers=3, images_per_second=1000)
+NEEDS = Requirements(gpus=2, workers=3, images_per_second=1000)
 GPUS = [Gpu(index, "NVIDIA H100 80GB HBM3", 81559, 4, 0, "", False) for index in range(2)]
 FOLDER = Folder("/shared/runs", "", 500 * GIB, 10**8, -1, 400e6)
 VERSIONS = {"python": "3.11.7", "torch": "2.14.1", "NVIDIA driver": "580.65", "refiner_ds": "/shared/clone/refiner_ds"}
@@ -45,8 +45,8 @@ def sound(hosts: int = 4) -> Reports:
 
 
 def test_sound_nodes_have_no_findings() -> None:
-    assert examine(sound(), WANTED) == []
-    assert examine(sound(1), WANTED) == []
+    assert examine(sound(), NEEDS) == []
+    assert examine(sound(1), NEEDS) == []
 
 
 def node(**changes: object) -> Callable[[Reports], None]:
@@ -140,10 +140,10 @@ def test_planted_fault_is_the_one_finding(fault: str) -> None:
     plant, serious, says = PLANTED[fault]
     reports = sound()
     plant(reports)
-    (finding,) = [found for found in examine(reports, WANTED) if says in found.what]
+    (finding,) = [found for found in examine(reports, NEEDS) if says in found.what]
     assert finding.serious is serious
     assert finding.hosts == (("node3",) if fault != "does not start" else ())
-    assert all(set(found.hosts) <= {"node3"} for found in examine(reports, WANTED))  # it may have other consequences
+    assert all(set(found.hosts) <= {"node3"} for found in examine(reports, NEEDS))  # it may have other consequences
     assert "\n" not in str(finding) and str(finding).startswith("error: " if serious else "warning: ")
 
 
@@ -151,7 +151,7 @@ def test_the_same_fault_of_several_nodes_is_one_finding() -> None:
     reports = sound()
     for rank in reports.nodes:
         reports.nodes[rank] = replace(reports.nodes[rank], open_files=256)
-    (finding,) = examine(reports, WANTED)
+    (finding,) = examine(reports, NEEDS)
     assert finding.hosts == ("node1", "node2", "node3", "node4")
 
 
@@ -233,7 +233,7 @@ def test_faults_planted_in_real_processes_are_found(tmp_path: Path, port: int) -
     if os.geteuid() != 0 or subprocess.run(("unshare", "--mount", "true")).returncode:
         pytest.skip("this machine lets a test have no mount namespace")
     reports = in_four(*planted_nodes(tmp_path), port)
-    found = examine(reports, Wanted(gpus=None, workers=0))
+    found = examine(reports, Requirements(gpus=None, workers=0))
     shown = "\n".join(map(str, [*found, reports.stderr]))
     assert said(found, "its clock is", "ahead of the first") == {"node2"}, shown
     assert said(found, "deepspeed is 0.1.0 here") == {"node2"}, shown
@@ -261,7 +261,7 @@ def test_locks_that_do_not_reach_other_nodes_are_found(tmp_path: Path, port: int
     commands, plants = planted_nodes(tmp_path)
     locks = plants[3] | {"PYTHONPATH": f"{tmp_path / 'site'}:{Path(__file__).parents[2]}"}
     reports = in_four([commands[0]] * 2, [{}, locks], port)
-    assert said(examine(reports, Wanted(workers=0)), "does not respect another node's file lock") == {"node2"}
+    assert said(examine(reports, Requirements(workers=0)), "does not respect another node's file lock") == {"node2"}
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_nodes_that_do_not_come_are_named(tmp_path: Path, port: int) -> None:
              "from launch.health.probe import main; main()", "--folder", str(tmp_path / "runs")]  # fmt: skip
     dying = ["sh", "-c", "echo no such interpreter >&2; exit 1"]
     reports = in_four([probe, probe, dying], [{}, {"MASTER_ADDR": "no-such-node.invalid"}, {}], port)
-    found = examine(reports, Wanted(workers=0))
+    found = examine(reports, Requirements(workers=0))
     assert any("rank 2 does not start: no such interpreter" in finding.what for finding in found)
     assert said(found, "cannot reach no-such-node.invalid port") == {"node2"}
     assert said(found, "rank 1 has not come to where all ranks meet") == {"node2"}
