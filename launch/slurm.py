@@ -216,11 +216,6 @@ def exclude(job_id: str, nodes: str) -> str | None:
     return _control("update", f"JobId={job_id}", f"ExcNodeList={nodes}")
 
 
-def comment(job_id: str, text: str) -> str | None:
-    """Leave a sentence with Slurm itself, for when the run folder cannot take one. Returns Slurm's objection."""
-    return _control("update", f"JobId={job_id}", f"Comment={text[:200]}")
-
-
 def _control(*words: str) -> str | None:
     try:
         answer = ask("scontrol", *words, seconds=TASK_ANSWER_SECONDS)

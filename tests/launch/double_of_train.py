@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     behaviour = json.loads(file.read_text()) if file.exists() else {}
     seen, rank = run.folder / "seen", os.environ["RANK"]
     seen.mkdir(parents=True, exist_ok=True)
-    attempt = len(list(seen.glob(f"{rank}.*.json")))
+    attempt = int(os.environ["REFINER_RESTART_COUNT"])
     ways = behaviour.get(rank, [])
     way = ways[attempt] if attempt < len(ways) else 0
     signalled: list[int] = []

@@ -138,12 +138,13 @@ def test_a_node_with_a_fault_is_left_out_before_anything_is_trained(clone: Clone
     tool.chmod(0o755)
     faulty = {"node1": {"PATH": f"{tool.parent}:{slurm.env['PATH']}"}}
     job = clone.submit_here(slurm, gpus=2, node_environment=faulty)
-    clone.wait_for("0.0", "1.0", seconds=90)
+    clone.wait_for("0.1", "1.1", seconds=90)
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
     first, second = records(clone, job)
     assert (first.cause, first.node, second.nodes) == ("unhealthy node", "node1", "node2")
     assert "GPU is lost" in first.evidence and "node1 is not healthy" in first.reason
-    assert {one["host"] for one in clone.seen().values()} == {"node2"}
+    assert {clone.seen()[who]["host"] for who in ("0.1", "1.1")} == {"node2"}
+    assert "0.0" not in clone.seen()
 
 
 def test_a_job_that_gets_no_further_ends_with_the_exit_code_of_what_failed(clone: Clone, slurm: SlurmCluster) -> None:
@@ -237,10 +238,10 @@ def test_an_elastic_job_starts_with_what_there_is_and_grows(clone: Clone, slurm:
     job = clone.submit_here(slurm, nodes=4, least=2, batch=32, grow_minutes=0.05)
     clone.wait_for("0.0", "1.0")
     slurm.client("scancel", blocker)
-    clone.wait_for("0.1", "1.1", "2.0", "3.0", seconds=90)
+    clone.wait_for("0.1", "1.1", "2.1", "3.1", seconds=90)
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
     told = {who: (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"]) for who, one in clone.seen().items()}
-    assert told == {"0.0": ("2", "1"), "1.0": ("2", "1"), **dict.fromkeys(("0.1", "1.1", "2.0", "3.0"), ("4", "1"))}
+    assert told == {"0.0": ("2", "1"), "1.0": ("2", "1"), **dict.fromkeys(("0.1", "1.1", "2.1", "3.1"), ("4", "1"))}
     assert "2 of 3 nodes are used" in clone.logs() and "to restart on 4" in clone.logs()
 
 
