@@ -11,6 +11,7 @@ an operator itself, written by hand. ``backend`` is "tiled" or "triton".
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from refiner_ds.attention.first_order import REFUSAL
 
-__all__ = ["Operator", "empty_maps", "operator", "refuse_second_derivative"]
+__all__ = ["Operator", "computed_by", "empty_maps", "operator", "refuse_second_derivative"]
 
 Operator = Callable[..., Any]
 
@@ -26,6 +27,14 @@ Operator = Callable[..., Any]
 def operator(name: str, schema: str) -> Callable[[Operator], Any]:
     """Decorator that makes a function the operator ``refiner_ds::name``; it must not mutate or return arguments."""
     return torch.library.custom_op(f"refiner_ds::{name}", mutates_args=(), schema=schema)
+
+
+def computed_by(operation: str, module: str) -> Any:
+    """The module that computes an operation: an operator is given its backend by name, and depends on none.
+
+    Modules that compute also call operators, those of other operations and their own, so that they depend on these.
+    """
+    return import_module(f"refiner_ds.attention.{operation}.{module}")
 
 
 def refuse_second_derivative(backward: Any) -> None:

@@ -37,6 +37,7 @@ from refiner_ds.training.signals import leave_at_once
 
 WRITE_SECONDS = 5.0  # and no less than five times in ``seconds``
 LOOK_SECONDS = 0.5
+APART_SECONDS = 4.0  # between two looks at the others: a busy machine may keep a living one from writing for a while
 TURN_SECONDS, TURNS = 0.5, 20  # each rank gives those below it time to write the verdict first
 STEPS_OF_PATIENCE = 4  # with ``seconds`` below 30, a stopped rank is named within max(30 s, 5 steps)
 SHARE_OF_PATIENCE = 0.9  # of the collectives' time-out: the verdict says more than its error would
@@ -79,6 +80,7 @@ class Watchdog:
         self._alive = 0
         self._written = 0.0
         self._before: dict[int, Beat | None] = {}
+        self._before_read = 0.0
         self._excused = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -130,8 +132,8 @@ class Watchdog:
         if not suspicious:
             self._before = {}
         elif not self._before:
-            self._before = self._read()
-        elif still > limit + min(self._rank, TURNS) * TURN_SECONDS:
+            self._before, self._before_read = self._read(), now
+        elif still > limit + min(self._rank, TURNS) * TURN_SECONDS and now - self._before_read > APART_SECONDS:
             after = self._read()
             blamed: Mapping[int, Beat | None]
             if self._heartbeat.patient and still < self._patience:

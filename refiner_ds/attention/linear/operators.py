@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refiner_ds.attention.operators import empty_maps, operator, refuse_second_derivative
+from refiner_ds.attention.operators import computed_by, empty_maps, operator, refuse_second_derivative
 from refiner_ds.attention.weights import DeferredMap
 
 __all__ = ["refine_linear"]
@@ -25,12 +25,10 @@ def _refine(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Refined maps times values, and row log-sum-exps (empty for tiles, and for a map)."""
     if backend == "triton":
-        from refiner_ds.attention.linear import triton
-
+        triton = computed_by("linear", "triton")
         out_BMNd, lse_BHN = triton.refined_values(scale, value_BHNd, kernel, source)
         return out_BMNd, _empty_lse(backend, []) if lse_BHN is None else lse_BHN
-    from refiner_ds.attention.linear import tiled
-
+    tiled = computed_by("linear", "tiled")
     steps = tiled.Steps(kernel, expand_EH, reduce_HE)
     return tiled.refined_values(scale, value_BHNd, steps, source), _empty_lse(backend, source)
 
@@ -57,13 +55,11 @@ def _refine_backward(
     """Gradients of value, kernel, expansion and reduction if there are any, and of the map or queries and keys."""
     found: list[Tensor | None]
     if backend == "triton":
-        from refiner_ds.attention.linear import triton
-
+        triton = computed_by("linear", "triton")
         d_value_BHNd, d_kernel, *d_source = triton.gradients(grad_BMNd, scale, value_BHNd, kernel, source, lse_BHN)
         found = [d_value_BHNd, d_kernel, None, None, *d_source]
     else:
-        from refiner_ds.attention.linear import tiled
-
+        tiled = computed_by("linear", "tiled")
         found = tiled.gradients(grad_BMNd, scale, value_BHNd, tiled.Steps(kernel, expand_EH, reduce_HE), source)
     inputs = (value_BHNd, kernel, expand_EH, reduce_HE, *source)
     pairs = [(grad, like) for grad, like in zip(found, inputs, strict=True) if like is not None and grad is not None]

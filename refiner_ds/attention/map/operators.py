@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refiner_ds.attention.operators import empty_maps, operator, refuse_second_derivative
+from refiner_ds.attention.operators import computed_by, empty_maps, operator, refuse_second_derivative
 from refiner_ds.attention.weights import DeferredMap
 
 __all__ = ["attend", "make_map"]
@@ -32,8 +32,7 @@ def _make_map(
         from refiner_ds.attention.map import triton_kernels
 
         return triton_kernels.softmax_map(q_BHNd, k_BHNd, scale, residual_BHNN, dropout, seed)
-    from refiner_ds.attention.map import tiled
-
+    tiled = computed_by("map", "tiled")
     return tiled.softmax_map(q_BHNd, k_BHNd, residual_BHNN, scale, dropout, seed), _empty_lse(backend, q_BHNd)
 
 
@@ -58,8 +57,7 @@ def _make_map_backward(
 
         found = triton_kernels.score_gradients(q_BHNd, k_BHNd, lse_BHN, scale, grad_BHNN, residual, dropout, seed)
     else:
-        from refiner_ds.attention.map import tiled
-
+        tiled = computed_by("map", "tiled")
         found = tiled.map_gradients(grad_BHNN, q_BHNd, k_BHNd, residual, scale, dropout, seed)
     return [grad for grad in found if grad is not None]
 
