@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ class Quickstart:
         self.env |= {"REFINER_DS_CACHE": str(place / "cache"), "PATH": f"{BIN}:{os.environ['PATH']}"}
         self.shared_memory_before = set(os.listdir("/dev/shm"))
         self.done = self.type("deepspeed", ROOT / "refiner_ds" / "train.py", timeout=400)
+        self.shared_memory_made = set(os.listdir("/dev/shm")) - self.shared_memory_before
         self.folder = place / "runs" / "quickstart"
 
     def type(self, *command: str | Path, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -67,7 +69,7 @@ def test_it_says_what_it_does_and_what_to_type_next(quickstart: Quickstart) -> N
         assert hint in out
     about = ("model", "batch", "engine", "attention", "training", "validation", "steps", "run folder")
     assert all(any(line.startswith(word) for line in out.splitlines()) for word in about)
-    ours = (*about, "epoch", "finished", "watch", "evaluate", "go on")
+    ours = (*about, "after 50 steps", "epoch", "finished", "watch", "evaluate", "go on")
     strangers = [line for line in out.splitlines() if line and not line.startswith(ours) and "[INFO]" not in line]
     assert len(strangers) <= 3, strangers
     assert "Warning" not in quickstart.done.stderr
@@ -135,12 +137,18 @@ def test_evaluation_is_exact_to_the_image_for_any_number_of_processes(quickstart
 
 
 def test_nothing_is_left_behind_in_shared_memory(quickstart: Quickstart) -> None:
-    left = set(os.listdir("/dev/shm")) - quickstart.shared_memory_before
-    maps = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            maps.append((process / "maps").read_text())
-    assert not [name for name in left if not any(f"/dev/shm/{name}" in text for text in maps)]  # others' are in use
+    # Tests beside this one make segments too: theirs go when they end, or are in use.
+    for _ in range(60):
+        left = quickstart.shared_memory_made & set(os.listdir("/dev/shm"))
+        maps = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                maps.append((process / "maps").read_text())
+        left = {name for name in left if not any(f"/dev/shm/{name}" in text for text in maps)}
+        if not left:
+            break
+        time.sleep(1)
+    assert not left
 
 
 def test_a_checkpoint_folder_can_be_evaluated_on_its_own(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -164,4 +172,5 @@ def test_analysis_of_the_run_writes_tables_and_pictures(quickstart: Quickstart, 
         assert all((tmp_path / file).stat().st_size > 100 for file in files)
     rows = (tmp_path / "features.csv").read_text().splitlines()
     assert len(rows) == 1 + 4 and rows[-1].split(",")[3:] == ["1", rows[-1].split(",")[4], "40"]
-    assert len((tmp_path / "refiner_weights.csv").read_text().splitlines()) == 1 + 2 * 3
+    checkpoints = len(list((quickstart.folder / "checkpoints").iterdir()))  # of two refining blocks
+    assert len((tmp_path / "refiner_weights.csv").read_text().splitlines()) == 1 + 2 * checkpoints
