@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "text": {"ground", "attention"},
     "train": LIBRARY | {"plan"},
     "evaluate": LIBRARY | {"analysis"},
+    "export": LIBRARY,
     "restart": {"ground", "config", "training"},
     "launch": {"ground", "config", "data", "train"},  # train: what a task of a job runs
     "data_tools": {"ground", "config", "data"},

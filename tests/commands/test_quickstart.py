@@ -174,3 +174,28 @@ def test_analysis_of_the_run_writes_tables_and_pictures(quickstart: Quickstart, 
     assert len(rows) == 1 + 4 and rows[-1].split(",")[3:] == ["1", rows[-1].split(",")[4], "40"]
     checkpoints = len(list((quickstart.folder / "checkpoints").iterdir()))  # of two refining blocks
     assert len((tmp_path / "refiner_weights.csv").read_text().splitlines()) == 1 + 2 * checkpoints
+
+
+def test_an_export_is_the_checkpoint_with_its_class_names(quickstart: Quickstart) -> None:
+    env = environment(REFINER_DS_CACHE=quickstart.env["REFINER_DS_CACHE"])
+    for _ in range(2):  # an export takes the place of the one before
+        done = run(sys.executable, "-m", "refiner_ds.export", quickstart.folder, env=env)
+        assert done.returncode == 0, done.stderr
+    place = quickstart.folder / "export"
+    config = json.loads((place / "config.json").read_text())
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+    assert config["pretrained_cfg"]["input_size"] == [3, 28, 28] and config["pretrained_cfg"]["crop_pct"] == 1.0
+    program = """
+import sys, timm, torch, refiner_ds.models
+from pathlib import Path
+from refiner_ds.checkpoint.files import find_checkpoint, read_weights
+exported = timm.create_model(f"local-dir:{sys.argv[1]}/export", pretrained=True).eval()
+saved = timm.create_model(f"local-dir:{sys.argv[1]}/export", pretrained=False).eval()
+saved.load_state_dict(read_weights(find_checkpoint(Path(sys.argv[1])), "ema"))
+images = torch.rand(4, 3, 28, 28)
+assert torch.equal(exported(images), saved(images))
+"""
+    done = run(sys.executable, "-c", program, quickstart.folder, env=env)
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, "-m", "refiner_ds.export", quickstart.folder, "--out", quickstart.place, env=env)
+    assert done.returncode == 2 and "exists and is no export" in done.stderr and done.stderr.count("\n") == 1
