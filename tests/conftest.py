@@ -7,9 +7,12 @@ cluster. Files that start processes come first, so that none of these long ones 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several threads on a busy two-core box slow torch down many times over
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
