@@ -101,4 +101,4 @@ def test_shards_and_loose_files_give_the_same_batches(folder: Path, tmp_path: Pa
 
 def test_too_few_photographs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["loader", "--images", str(tmp_path)]) == 2
-    assert "0 JPEG files; at least 20" in capsys.readouterr().err
+    assert "0 JPEG files; it takes at least 20" in capsys.readouterr().err

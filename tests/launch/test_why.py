@@ -74,7 +74,7 @@ FAILURES = {
         ("import failed", "libcudart", "setup"),
     ),
     "data": Staged({"r0": [saying("error: /data/train: shard-000003.tar is cut", 2)]}, ("shard-000003.tar is cut",)),
-    "checkpoint": Staged({"r0": [saying(CHECKPOINT, 2)]}, ("checkpoint damaged", "step_00000100", "delete")),
+    "checkpoint": Staged({"r0": [saying(CHECKPOINT, 2)]}, ("checkpoint damaged", "step_00000100", "requeue it")),
     "exception": Staged({"r0": ["raise"]}, ("rank 0", "RuntimeError: the double was asked to crash", "traceback")),
     "stale": Staged({"r0": [raising("OSError", "[Errno 116] Stale file handle: '/data'")]}, ("file system error",)),
     "permission": Staged(
