@@ -12,7 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GROUND = {
     "refiner_ds",
-    *(f"refiner_ds.{name}" for name in ("errors", "exit_codes", "files", "run_folder", "subcommands", "versions")),
+    *(
+        f"refiner_ds.{name}"
+        for name in ("errors", "exit_codes", "files", "gpus", "run_folder", "subcommands", "versions")
+    ),
 }
 
 
