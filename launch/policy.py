@@ -26,6 +26,7 @@ class Cause(StrEnum):
     HUNG = "hung"
     CRASHED = "crashed"
     UNHEALTHY = "unhealthy node"
+    MISPLACED = "on a node to be left out"  # nothing was started: the job is to go on without one of its nodes
     LOST = "lost"  # the attempt's end was not seen: a node was lost, or the job was requeued from outside
 
 
@@ -111,7 +112,7 @@ def _without_progress(now: Attempt, before: Sequence[Attempt]) -> int:
     for attempt in (now, *reversed(before)):
         if attempt.progress:
             break
-        count += attempt.cause != Cause.LOST
+        count += attempt.cause not in (Cause.LOST, Cause.MISPLACED)
     return count
 
 
@@ -119,6 +120,8 @@ def _strikes(now: Attempt, before: Sequence[Attempt]) -> int:
     """Failures in a row that began on this attempt's node."""
     count = 0
     for attempt in (now, *reversed(before)):
+        if attempt.cause == Cause.MISPLACED:
+            continue  # nothing was tried in it
         if attempt.node != now.node:
             break
         count += 1
@@ -192,6 +195,13 @@ RULES = (
         lambda now, before, limits: now.cause == Cause.UNHEALTHY and limits.spare_nodes > 0,
         Action.REQUEUE_WITHOUT_NODE,
         "{node} is not healthy",
+    ),
+    Rule(
+        "a job begins on a node that it has been requeued without, because Slurm was not told in time (twice at most)",
+        "requeued without that node, before anything is trained",
+        lambda now, before, limits: now.cause == Cause.MISPLACED,
+        Action.REQUEUE_WITHOUT_NODE,
+        "it is to go on without {node}",
     ),
     Rule(
         f"{NODE_STRIKES} failures in a row began on the same node, and the partition has another",

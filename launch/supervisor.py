@@ -42,6 +42,8 @@ ASK_SECONDS = 5.0  # between two questions to a controller that is away, or refu
 AWAY_SECONDS = 3600.0  # how long it may be away when the job wants to be requeued
 REFUSED_SECONDS = 120.0  # how long it may answer and refuse
 NOTIFY_SECONDS = 15.0
+EXCLUDE_SECONDS = 20.0  # how long it may refuse to leave a node out
+EXCLUDE_TRIES = 3  # how often a node is asked to be left out, where the job comes back to it all the same
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)  # meant for the tasks, which get them too
 
 
@@ -111,6 +113,10 @@ class Supervisor(ABC):
     def nodes(self) -> str:
         """The nodes of this attempt."""
 
+    def unwanted_node(self) -> str:
+        """A node of this attempt that the job was to go on without; empty where there is none."""
+        return ""
+
     @property
     def address(self) -> str:
         """Where the ranks meet. One machine's name need not resolve, and often does not on a laptop."""
@@ -127,6 +133,8 @@ class Supervisor(ABC):
         sizes = {file.name: file.stat().st_size for file in self.run_folder.jobs.glob(f"{self.job_id}_*_log.out")}
         try:
             self._refuse()
+            if node := self.unwanted_node():
+                return self._end(record, _misplaced(node))
             variables = {
                 "REFINER_RESTART_COUNT": str(record.number),
                 "REFINER_MASTER_ADDR": self.address,
@@ -266,24 +274,30 @@ class SlurmSupervisor(Supervisor):
     def act(self, record: Record, decide: Callable[[Limits], Decision]) -> int:
         if record.cause in (Cause.FINISHED, Cause.REFUSED, Cause.DIVERGED):
             return self.conclude(record, decide(Limits()))
+        # A requeue, whoever asks for it, has Slurm TERM all that runs in the batch step. Commands inherit that these
+        # signals are ignored, and have until KillWait: else one of them would be ended before it has asked.
+        for number in (*SIGNALS, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         now = time.monotonic()
-        refused_until, concluded = now + REFUSED_SECONDS, False
+        refused_until, asked = now + REFUSED_SECONDS, None
         for _ in slurm.until(now + AWAY_SECONDS, ASK_SECONDS):
-            state = slurm.job_state(self.job_id, slurm.TASK_ANSWER_SECONDS)
+            state = self._state()
             if state is None:
                 refused_until = time.monotonic() + REFUSED_SECONDS
                 continue
+            if asked and self._requeued(state):  # by the question that was asked last, though its answer was lost
+                return self._exclude(asked.node, state)
             limits = self._limits(state, record)
             decision = decide(limits)
             if decision.action == Action.END or limits.requeued:
                 return self.conclude(record, decision)
-            if not concluded:
+            if not asked:
                 self.conclude(record, decision)
-                concluded = True
+            asked = decision
             objection = slurm.requeue(self.job_id)
-            if objection is None:
-                self._exclude(decision.node)
-                return 0
+            after = self._state() if objection else None
+            if objection is None or (after and self._requeued(after)):
+                return self._exclude(asked.node, state)
             log(f"Slurm did not requeue: {objection}")
             if time.monotonic() > refused_until:
                 break
@@ -292,16 +306,31 @@ class SlurmSupervisor(Supervisor):
         self.attempts.write()
         return RUN_AGAIN  # where the site has RequeueExit=75 it is requeued all the same
 
+    def unwanted_node(self) -> str:
+        """Slurm leaves a node out only while a job waits. Where it was not told in time, the job begins there again."""
+        left_out = [record.node for record in self.attempts.records if record.action == Action.REQUEUE_WITHOUT_NODE]
+        wanted = [node for node in expand(self.nodes) if 0 < left_out.count(node) < EXCLUDE_TRIES]
+        state = self._state() if wanted else None
+        return wanted[0] if state and self._spare_nodes(state) else ""
+
+    def _state(self) -> slurm.JobState | None:
+        return slurm.job_state(self.job_id, slurm.TASK_ANSWER_SECONDS)
+
+    def _requeued(self, state: slurm.JobState) -> bool:
+        return state.restarts > self._restarts
+
     def _limits(self, state: slurm.JobState, record: Record) -> Limits:
-        requeued = state.restarts > self._restarts
+        requeued = self._requeued(state)
         # scancel sends TERM as preemption does, and Slurm would requeue a cancelled job as readily as any other. Until
         # the tasks have left, the job is COMPLETING; past its time limit it is too, and should go on.
         ending = state.state in ("CANCELLED", "COMPLETING") and state.reason != "TimeLimit"
-        partition = state.fields.get("Partition")
-        excluded = state.fields.get("ExcNodeList", "(null)")
-        spare = slurm.spare_nodes(partition, expand(self.nodes) + expand(excluded)) if record.blames_node else 0
+        spare = self._spare_nodes(state) if record.blames_node else 0
         profile = self.job.profile
         return Limits(profile.requeue, profile.requeues, ending and not requeued, requeued, spare)
+
+    def _spare_nodes(self, state: slurm.JobState) -> int:
+        excluded = state.fields.get("ExcNodeList", "(null)")
+        return slurm.spare_nodes(state.fields.get("Partition"), expand(self.nodes) + expand(excluded))
 
     def _fit(self) -> tuple[str, ...]:
         """srun's flags for the nodes that an elastic job was given and can use; watches for more."""
@@ -321,15 +350,23 @@ class SlurmSupervisor(Supervisor):
     def _allocated(self) -> int:
         return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
 
-    def _exclude(self, node: str) -> None:
+    def _exclude(self, node: str, state: slurm.JobState) -> int:
+        """Leave a node out of the job, which has just been requeued. Returns the exit code."""
         if not node:
-            return
-        state = slurm.job_state(self.job_id, slurm.TASK_ANSWER_SECONDS)
-        before = state.fields.get("ExcNodeList", "") if state else ""
-        nodes = ",".join(filter(None, (before.replace("(null)", ""), node)))
-        objection = slurm.exclude(self.job_id, nodes)
-        if objection:
-            log(f"Slurm did not exclude {node}: {objection}")
+            return 0
+        before = state.fields.get("ExcNodeList", "").replace("(null)", "")
+        objection: str | None = None
+        for _ in slurm.until(time.monotonic() + EXCLUDE_SECONDS, 1.0):
+            objection = slurm.exclude(self.job_id, ",".join(filter(None, (before, node))))
+            if objection is None:
+                return 0
+        log(f"Slurm did not exclude {node}: {objection}; asked again if the job begins there")
+        return 0
+
+
+def _misplaced(node: str) -> Diagnosis:
+    symptom, evidence = "is to be left out, and Slurm was not told in time", "the job began there again"
+    return Diagnosis(Cause.MISPLACED, RUN_AGAIN, None, node, symptom, evidence, "", blames_node=True)
 
 
 def expand(nodes: str) -> list[str]:

@@ -44,6 +44,8 @@ TABLE = [
     (HANG, [], SPARE, REQUEUE, "hung"),
     (Attempt(Cause.UNHEALTHY, 1, "node2"), [], SPARE, WITHOUT, "node2 is not healthy"),
     (Attempt(Cause.UNHEALTHY, 1, "node2"), [], Limits(), REQUEUE, "unhealthy"),
+    (Attempt(Cause.MISPLACED, 75, "node2"), [Attempt(Cause.UNHEALTHY, 1, "node2")], SPARE, WITHOUT, "without node2"),
+    (CRASH, [CRASH, Attempt(Cause.MISPLACED, 75, "node3")], SPARE, WITHOUT, "node2"),  # nothing was tried in it
     (Attempt(Cause.UNHEALTHY, 1, "node4"), [Attempt(Cause.UNHEALTHY, 1, "node2"), CRASH], SPARE, END, "no further"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,22 @@ CPU = ("--gpus-per-node", "0")
 def signal_tasks(slurm: SlurmCluster, job: str, name: str = "USR2") -> None:
     """What Slurm does shortly before a time limit: every task is signalled, the batch script is not."""
     slurm.client("scancel", f"--signal={name}", job)
+
+
+def slow_scontrol(folder: Path, slurm: SlurmCluster) -> Path:
+    """A folder whose ``scontrol`` answers a second late, and does not come to its first update in any useful time.
+
+    Slurm ends what still runs of a job that it has requeued: with TERM at once, and with KILL after KillWait.
+    """
+    tool, late = folder / "slow/scontrol", folder / "slow/late"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\nif [ "$1" = update ] && [ ! -e {late} ]; then touch {late}; sleep 30; fi\n'
+        f'[ "$1" = update ] && sleep 1\n{shutil.which("scontrol", path=slurm.env["PATH"])} "$@"; code=$?\n'
+        '[ "$1" = requeue ] && sleep 1\nexit $code\n'
+    )
+    tool.chmod(0o755)
+    return tool.parent
 
 
 def records(clone: Clone, job: str) -> list[Record]:
@@ -137,14 +154,16 @@ def test_a_node_with_a_fault_is_left_out_before_anything_is_trained(clone: Clone
     tool.write_text("#!/bin/sh\necho 'Unable to determine the device handle for GPU1: GPU is lost.'; exit 15\n")
     tool.chmod(0o755)
     faulty = {"node1": {"PATH": f"{tool.parent}:{slurm.env['PATH']}"}}
-    job = clone.submit_here(slurm, gpus=2, node_environment=faulty)
-    clone.wait_for("0.1", "1.1", seconds=90)
-    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
-    first, second = records(clone, job)
-    assert (first.cause, first.node, second.nodes) == ("unhealthy node", "node1", "node2")
+    slow = {"PATH": f"{slow_scontrol(clone.output.parent, slurm)}:{slurm.env['PATH']}"}
+    job = clone.submit_here(slurm, gpus=2, node_environment=faulty, environment=slow)
+    assert slurm.wait(job, "COMPLETED", "FAILED", seconds=180) == "COMPLETED"
+    first, *others, last = records(clone, job)
+    assert (first.cause, first.node, last.nodes) == ("unhealthy node", "node1", "node2")
     assert "GPU is lost" in first.evidence and "node1 is not healthy" in first.reason
-    assert {clone.seen()[who]["host"] for who in ("0.1", "1.1")} == {"node2"}
-    assert "0.0" not in clone.seen()
+    assert {(other.cause, other.node) for other in others} == {("on a node to be left out", "node1")}
+    assert "-15" not in clone.logs() and "did not requeue" not in clone.logs()  # no command was ended half-way
+    assert {clone.seen()[who]["host"] for who in (f"0.{last.number}", f"1.{last.number}")} == {"node2"}
+    assert "0.0" not in clone.seen() and "0.1" not in clone.seen()
 
 
 def test_a_job_that_gets_no_further_ends_with_the_exit_code_of_what_failed(clone: Clone, slurm: SlurmCluster) -> None:
