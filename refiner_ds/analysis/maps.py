@@ -31,12 +31,12 @@ from refiner_ds.analysis.map_statistics import (
 from refiner_ds.analysis.results import new_figure, write_figure, write_table
 from refiner_ds.errors import ConfigError
 from refiner_ds.models import RefinedViT
+from refiner_ds.training.pictures import STAGES, draw_map_pair
 
 __all__ = ["draw_maps", "main", "map_rows"]
 
 NUMBERS = ("head_similarity", "entropy", "distance", "token_similarity")
 COLUMNS = ("model", "block", "stage", *NUMBERS, "images")
-STAGES = ("before", "after")  # refining
 
 
 def main(argv: list[str]) -> int:
@@ -159,12 +159,10 @@ def draw_maps(
         pixels = images_B3HW[i] * torch.tensor(loaded.std)[:, None, None] + torch.tensor(loaded.mean)[:, None, None]
         row[0].imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
         row[0].set_title(f"block {block}, " + ("mean of heads" if head is None else f"head {head}"), fontsize=7)
-        for column, (name, maps) in enumerate((("before", before), ("after", after)), start=1):
-            map_ENN = maps[block][i]
-            map_NN = (map_ENN.mean(0) if head is None else map_ENN[head]).numpy()
-            row[column].imshow(map_NN[0, 1:].reshape(model.patch_grid))
+        one, other = (maps[block][i].mean(0) if head is None else maps[block][i][head] for maps in (before, after))
+        draw_map_pair(row[1:], one, other, model.patch_grid)
+        for column, name in enumerate(STAGES, start=1):
             row[column].set_title(f"class token, {name}", fontsize=7)
-            row[column + 2].imshow(map_NN)
             row[column + 2].set_title(f"map, {name} refining", fontsize=7)
     for axis in axes.flat:
         axis.set_axis_off()

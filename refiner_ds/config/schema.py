@@ -280,6 +280,7 @@ class RunKeys(Section):
             "log_steps",
             "eval_epochs",
             "picture_epochs",
+            "peak_tflops",
             "checkpoint_epochs",
             "checkpoint_steps",
             "checkpoint_minutes",
@@ -318,7 +319,14 @@ class RunKeys(Section):
     keep_epochs: float | None = Field(
         None, gt=0, description="epochs between checkpoints that are kept for good; null: none are"
     )
-    picture_epochs: float = Field(10, gt=0, description="epochs between attention maps in TensorBoard")
+    picture_epochs: float = Field(
+        10, gt=0, description="epochs between pictures in TensorBoard: training views with labels, attention maps"
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="dense bf16 peak of a device, TFLOP/s, that MFU is a share of; null: what its data sheet says",
+    )
     timeout_minutes: float = Field(
         30, gt=0, description="minutes that a collective, a save or the first step may take before it is an error"
     )

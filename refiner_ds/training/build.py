@@ -105,12 +105,3 @@ def training_flops(run: RunFile, num_classes: int) -> int:
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(2, 3, side, side))
     return 3 * counter.get_total_flops() // 2
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a GPU, FLOP/s, from its data sheet; None where it is not known (then no MFU is told)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    sheets = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "V100": 125e12}
-    return next((peak for chip, peak in sheets.items() if chip in name), None)

@@ -63,7 +63,10 @@ class Engine:
 
     Attributes:
         frozen: weights that are not trained, by name: whole, fp32, on the CPU.
+        before_update: called when all of a step but the update is done, in stages 1 to 3 once a parameter group.
     """
+
+    before_update: Callable[[], None] | None = None
 
     def __init__(self, run: RunFile, model: RefinedViT, batch: BatchPlan, world: World) -> None:
         self.bf16 = computes_in_bf16(run, world)
@@ -96,7 +99,11 @@ class Engine:
         def step(*args: Any, **kwargs: Any) -> Any:
             if self._allowed is None and self._allows is not None:  # stages 1 to 3 come here once a parameter group
                 self._allowed = self._allows(getattr(self.optimizer, "_global_grad_norm", self._grad_norm))
-            return None if self._allowed is False else update(*args, **kwargs)
+            if self._allowed is False:
+                return None
+            if self.before_update is not None:
+                self.before_update()
+            return update(*args, **kwargs)
 
         optimizer.step = step  # type: ignore[method-assign]
 
@@ -150,6 +157,10 @@ class Engine:
     def masters(self) -> list[Tensor]:
         """The fp32 weights this rank's optimizer updates: whole, flat or partitioned, by ZeRO stage."""
         return [tensor.data for tensor in self._masters()]
+
+    def master_parameters(self) -> list[Tensor]:
+        """The same as the optimizer holds them, with the gradients it is given."""
+        return list(self._masters())
 
     def _masters(self) -> list[Tensor]:
         if self._stage == 3:

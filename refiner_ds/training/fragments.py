@@ -9,7 +9,7 @@ AdamW's moments and the EMA have the form of the masters they belong to, so one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Fragment(NamedTuple):
     numel: int
     offset: int
 
-    def of(self, masters: Sequence[Tensor]) -> Tensor:
+    def of(self, masters: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
         """The fragment, flat, as a view of whatever has the masters' form."""
         return masters[self.master].view(-1)[self.start : self.start + self.numel]
 

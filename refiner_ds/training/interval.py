@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from refiner_ds.config import RunFile
-from refiner_ds.training.build import peak_flops, training_flops
+from refiner_ds.training.build import training_flops
+from refiner_ds.training.peak import peak_flops
 from refiner_ds.training.step import Outcome
 from refiner_ds.training.stragglers import RankTime
 from refiner_ds.training.world import World
@@ -67,7 +68,7 @@ class Utilisation:
     """
 
     def __init__(self, run: RunFile, num_classes: int, world: World) -> None:
-        peak = peak_flops(world.device)
+        peak = peak_flops(world.device, run.refiner.run.peak_tflops)
         self._peak = None if peak is None else peak * world.size
         self._flops = training_flops(run, num_classes) if peak else 0
 

@@ -12,6 +12,11 @@ def falls_into(step: int, every: float) -> bool:
     return math.floor(step / every) > math.floor((step - 1) / every)
 
 
+def is_logged(step: int, every: int, total: int) -> bool:
+    """Whether the numbers of ``step``, counted from 1, become a line of metrics: each ``every`` steps, and the last."""
+    return step == total or step % every == 0
+
+
 class SaveTimes:
     """When checkpoints are due by steps.
 

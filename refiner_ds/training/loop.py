@@ -122,15 +122,21 @@ class Trainer:
 
     def _one_step(self) -> int | None:
         """Take a step, read the one before meanwhile, and do what is due; the exit code where that ends the run."""
+        shows = self._shows_views()
         if self.recovery.leaves_out(self.step + 1):
             self.take_step.leave_out(self.step, self.batches)
         else:
-            self.unread.append(self._take_step())
+            self.unread.append(self._take_step(keep_views=shows and self.world.is_main))
         self.step += 1
         self.stop.something_to_save()
         last = self.step == self.ready.schedule.total_steps
         saves, evaluates = last or self.save_times.due(self.step), self._evaluation_is_due()
         draws = last or self._due(self.ready.run.refiner.run.picture_epochs)
+        if shows:
+            self.heartbeat.beat(self.step, "drawing", patient=True)  # every rank: their beats are compared
+            if self.take_step.views is not None:
+                self.validation.draw_views(self.step, self.take_step.views)
+                self.take_step.views = None
         requests = self._read(all_but=1)
         if requests or saves or evaluates or draws:
             requests |= self._read()  # what has diverged is never saved nor evaluated
@@ -152,9 +158,9 @@ class Trainer:
             self.validation.picture(self.step)
         return None
 
-    def _take_step(self) -> UnreadStep:
+    def _take_step(self, keep_views: bool) -> UnreadStep:
         try:
-            return self.take_step(self.step, self.batches)
+            return self.take_step(self.step, self.batches, keep_views)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -213,6 +219,12 @@ class Trainer:
 
     def _due(self, epochs: float) -> bool:
         return falls_into(self.step, epochs * self.ready.schedule.steps_an_epoch)
+
+    def _shows_views(self) -> bool:
+        """Whether the views of the step that comes are drawn: the first of a run, and whenever a picture is due."""
+        return self.step == 0 or falls_into(
+            self.step + 1, self.ready.run.refiner.run.picture_epochs * self.ready.schedule.steps_an_epoch
+        )
 
     def _evaluation_is_due(self) -> bool:
         return self.step == self.ready.schedule.total_steps or self._due(self.ready.run.refiner.run.eval_epochs)

@@ -1,7 +1,7 @@
 """What a run tells about itself: ``metrics.jsonl`` and TensorBoard events, from the leading process only.
 
 metrics.jsonl     {"kind": "train", "step": …, "loss": …, …}   {"kind": "eval", "top1": …, "weights": "ema", …}
-tensorboard/      the same numbers as train/…, eval/ema/…, eval/model/…, and pictures
+tensorboard/      the same numbers as train/…, eval/ema/…, eval/model/…; grad_norm/<part>, pictures, the run file
 """
 
 from __future__ import annotations
@@ -79,12 +79,20 @@ class Metrics:
             log.warning("%s: the line of step %d is lost: %s", self._folder.metrics, step, error)
         prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
         numbers = {f"{prefix}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        self.scalars(numbers, step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers for TensorBoard alone, by tag."""
 
         def put(board: SummaryWriter) -> None:
-            for tag, number in numbers.items():
+            for tag, number in values.items():
                 board.add_scalar(tag, number, step)
 
         self._show(put)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text, in Markdown, for TensorBoard."""
+        self._show(lambda board: board.add_text(name, text, step))
 
     def picture(self, name: str, image_HWC: np.ndarray, step: int) -> None:
         """A uint8 picture [H, W, 3] for TensorBoard."""

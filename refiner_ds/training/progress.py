@@ -10,6 +10,7 @@ from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.console import Console
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.interval import Interval, Utilisation, peak_memory_gib
+from refiner_ds.training.intervals import is_logged
 from refiner_ds.training.metrics import Metrics
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.step import Outcome
@@ -45,9 +46,10 @@ class Progress:
         if not outcome.skipped:
             self._interval.add(outcome)
             self._grad_norm = outcome.grad_norm
-        logged = step == self._schedule.total_steps or step % self._every == 0
+        logged = is_logged(step, self._every, self._schedule.total_steps)
         if logged:
             self.write(step)
+            self.metrics.scalars({f"grad_norm/{part}": norm for part, norm in outcome.grad_norms.items()}, step)
         trained = step - self._began_at
         self._console.count(trained)
         if trained == 1 and "(" in (backend := describe_backend(self._world.device)):

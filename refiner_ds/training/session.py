@@ -138,7 +138,9 @@ def _record_start(ready: Preparation, world: World, trainer: Trainer, before: di
         trainer.console.say(f"changed: {key} from {json.dumps(old)} to {json.dumps(new)}")
     if world.is_main:
         record_data(ready.run, ready.train, ready.maps)
-        write_atomically(RunFolder(ready.run.folder).config, json.dumps(ready.run.resolved(), indent=2) + "\n")
+        resolved = json.dumps(ready.run.resolved(), indent=2)
+        trainer.progress.metrics.text("run file", f"```json\n{resolved}\n```", trainer.step)
+        write_atomically(RunFolder(ready.run.folder).config, resolved + "\n")
 
 
 def _print_summary(ready: Preparation) -> None:

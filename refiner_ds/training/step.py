@@ -14,9 +14,12 @@ from refiner_ds.data.batch import Batch
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.exchange import StepExchange
+from refiner_ds.training.gradient_norms import GradientNorms
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.inputs import InputMaker, derived_seed
+from refiner_ds.training.intervals import is_logged
 from refiner_ds.training.losses import Losses, class_loss, token_label_loss
+from refiner_ds.training.pictures import Views
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.world import World
 
@@ -33,6 +36,7 @@ class Outcome(NamedTuple):
         grad_norm: before clipping, equal on all ranks; None where DeepSpeed does not tell.
         forward_seconds: of the step, this rank's forward passes.
         skipped: whether the weights were left as they were, where the run file asks for that.
+        grad_norms: by part of the network, in steps that are logged.
     """
 
     losses: dict[str, float]
@@ -43,6 +47,7 @@ class Outcome(NamedTuple):
     grad_norm: float | None = None
     forward_seconds: float = 0.0
     skipped: bool = False
+    grad_norms: dict[str, float] = {}
 
 
 class UnreadStep:
@@ -53,6 +58,7 @@ class UnreadStep:
         names: of the losses; the means of these come first, then those of the requests.
         micro_batches: loss and sample numbers of each of this rank.
         outcome: what is known already.
+        norms: gradient norms by part, and the parts; None in steps that are not logged.
         clock: when the step before was read, in a list of one.
     """
 
@@ -67,6 +73,7 @@ class UnreadStep:
         micro_batches: list[tuple[Tensor, Tensor]],
         outcome: Outcome,
         clock: list[float],
+        norms: tuple[Tensor, list[str]] | None = None,
     ) -> None:
         self.step, self.micro_batches = step, micro_batches
         self._names, self._requests, self._outcome, self._clock = names, requests, outcome, clock
@@ -75,6 +82,7 @@ class UnreadStep:
         self._numbers, self._norm = _to_host(means_n), grad_norm
         if isinstance(grad_norm, Tensor):
             self._norm = _to_host(grad_norm)
+        self._norms = None if norms is None else (_to_host(norms[0]), norms[1])
         self._computed = None
         if isinstance(means_n, Tensor) and means_n.is_cuda:
             self._computed = torch.cuda.Event()
@@ -94,6 +102,7 @@ class UnreadStep:
             seconds=seconds,
             grad_norm=None if self._norm is None else float(self._norm),
             forward_seconds=self._forward.seconds(),
+            grad_norms={} if self._norms is None else dict(zip(self._norms[1], self._norms[0].tolist(), strict=True)),
         )
 
 
@@ -141,6 +150,8 @@ class OptimizerStep:
         heartbeat: told what begins.
         allows: asked with step, mean loss and gradient norm before weights change, which makes every step wait for the
             device; False skips it. None: nothing is skipped.
+    Attributes:
+        views: the first of the newest step that was asked to keep them; None before there was one.
     """
 
     def __init__(
@@ -155,17 +166,20 @@ class OptimizerStep:
     ) -> None:
         self._ready, self._world, self._requests, self._heartbeat = ready, world, requests, heartbeat
         self._allows, self._clock = allows, [0.0]
+        self.views: Views | None = None
         self._keys, self._batch = ready.run.refiner, ready.batch
         self._engine, self._ema = engine, ema
         self._exchange = StepExchange(engine.statistics(), world)
         dtype = torch.bfloat16 if engine.bf16 else torch.float32
+        self._gradient_norms = GradientNorms(engine, world)
         self._inputs = InputMaker(self._keys, ready.num_classes, engine.module.patch_grid, dtype)
 
-    def __call__(self, step: int, batches: Iterator[Batch]) -> UnreadStep:
+    def __call__(self, step: int, batches: Iterator[Batch], keep_views: bool = False) -> UnreadStep:
         """Train on the next micro-batches of ``batches``.
 
         Args:
             step: optimizer steps before this one.
+            keep_views: copy the first views to ``views``, to be drawn.
         """
         began, waited, bad = time.perf_counter(), 0.0, 0
         sums: dict[str, Tensor] = {}
@@ -174,12 +188,16 @@ class OptimizerStep:
         samples = step * self._batch.global_batch
         epoch = self._ready.schedule.epoch(samples)
         self._engine.set_lr(self._ready.schedule.lr(samples))
+        logged = is_logged(step + 1, self._keys.run.log_steps, self._ready.schedule.total_steps)
+        if logged:
+            self._gradient_norms.watch()
         for micro in range(self._batch.accumulation):
             batch, seconds = self._next(batches, step, micro)
             waited, bad = waited + seconds, bad + batch.bad
             self._heartbeat.beat(step + 1, "forward")
             with timer.running():
-                losses = self._forward(batch, derived_seed(self._keys.run.seed, step, micro, self._world.rank), epoch)
+                seed = derived_seed(self._keys.run.seed, step, micro, self._world.rank)
+                losses = self._forward(batch, seed, epoch, keep_views and not micro)
             micro_batches.append((losses.total.detach(), batch.sample_B.clone()))
             for name, loss in _logged(losses).items():
                 part = loss.detach() * (1 / self._batch.accumulation)
@@ -197,8 +215,10 @@ class OptimizerStep:
             self._ema.update(step)
         known = Outcome({}, frozenset(), time.perf_counter() - began, waited, bad, skipped=skipped)
         norm = self._engine.unread_grad_norm
+        by_part = self._gradient_norms.finish() if logged else None
+        norms = None if by_part is None else (by_part, self._gradient_norms.parts)
         return UnreadStep(
-            step + 1, list(sums), list(self._requests), means, norm, timer, micro_batches, known, self._clock
+            step + 1, list(sums), list(self._requests), means, norm, timer, micro_batches, known, self._clock, norms
         )
 
     def leave_out(self, step: int, batches: Iterator[Batch]) -> None:
@@ -234,9 +254,11 @@ class OptimizerStep:
             return []
         return [(buffer, buffer.clone()) for buffer in self._engine.statistics().values()]
 
-    def _forward(self, batch: Batch, seed: int, epoch: float) -> Losses:
+    def _forward(self, batch: Batch, seed: int, epoch: float, keep_views: bool) -> Losses:
         recipe = self._keys.recipe
         inputs = self._inputs(batch.to(self._world.device), seed, epoch)
+        if keep_views:
+            self.views = Views.of(inputs, self._keys.data.mean, self._keys.data.std)
         torch.manual_seed(seed)  # dropout and drop-path: no generator state to save
         outputs = self._engine(inputs.images_B3HW, mix_box=inputs.box)
         if isinstance(outputs, Tensor):

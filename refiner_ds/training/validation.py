@@ -20,7 +20,7 @@ from refiner_ds.training.engine import Engine, evaluates_in_bf16
 from refiner_ds.training.evaluation import Accuracy, EvaluationStopped, evaluate
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.metrics import Metrics
-from refiner_ds.training.pictures import attention_picture
+from refiner_ds.training.pictures import Views, attention_picture, views_picture
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.world import World
@@ -98,6 +98,10 @@ class Validation:
             return bool(self._stop)
 
         return asked
+
+    def draw_views(self, step: int, views: Views) -> None:
+        """Draw training views of a step, with their labels, for TensorBoard; the main process alone."""
+        self._metrics.picture("views", views_picture(views, self._ready.train.classes, self._model.patch_grid), step)
 
     def picture(self, step: int) -> None:
         """Draw attention maps of the first validation image for TensorBoard. Every rank must call it."""

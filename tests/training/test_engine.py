@@ -43,3 +43,11 @@ def test_averages_are_fp32_averages_of_weights_and_statistics(
 @pytest.mark.parametrize("stage", range(4))
 def test_reading_averages_leaves_weights_alone(found: dict[str, list[float]], stage: int, precision: str) -> None:
     assert found[f"{stage} {precision}"][6] == 0
+
+
+@pytest.mark.parametrize("precision, near", [("fp32", 1e-5), ("bf16", 0.1)])
+@pytest.mark.parametrize("stage", range(4))
+def test_gradient_norms_by_part_are_the_plain_loops_before_clipping(
+    found: dict[str, list[float]], stage: int, precision: str, near: float
+) -> None:
+    assert found[f"{stage} {precision}"][7] < 2 * near  # summed over two ranks
