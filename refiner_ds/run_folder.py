@@ -12,6 +12,7 @@
       tensorboard/                events and images
       logs/                       rank_N.log, one file a rank; rank_N.stacks, should it hang
       heartbeats/  lock           which processes train here, and that they still do
+      profiles/step_00000100/     traces of profiled steps; a file named profile asks a live run for one
       jobs/  code/                submitted runs: submitit's files, and the source they run
       export/                     model.safetensors, config.json, model card
 
@@ -79,6 +80,8 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.heartbeats = self.path / "heartbeats"
         self.lock = self.path / "lock"
+        self.profiles = self.path / "profiles"
+        self.profile_request = self.path / "profile"
         self.jobs = self.path / "jobs"
         self.code = self.path / "code"
         self.export = self.path / "export"
@@ -103,6 +106,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of an optimizer step is."""
         return self.checkpoints / f"step_{step:08d}"
+
+    def profile(self, step: int) -> Path:
+        """Where the traces of profiled steps are, by the first of them."""
+        return self.profiles / f"step_{step:08d}"
 
     def saved_checkpoints(self) -> list[Path]:
         """Every checkpoint of the run, unchecked, oldest first."""

@@ -21,6 +21,12 @@ def _rising(pair: Pair) -> Pair:
     return pair
 
 
+def _steps_in_turn(pair: tuple[int, int]) -> tuple[int, int]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("must be two steps counted from 1, the first not after the last")
+    return pair
+
+
 Range = Annotated[Pair, AfterValidator(_rising)]
 Triple = tuple[float, float, float]
 
@@ -281,6 +287,7 @@ class RunKeys(Section):
             "eval_epochs",
             "picture_epochs",
             "peak_tflops",
+            "profile_steps",
             "checkpoint_epochs",
             "checkpoint_steps",
             "checkpoint_minutes",
@@ -326,6 +333,11 @@ class RunKeys(Section):
         None,
         gt=0,
         description="dense bf16 peak of a device, TFLOP/s, that MFU is a share of; null: what its data sheet says",
+    )
+    profile_steps: Annotated[tuple[int, int], AfterValidator(_steps_in_turn)] | None = Field(
+        None,
+        description="first and last step whose trace by torch.profiler is written to profiles/; null: none, but a live"
+        " run can be asked for one",
     )
     timeout_minutes: float = Field(
         30, gt=0, description="minutes that a collective, a save or the first step may take before it is an error"

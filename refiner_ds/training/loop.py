@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from refiner_ds.checkpoint.files import skipped
 from refiner_ds.checkpoint.retention import Retention
@@ -32,15 +33,17 @@ from refiner_ds.training.inputs import derived_seed
 from refiner_ds.training.intervals import Alarm, SaveTimes, falls_into
 from refiner_ds.training.out_of_memory import is_out_of_memory, memory_use, out_of_memory
 from refiner_ds.training.preparation import Preparation
+from refiner_ds.training.profiling import Profiling
 from refiner_ds.training.progress import Progress
 from refiner_ds.training.recovery import Divergence, Recovery
 from refiner_ds.training.signals import StopFlag
 from refiner_ds.training.step import OptimizerStep, UnreadStep
+from refiner_ds.training.trace_summary import STEP
 from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
 
 # What any rank may ask of all of them in a step.
-STOP, SAVE, GIVE_UP = "stop", "save", "give up"
+STOP, SAVE, GIVE_UP, PROFILE = "stop", "save", "give up", "profile"
 
 
 class Trainer:
@@ -75,7 +78,9 @@ class Trainer:
             STOP: lambda: bool(stop),
             SAVE: lambda: world.is_main and self.save_alarm.rings(),
             GIVE_UP: lambda: self.checkpoints.not_finite,
+            PROFILE: lambda: self.profiling.requested(),
         }
+        self.profiling = Profiling(self.folder, world, self.console, keys.run.profile_steps)
         self.recovery = Recovery(ready, world, self.console)
         self.take_step = OptimizerStep(
             ready, world, self.engine, self.ema, requests, heartbeat, self.recovery.allows_before_the_update
@@ -126,7 +131,9 @@ class Trainer:
         if self.recovery.leaves_out(self.step + 1):
             self.take_step.leave_out(self.step, self.batches)
         else:
-            self.unread.append(self._take_step(keep_views=shows and self.world.is_main))
+            self.profiling.before(self.step + 1)
+            with record_function(STEP):
+                self.unread.append(self._take_step(keep_views=shows and self.world.is_main))
         self.step += 1
         self.stop.something_to_save()
         last = self.step == self.ready.schedule.total_steps
@@ -138,6 +145,12 @@ class Trainer:
                 self.validation.draw_views(self.step, self.take_step.views)
                 self.take_step.views = None
         requests = self._read(all_but=1)
+        if self.profiling.is_last(self.step):
+            self.heartbeat.beat(self.step, "writing a profile", patient=True)
+            self.profiling.finish(self.step)
+        if PROFILE in requests:
+            self.profiling.plan(self.step)
+            requests.discard(PROFILE)
         if requests or saves or evaluates or draws:
             requests |= self._read()  # what has diverged is never saved nor evaluated
         if GIVE_UP in requests:
@@ -205,6 +218,7 @@ class Trainer:
         self._close_batches()
         self.console.done()
         self.progress.close()
+        self.profiling.close()
         self.engine.close()
 
     def _close_batches(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from refiner_ds.data.batch import Batch
 from refiner_ds.training.ema import ModelEma
@@ -21,6 +22,7 @@ from refiner_ds.training.intervals import is_logged
 from refiner_ds.training.losses import Losses, class_loss, token_label_loss
 from refiner_ds.training.pictures import Views
 from refiner_ds.training.preparation import Preparation
+from refiner_ds.training.trace_summary import DATA_WAIT
 from refiner_ds.training.world import World
 
 
@@ -235,7 +237,9 @@ class OptimizerStep:
         began = time.perf_counter()
         new_epoch = not micro and step % self._ready.schedule.steps_an_epoch == 0
         self._heartbeat.beat(step + 1, "waiting for data", patient=new_epoch)
-        return next(batches), time.perf_counter() - began
+        with record_function(DATA_WAIT):
+            batch = next(batches)
+        return batch, time.perf_counter() - began
 
     def _allowance(self, step: int, loss: Tensor) -> Callable[[Tensor | float | None], bool] | None:
         if self._allows is None:
