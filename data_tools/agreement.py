@@ -27,7 +27,7 @@ class ClassCount:
 
     @property
     def leader(self) -> int:
-        """The class that leads in most of the images' maps."""
+        """The class that is top-1 in most of the images' maps."""
         return self.leading.most_common(1)[0][0]
 
 

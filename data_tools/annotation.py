@@ -20,7 +20,7 @@ from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.augment import resize
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MapFormat, ShardIndex
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.data.samples import RawSample, SampleReader
 from refiner_ds.data.score_maps import MAX_CLASSES, ScoreMap, encode
 from refiner_ds.data.writer import write_whole
@@ -96,7 +96,7 @@ class Worker:
     def annotate_images(self, images_BHWC: np.ndarray, labels: list[int]) -> list[ScoreMap]:
         """Score maps of images [B, S, S, 3] uint8."""
         images = torch.from_numpy(images_BHWC).to(self.device)
-        images_B3HW = normalise(images, self.annotator.mean, self.annotator.std, torch.float32)
+        images_B3HW = normalize(images, self.annotator.mean, self.annotator.std, torch.float32)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
             logits_BChw = self.annotator.network(images_B3HW)
         top = min(self.settings.top, logits_BChw.shape[1])

@@ -129,7 +129,7 @@ def plan_from_parquet(
         like: the classes, in order, of a set whose labels this one is to share.
         label_column: where several could be meant.
     Raises:
-        DataError: pyarrow is missing, files are missing or of several splits, or the columns cannot be told.
+        DataError: pyarrow is missing, files are missing or of several splits, or the columns are not recognised.
     """
     files = _one_split(source)
     columns = _columns(files[0], class_list, label_column)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refiner_ds.config import RunFile
-from refiner_ds.config.batch import BatchPlan
+from refiner_ds.config.batch import BatchSplit
 from refiner_ds.errors import LaunchError
 
 from .cluster import ClusterProfile
@@ -45,7 +45,7 @@ class Allocation:
         return self.nodes * self.tasks
 
     @property
-    def batch(self) -> BatchPlan:
+    def batch(self) -> BatchSplit:
         """Batch arithmetic. Raises ConfigError where the batch does not divide over the processes."""
         return self.run.batch(self.world_size)
 

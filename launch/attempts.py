@@ -71,7 +71,7 @@ class Record:
         if self.cause in (policy.Cause.FINISHED, None):
             return "finished" if self.cause else "its end was not seen"
         if self.cause == policy.Cause.INTERRUPTED:
-            return f"told to stop; {f'saved {self.saved}' if self.saved else 'there was nothing to save'}"
+            return f"asked to stop; {f'saved {self.saved}' if self.saved else 'there was nothing to save'}"
         where = f"rank {self.rank} ({self.node}) " if self.rank is not None else f"{self.node} ".lstrip()
         return f"{where}{self.symptom} (exit code {self.exit_code}): {self.evidence}"
 

@@ -30,7 +30,7 @@ SHARED_MEMORY_MB, DISK_MB = 64, 64
 
 
 def free_port(job_id: str, restart_count: int) -> int:
-    """A port of this machine for the ranks to meet at: another at every restart, and one that nobody listens at."""
+    """A port of this machine for the ranks' rendezvous: another at every restart, and one that nobody listens at."""
     number = int(job_id.partition("_")[0]) + restart_count * PORT_STRIDE
     candidates = [PORTS[(number + i) % len(PORTS)] for i in range(100)]
     return next((port for port in candidates if _is_free(port)), candidates[0])

@@ -27,7 +27,7 @@ from .policy import Action, Decision, Limits
 from .supervisor import Outcome, Supervisor
 
 TIMED_OUT = 124  # as timeout(1) has it
-FOR_EVER = 60 * 24 * 366 * 10  # minutes; the controller counts in seconds and must be told something
+FOR_EVER = 60 * 24 * 366 * 10  # minutes; the controller counts in seconds and must be given a number
 ENDING_SECONDS = 1.0  # between the signals that end what is left of a failed job
 
 
@@ -117,7 +117,7 @@ class Controller(local.Controller, Supervisor):
             time.sleep(1 / freq)
 
     def _end_tasks(self) -> None:
-        """End what is left: told to, then killed."""
+        """End what is left: SIGTERM, then SIGKILL."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + ENDING_SECONDS
             while any(task.poll() is None for task in self.tasks) and time.monotonic() < end:

@@ -22,7 +22,7 @@ class Cause(StrEnum):
     FINISHED = "finished"
     REFUSED = "refused"
     DIVERGED = "diverged"
-    INTERRUPTED = "interrupted"  # told to stop: time limit, preemption, a signal; saved if there was something to save
+    INTERRUPTED = "interrupted"  # asked to stop: time limit, preemption, a signal; saved if there was something to save
     HUNG = "hung"
     CRASHED = "crashed"
     UNHEALTHY = "unhealthy node"

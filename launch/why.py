@@ -75,7 +75,7 @@ def explain(record: Record) -> str:
     stopped = f"; not requeued: {record.reason}" if record.action == Action.END and record.reason else ""
     advice = f"; {record.advice}" if record.advice else ""
     if record.cause == Cause.INTERRUPTED and "cancelled" in record.reason:
-        return f"it was cancelled, and {str(record).removeprefix('told to stop; ')}"
+        return f"it was cancelled, and {str(record).removeprefix('asked to stop; ')}"
     return f"{record}{decided or stopped}{advice}"
 
 

@@ -8,7 +8,7 @@ where it saved a checkpoint since it was started: what made no progress once wou
 finished (0), refused (2) or diverged (3) is not. Ctrl-C, TERM, HUP and USR2 make the ranks save, and end this
 command as well.
 
-torchrun's ``--max-restarts`` restarts refused and diverged runs as well, and counts starts that come to nothing.
+torchrun's ``--max-restarts`` restarts refused and diverged runs as well, and counts starts that made no progress.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def check(run: RunFile, world_size: int) -> int:
-    """Say what a run file comes to, without data or GPU: parameters, batch, steps, where the data would be."""
+    """Summarise a run file without data or GPU: parameters, batch, steps, where the data would be."""
     import torch
 
     from refiner_ds.training.build import build_model, parameter_count, training_flops

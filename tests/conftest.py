@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
-STARTERS = ("torchrun", "run", "findings")  # of tests.training.launched
+STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launched
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ GROUND = {
     "refiner_ds",
     *(
         f"refiner_ds.{name}"
-        for name in ("errors", "exit_codes", "files", "gpus", "run_folder", "subcommands", "versions")
+        for name in ("errors", "exit_codes", "files", "gpus", "run_folder", "seeds", "subcommands", "versions")
     ),
 }
 

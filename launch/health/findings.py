@@ -238,7 +238,7 @@ def _absent(reports: Reports) -> Iterator[Finding]:
             how = "hangs" if not reports.ended else "dies"
             yield Finding(True, (host[rank],), f"rank {rank} {how} where all ranks work together{words}")
         elif rank in unmet:
-            yield Finding(True, (host[rank],), f"rank {rank} has not come to where all ranks meet")
+            yield Finding(True, (host[rank],), f"rank {rank} has not reached the rendezvous")
 
 
 def _different(nodes: Sequence[Node]) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.loader import eval_batches
 from refiner_ds.data.locate import open_index
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.training.build import build_model
 
@@ -55,7 +55,7 @@ class LoadedModel:
             images -= int(valid_B.sum())
             if valid_B.any():
                 yield (
-                    normalise(loaded.images_BHWC[valid_B], self.mean, self.std, torch.float32),
+                    normalize(loaded.images_BHWC[valid_B], self.mean, self.std, torch.float32),
                     loaded.labels_B[valid_B],
                 )
             if images <= 0:

@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from refiner_ds.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, Any]:
@@ -20,12 +20,16 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: floa
     Args:
         width, height: of one panel, inches.
     """
+    from matplotlib.figure import Figure  # tables alone need no matplotlib
+
     figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def write_figure(figure: Figure, file: Path) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     write_atomically(file, buffer.getvalue())

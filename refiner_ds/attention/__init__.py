@@ -3,6 +3,7 @@
     dispatch.py    attend, refine, plain_attention: what models call; the choice of a backend
     weights.py     the arguments          refiners.py   a row for each kind of refiner
     equations.py   the paper's, with which tests compare    norms.py   batch norm in fp32, counted once a step
+    moments.py     its mean and variance, from those of parts
     backends/      eager, tiled, triton, and the check of kernels before they become the default
 
 By operation, with every backend's implementation side by side:

@@ -30,7 +30,7 @@ __all__ = [
     "linear_refiner",
     "local_attention",
     "local_over_grid",
-    "normalise",
+    "normalize",
     "reduce",
     "refined_by_shifts",
     "row_and_column_local_attention",
@@ -151,7 +151,7 @@ def batch_moments(map_BCNN: Tensor) -> tuple[Tensor, Tensor]:
     return map_BCNN.mean((0, 2, 3)), map_BCNN.var((0, 2, 3), correction=0)
 
 
-def normalise(
+def normalize(
     map_BCNN: Tensor, weight_C: Tensor, bias_C: Tensor, moments: tuple[Tensor, Tensor], eps: float = 1e-5
 ) -> Tensor:
     """Batch norm with given moments; eps is no trifle beside the variance of probabilities, it is part of the model."""
@@ -185,7 +185,7 @@ def bottleneck(
     def norm(x: Tensor) -> Tensor:
         index = len(used)
         used.append(batch_moments(x) if running is None else running[index])
-        return normalise(x, *affines[index], used[index], eps)
+        return normalize(x, *affines[index], used[index], eps)
 
     expanded_BENN = F.relu6(norm(expand(map_BHNN, expand_EH)))
     local_BENN = F.relu6(norm(distributed_local_attention(expanded_BENN, kernel_E1kk)))

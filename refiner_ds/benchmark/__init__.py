@@ -1,7 +1,7 @@
 """Ratios measured side by side in one run: ``python -m refiner_ds.benchmark model``.
 
 __main__.py    which benchmark
-model.py       a released model under every backend, beside its plain twin and DeiT-S
+model.py       a released model under every backend, beside a vanilla ViT of its size and DeiT-S
 attention.py   one layer of refined attention under every backend
 kernels.py     each Triton kernel: bytes and time on a GPU, registers without one
 loader.py      the data loader beside PIL and torchvision

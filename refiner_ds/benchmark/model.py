@@ -1,14 +1,14 @@
-"""Cost of refining: a released model under every backend, beside its plain twin and timm's DeiT, in one run.
+"""Cost of refining: a released model under every backend, beside a vanilla ViT of its size and timm's DeiT.
 
     python -m refiner_ds.benchmark model [--model refiner_vit_s] [--batch 4] [--device cuda --dtype bf16] [--compile]
 
     eager                   every map materialised
     tiled, triton           the same numbers without saving expanded maps; triton where there is a GPU
     …, compiled             with --compile each under torch.compile, which sees tiled and triton as operators
-    plain twin              the same depth and width without refiners, PyTorch's fused attention
+    vanilla ViT             the same depth and width without refiners, PyTorch's fused attention
     timm DeiT-S             beside the small model
 
-It prints milliseconds an image and memory a step, each as a ratio to the plain twin, and how much faster than eager a
+It prints milliseconds an image and memory a step, each as a ratio to the vanilla ViT, and how much faster than eager a
 training step is. ``--largest 130`` finds the largest batch that trains within so many GiB of a GPU.
 """
 
@@ -34,7 +34,7 @@ from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "main", "measure"]
 
-UNIT, EAGER = "plain twin", "eager"
+BASELINE, EAGER = "vanilla ViT", "eager"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 
@@ -82,7 +82,7 @@ class Setting:
     def contenders(self) -> list[Contender]:
         """Everything that can run on the device."""
         found = [Contender(backend, self.model, backend) for backend in attention.BACKENDS if self._runs(backend)]
-        found.append(Contender(UNIT, self.model, refiner="none"))
+        found.append(Contender(BASELINE, self.model, refiner="none"))
         if self.compile:
             found += [replace(one, label=f"{one.label}, compiled", compiled=True) for one in found]
         if self.model == "refiner_vit_s":
@@ -198,8 +198,8 @@ def measure(setting: Setting, rounds: int, gib: float | None = None) -> list[Row
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, every figure with its ratio to the plain twin."""
-    unit, eager = (next(row for row in rows if row.model == name) for name in (UNIT, EAGER))
+    """The rows as text, every figure with its ratio to the vanilla ViT."""
+    baseline, eager = (next(row for row in rows if row.model == name) for name in (BASELINE, EAGER))
     columns = {
         "forward ms/image": "forward_ms",
         "training ms/image": "training_ms",
@@ -207,9 +207,11 @@ def table(rows: list[Row]) -> str:
         "peak MiB/step": "peak_mib",
     }
     header = f"{'':<22}{'parameters':>12}" + "".join(f"{title:>26}" for title in columns)
-    lines = [header + f"{'training faster':>18}{'forward':>10}" + ("" if unit.largest is None else f"{'largest':>9}")]
+    lines = [
+        header + f"{'training faster':>18}{'forward':>10}" + ("" if baseline.largest is None else f"{'largest':>9}")
+    ]
     for row in rows:
-        cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
+        cells = [(getattr(row, field), getattr(row, field) / getattr(baseline, field)) for field in columns.values()]
         figures = "".join(f"{value:>16.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
         faster = f"{eager.training_ms / row.training_ms:>17.2f}x{eager.forward_ms / row.forward_ms:>9.2f}x"
         batch = "" if row.largest is None else f"{row.largest:>9}"
@@ -254,6 +256,6 @@ def main(argv: list[str] | None = None) -> int:
         clock = "elapsed time" if torch.device(options.device).type == "cuda" else "CPU time, one thread"
         images = f"{setting.batch} images of {setting.img_size} px"
         print(f"{setting.model}, {images}, {setting.dtype}, {setting.device}, {clock}")
-        print("(x): over the plain twin; faster: than eager")
+        print("(x): over the vanilla ViT; faster: than eager")
         print(table(rows))
     return 0

@@ -4,7 +4,7 @@
     views and empty tensors move nothing; in place is read and written; a Triton kernel moves each tensor once
 
 This is what the operations ask of the memory system, not what reaches DRAM. All of eager's maps do, once they exceed
-the caches; tiles should not. So operands are told apart by the size of the storage they lie in: ``uncached`` counts
+the caches; tiles should not. So operands are distinguished by the size of the storage they lie in: ``uncached`` counts
 those in storages too large for a cache.
 """
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 if find_spec("pydantic") is None:  # what everything but the models begins with
     raise ModuleNotFoundError("pydantic is missing: install refiner_ds[train], which trains and makes data")
 
-from refiner_ds.config.batch import BatchPlan
+from refiner_ds.config.batch import BatchSplit
 from refiner_ds.config.reading import RunFile, load
 from refiner_ds.errors import ConfigError
 
-__all__ = ["BatchPlan", "ConfigError", "RunFile", "load"]
+__all__ = ["BatchSplit", "ConfigError", "RunFile", "load"]

@@ -9,7 +9,7 @@ from refiner_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSplit:
     """How one optimizer step's images are shared out: global = world × micro × accumulation."""
 
     world_size: int
@@ -28,7 +28,7 @@ class BatchPlan:
         )
 
 
-def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> BatchPlan:
+def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> BatchSplit:
     """Share ``global_batch`` images over ``world_size`` processes.
 
     Args:
@@ -40,7 +40,7 @@ def plan_batch(global_batch: int, micro_batch: int | None, world_size: int) -> B
     unit = world_size * (micro_batch or 1)
     if global_batch % unit == 0:
         micro = micro_batch or global_batch // world_size
-        return BatchPlan(world_size, global_batch, micro, global_batch // (world_size * micro))
+        return BatchSplit(world_size, global_batch, micro, global_batch // (world_size * micro))
     below, above = global_batch // unit * unit, (global_batch // unit + 1) * unit
     nearest = f"the nearest that do are {below} and {above}" if below else f"the nearest that does is {above}"
     each = f" × {micro_batch} images at once" if micro_batch else ""

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from refiner_ds.config.addresses import is_address, redacted
-from refiner_ds.config.batch import BatchPlan, plan_batch
+from refiner_ds.config.batch import BatchSplit, split_batch
 from refiner_ds.config.deepspeed_keys import INSTEAD, RunFileKeys
 from refiner_ds.config.schema import RefinerKeys, Section
 from refiner_ds.config.sections import key_paths, section_in
@@ -58,10 +58,10 @@ class RunFile:
         """The run folder, <output>/<name>, absolute."""
         return Path(self.refiner.run.output) / (self.refiner.run.name or self.path.stem)
 
-    def batch(self, world_size: int) -> BatchPlan:
+    def batch(self, world_size: int) -> BatchSplit:
         """Batch arithmetic for so many processes. Raises ConfigError where it does not divide."""
         try:
-            return plan_batch(self.keys.train_batch_size, self.keys.train_micro_batch_size_per_gpu, world_size)
+            return split_batch(self.keys.train_batch_size, self.keys.train_micro_batch_size_per_gpu, world_size)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {error}") from None
 

@@ -18,7 +18,7 @@ dataset.py        micro-batches by number
 shared_memory.py  batches from worker processes, through reused buffers
 workers.py        what became of a loader worker that died
 loader.py         batches of this rank, from a position on
-normalise.py      on the device: uint8 pixels to what the model takes
+normalize.py      on the device: uint8 pixels to what the model takes
 mixing.py         on the device: mixup and CutMix of images and targets
 targets.py        on the device: class and patch targets, out of labels or (dense_targets.py) score maps
 """

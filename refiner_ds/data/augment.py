@@ -28,6 +28,7 @@ from torchvision.transforms import ColorJitter
 from refiner_ds.config.schema import AugmentKeys
 from refiner_ds.data.decoding import Picture
 from refiner_ds.errors import ConfigError
+from refiner_ds.seeds import view_seed
 
 Matrix = np.ndarray  # [2, 3] float64
 IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -86,21 +87,10 @@ def preserve_rng_state() -> Iterator[None]:
 
 def seed_sample(seed: int, epoch: int, sample: int) -> None:
     """Set the global generators to the state that belongs to one view of one sample."""
-    number = hash_numbers(seed, epoch, sample)
+    number = view_seed(seed, epoch, sample)
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
     torch.default_generator.manual_seed(number)  # not torch.manual_seed: that would reseed the GPUs too
-
-
-def hash_numbers(*numbers: int) -> int:
-    """A 63-bit number that depends on all of the given ones (splitmix64, chained)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 class TrainView:

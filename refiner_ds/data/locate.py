@@ -28,8 +28,8 @@ def open_index(
         check_files: as in `ShardIndex.load`.
         class_folders: take class folders as well; they are listed on first use.
     Raises:
-        DataError: there is no such set, the package is not installed, the address leads to no set, or the cache cannot
-            be written.
+        DataError: there is no such set or none at the address, the package is not installed, or the cache cannot be
+            written.
     """
     name, kept = str(spec), Path(cache or default_cache()).expanduser()
     if is_address(name):

@@ -9,30 +9,9 @@ Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), the g
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
-
 import numpy as np
 
-ROUNDS = 6  # pairs of half rounds; small sets need more than the four that suffice for large ones
-
-
-@lru_cache(maxsize=16)
-def _round_keys(count: int, seed: int, epoch: int) -> tuple[np.uint64, ...]:
-    """One 64-bit key a half round."""
-    stream = hashlib.shake_256(f"refiner_ds order {count} {seed} {epoch}".encode()).digest(16 * ROUNDS)
-    return tuple(np.frombuffer(stream, dtype="<u8"))
-
-
-def _hash_below(limit: int, value: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A pseudo-random number below ``limit`` for every value: splitmix64's finaliser, then its high bits scaled."""
-    mixed = value + key
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed >>= np.uint64(32)
-    return (mixed * np.uint64(limit)) >> np.uint64(32)
+from refiner_ds.seeds import hash_below, order_keys
 
 
 def samples_at(positions: np.ndarray, *, count: int, seed: int, epoch: int) -> np.ndarray:
@@ -46,7 +25,7 @@ def samples_at(positions: np.ndarray, *, count: int, seed: int, epoch: int) -> n
     Returns:
         [n] int64; over all positions each number below ``count`` comes exactly once.
     """
-    keys = _round_keys(count, seed, epoch)
+    keys = order_keys(count, seed, epoch)
     rows = int(np.ceil(np.sqrt(count)))
     columns = -(-count // rows)
     numbers = np.array(positions, dtype=np.uint64)
@@ -61,6 +40,6 @@ def _feistel(numbers: np.ndarray, rows: int, columns: int, keys: tuple[np.uint64
     """A permutation of the numbers below rows × columns."""
     row, column = numbers // np.uint64(columns), numbers % np.uint64(columns)
     for half in range(0, len(keys), 2):
-        row = (row + _hash_below(rows, column, keys[half])) % np.uint64(rows)
-        column = (column + _hash_below(columns, row, keys[half + 1])) % np.uint64(columns)
+        row = (row + hash_below(rows, column, keys[half])) % np.uint64(rows)
+        column = (column + hash_below(columns, row, keys[half + 1])) % np.uint64(columns)
     return row * np.uint64(columns) + column

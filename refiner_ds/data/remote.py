@@ -55,7 +55,7 @@ def fetch_set(spec: str, cache: Path) -> Path:
         spec: an address as in the module's docstring.
         cache: folder that holds all remote sets.
     Raises:
-        DataError: the address leads to no set, or the cache cannot be written.
+        DataError: there is no set at the address, or the cache cannot be written.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refiner_ds.config.batch import plan_batch
+from refiner_ds.config.batch import split_batch
 from refiner_ds.data.permutation import samples_at
 from refiner_ds.errors import DataError
 
@@ -51,17 +51,17 @@ class TrainSampler:
     def __post_init__(self) -> None:
         if not self.count:
             raise DataError("the training set holds no samples")
-        plan_batch(self.global_batch, self.micro_batch, self.world_size)
+        split_batch(self.global_batch, self.micro_batch, self.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps an epoch; the last one may be padded."""
-        return plan_batch(self.global_batch, self.micro_batch, self.world_size).steps(self.count)
+        return split_batch(self.global_batch, self.micro_batch, self.world_size).steps(self.count)
 
     @property
     def micro_batches_per_step(self) -> int:
         """Micro-batches of this rank a step."""
-        return plan_batch(self.global_batch, self.micro_batch, self.world_size).accumulation
+        return split_batch(self.global_batch, self.micro_batch, self.world_size).accumulation
 
     def __getitem__(self, number: int) -> BatchIndices:
         """The ``number``-th micro-batch of this rank, counted from the beginning of the run."""

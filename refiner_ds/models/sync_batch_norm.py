@@ -1,6 +1,6 @@
 """Batch norm whose training statistics are those of the images of all ranks, on CPUs too.
 
-    [B,C,h,w] on each rank ── sums ── all-reduce ── mean ── squares ── all-reduce ── variance ── normalise
+    [B,C,h,w] on each rank ── sums ── all-reduce ── mean ── squares ── all-reduce ── variance ── normalize
 
 Equal to one process with the whole batch, gradients and running statistics included. ``torch.nn.SyncBatchNorm`` runs on
 GPUs only, stores halves in half precision and counts a recomputed step twice.

@@ -203,7 +203,7 @@ class Checkpoints:
         remove_old(self._run, draft.publish(), self._retention, contents.values)
 
     def _from_main(self, does: Callable[[], object], draft: Draft) -> str:
-        """Have the main rank do something to the draft; what went wrong, told to every rank."""
+        """Have the main rank do something to the draft; the error, if any, is broadcast to every rank."""
         failure = ""
         if self._world.is_main:
             try:

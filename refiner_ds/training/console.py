@@ -26,7 +26,7 @@ class Console:
         self._drawn = 0.0
         self._line = ""
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line that stays, on the terminal and in the log."""
         if not self._prints:
             return
@@ -64,7 +64,7 @@ class Console:
         """When the run ends at this pace: "ends in about 1d 02h, on Fri 27 Nov, 14:05"."""
         seconds = self._seconds_left(step, trained)
         if seconds is None:
-            return "its end cannot be told yet"
+            return "its end cannot be estimated yet"
         at = time.strftime("%a %d %b, %H:%M", time.localtime(time.time() + seconds))
         return f"ends in about {_clock(seconds)}, on {at}"
 

@@ -28,7 +28,10 @@ def refuse_other_data(run: RunFile, train: ShardIndex, maps: ShardIndex | None) 
     except OSError:
         return
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{file}: is damaged; delete it to go on with the data that is there") from None
+        raise ConfigError(
+            f"{file}: is damaged, so the data cannot be compared with that of the run; restore it from a backup,"
+            " or choose another refiner.run.name to begin a new run"
+        ) from None
     for name, now in _described(run, train, maps).items():
         old = wanted[name]
         if (old or {}).get("content_sha256") != (now or {}).get("content_sha256"):

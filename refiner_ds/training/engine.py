@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
-from refiner_ds.config import BatchPlan, RunFile
+from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.fragments import Fragment, find_fragments
 from refiner_ds.training.parameter_groups import parameter_groups
@@ -19,7 +19,7 @@ from refiner_ds.training.world import World
 
 
 def computes_in_bf16(run: RunFile, world: World) -> bool:
-    """What ``bf16.enabled`` comes to on this device: "auto" is on where a GPU has bf16, off on CPUs, slower in it."""
+    """``bf16.enabled``, resolved for this device: "auto" is on where a GPU has bf16, and off on CPUs (slower in it)."""
     asked = run.keys.bf16.enabled
     if asked == "auto":
         return world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -31,7 +31,7 @@ def evaluates_in_bf16(run: RunFile, world: World) -> bool:
     return world.device.type == "cuda" and computes_in_bf16(run, world)
 
 
-def deepspeed_config(run: RunFile, batch: BatchPlan, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(run: RunFile, batch: BatchSplit, bf16: bool) -> dict[str, Any]:
     """The run file's DeepSpeed part with the batch spelled out, as ``deepspeed.initialize`` wants it."""
     config = run.keys.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"refiner", "extends"})
     config["train_batch_size"] = batch.global_batch
@@ -68,7 +68,7 @@ class Engine:
 
     before_update: Callable[[], None] | None = None
 
-    def __init__(self, run: RunFile, model: RefinedViT, batch: BatchPlan, world: World) -> None:
+    def __init__(self, run: RunFile, model: RefinedViT, batch: BatchSplit, world: World) -> None:
         self.bf16 = computes_in_bf16(run, world)
         self.batch = batch
         config = deepspeed_config(run, batch, self.bf16)

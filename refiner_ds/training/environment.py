@@ -1,4 +1,4 @@
-"""What a launcher has told this process of its group, checked before anything waits for anybody.
+"""The launcher's environment variables (rank, world size, address), checked before any rank waits for another.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are torch's own variables; torchrun, the deepspeed launcher
 and launch/ set all of them. A process that lacks some would pick its own port, or train as a run of one, and never

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refiner_ds.data.batch import Batch
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.training.world import World
 
 Triple = tuple[float, float, float]
@@ -84,7 +84,7 @@ def evaluate(
         batch = batch.to(world.device)
         valid_B, labels_B = batch.valid_B, batch.labels_B
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            logits_BC = model(normalise(batch.images_BHWC, mean, std, torch.float32)).float()
+            logits_BC = model(normalize(batch.images_BHWC, mean, std, torch.float32)).float()
         if among is not None:
             restricted_BC = torch.full_like(logits_BC, -torch.inf)
             restricted_BC[:, list(among)] = logits_BC[:, list(among)]

@@ -14,7 +14,7 @@ from refiner_ds.training.world import World
 
 
 class StepExchange:
-    """Averages running statistics and a few numbers over ranks.
+    """All-reduces running statistics and a few scalars to their means over ranks.
 
     Args:
         buffers: live buffers by name; floating-point ones are averaged, in place.

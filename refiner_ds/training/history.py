@@ -28,7 +28,7 @@ def record_start(run: RunFile, world: World, step: int, bf16: bool, before: dict
 
     Args:
         step: optimizer steps already trained.
-        bf16: what ``bf16.enabled`` comes to here.
+        bf16: ``bf16.enabled``, resolved for this device.
         before: the resolved run file of the start before; None where this is the first.
     Returns:
         the keys that changed, by dotted path: value before and value now.

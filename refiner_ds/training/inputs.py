@@ -1,11 +1,10 @@
 """From a batch as it was loaded to what the model and the loss take; everything random here follows from (seed, step).
 
-uint8 pixels, labels or score maps ─▶ normalise ─▶ mixup or CutMix ─▶ images, targets, the box mix-token swaps
+uint8 pixels, labels or score maps ─▶ normalize ─▶ mixup or CutMix ─▶ images, targets, the box mix-token swaps
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from refiner_ds.config.schema import RefinerKeys
 from refiner_ds.data.batch import Batch
 from refiner_ds.data.mixing import Mix, draw_mix, mix_images, mix_targets
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.data.targets import label_targets, map_targets
 from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box
 
@@ -26,12 +25,6 @@ class Inputs(NamedTuple):
     box: Box
     target_BC: Tensor
     target_BPC: Tensor
-
-
-def derived_seed(*parts: int) -> int:
-    """A 63-bit seed that is a function of ``parts`` alone."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class InputMaker:
@@ -60,7 +53,7 @@ class InputMaker:
         mix = draw_mix(recipe, side, generator)
         if recipe.mixup_off_epoch and epoch >= recipe.mixup_off_epoch:
             mix = Mix()
-        images_B3HW = mix_images(normalise(batch.images_BHWC, data.mean, data.std, self._dtype), mix)
+        images_B3HW = mix_images(normalize(batch.images_BHWC, data.mean, data.std, self._dtype), mix)
         how = (self._classes, recipe.label_smoothing, mix, side, self._grid)
         targets = label_targets(batch.labels_B, *how) if batch.maps is None else map_targets(batch.maps, *how)
         target_BC, target_BPC = targets

@@ -21,6 +21,7 @@ from refiner_ds.exit_codes import DIVERGED, FINISHED, RUN_AGAIN
 from refiner_ds.files import write_atomically
 from refiner_ds.models import RefinedViT
 from refiner_ds.run_folder import RunFolder, State
+from refiner_ds.seeds import derived_seed
 from refiner_ds.training.batches import train_batches_of
 from refiner_ds.training.build import build_model, set_recompute
 from refiner_ds.training.checkpoints import Checkpoints, Contents, Outcome
@@ -29,7 +30,6 @@ from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.heartbeat import Heartbeat
 from refiner_ds.training.initial_weights import initial_weights, starts_fresh
-from refiner_ds.training.inputs import derived_seed
 from refiner_ds.training.intervals import Alarm, SaveTimes, falls_into
 from refiner_ds.training.out_of_memory import is_out_of_memory, memory_use, out_of_memory
 from refiner_ds.training.preparation import Preparation
@@ -53,7 +53,7 @@ class Trainer:
         ready: a run that passed every check.
         world: the processes taking part.
         stop: raised when this process was asked to stop.
-        heartbeat: told what begins.
+        heartbeat: gets a beat at the start of each phase.
     """
 
     def __init__(self, ready: Preparation, world: World, stop: StopFlag, heartbeat: Heartbeat) -> None:
@@ -98,7 +98,7 @@ class Trainer:
         if run.refiner.model.init_from is not None and starts_fresh(run):
             state, notes = initial_weights(run, model, self.ready.train.classes)
             model.load_state_dict(state)
-            self.console.say("; ".join([f"weights from {run.refiner.model.init_from}", *notes]))
+            self.console.print("; ".join([f"weights from {run.refiner.model.init_from}", *notes]))
 
     def _resume(self) -> int:
         newest = self.checkpoints.newest()
@@ -106,8 +106,8 @@ class Trainer:
             return 0
         state = self.checkpoints.load(newest)
         for error in skipped(self.folder, newest) if self.world.is_main else []:
-            self.console.say(f"skipped: {error}")
-        self.console.say(f"resuming from {newest} (step {state.step}, epoch {state.epoch:.2f})")
+            self.console.print(f"skipped: {error}")
+        self.console.print(f"resuming from {newest} (step {state.step}, epoch {state.epoch:.2f})")
         return state.step
 
     def run(self) -> int:
@@ -205,9 +205,9 @@ class Trainer:
         self.step = divergence.step
         if newest is None or not goes_back:
             return self._diverged(what)
-        self.console.say(f"step {divergence.step}: {what}")
+        self.console.print(f"step {divergence.step}: {what}")
         self.step = self.checkpoints.load(newest).step
-        self.console.say(f"back at {newest} (step {self.step})")
+        self.console.print(f"back at {newest} (step {self.step})")
         self.progress.rewind(self.step)
         self._close_batches()
         self.batches = self._batches()
@@ -244,7 +244,7 @@ class Trainer:
         return self.step == self.ready.schedule.total_steps or self._due(self.ready.run.refiner.run.eval_epochs)
 
     def _evaluation_is_missing(self) -> bool:
-        """Whether the state that was resumed should have been evaluated, and the process before did not come to it."""
+        """Whether the resumed state was due for an evaluation that the process before did not complete."""
         if self.step == self.ready.schedule.total_steps:
             return True  # what a run has reached at its end is known to the process that evaluates it
         done = any(self.step in values for values in self.progress.metrics.evaluations.values())
@@ -272,7 +272,9 @@ class Trainer:
 
     def _report(self, outcome: Outcome | None) -> None:
         if outcome is not None and outcome.failure:
-            self.console.say(f"not saved: step {outcome.step}: {outcome.failure}; training goes on and will try again")
+            self.console.print(
+                f"not saved: step {outcome.step}: {outcome.failure}; training goes on and will try again"
+            )
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -282,9 +284,9 @@ class Trainer:
         if outcome is not None and not outcome.finite:
             return self._diverged("weights are no longer finite")
         if outcome is not None and outcome.failure:
-            self.console.say(f"asked to stop: step {self.step} could not be saved: {outcome.failure}")
+            self.console.print(f"asked to stop: step {self.step} could not be saved: {outcome.failure}")
         else:
-            self.console.say(f"asked to stop: saved step {self.step}; the same command continues")
+            self.console.print(f"asked to stop: saved step {self.step}; the same command continues")
         return RUN_AGAIN
 
     def _diverged(self, why: str) -> int:
@@ -292,7 +294,7 @@ class Trainer:
         numbers, good = self.progress.write(self.step), self.folder.latest_checkpoint()
         shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in numbers if name.startswith("loss_"))
         self.console.done()
-        self.console.say(
+        self.console.print(
             f"stopped at step {self.step}: {why} ({shown}, learning rate {numbers['lr']:.2e},"
             f" gradient norm {numbers['grad_norm']});"
             f" {f'the last good state is {good}' if good else 'nothing has been saved yet'}: {self._advice()}"
@@ -311,7 +313,7 @@ class Trainer:
         if outcome is not None and not outcome.finite:
             return self._diverged("weights are no longer finite")
         if outcome is not None and outcome.failure:
-            self.console.say(f"the last step could not be saved: {outcome.failure}; free some and run it again")
+            self.console.print(f"the last step could not be saved: {outcome.failure}; free some and run it again")
             return RUN_AGAIN
         summary: dict[str, Any] = {"step": self.step, "samples": self.step * self.ready.batch.global_batch}
         for which, accuracy in self.validation.last.items():

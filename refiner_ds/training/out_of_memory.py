@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from refiner_ds.config import BatchPlan, RunFile
+from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.errors import RefinerError
 from refiner_ds.training.interval import peak_memory_gib
 from refiner_ds.training.world import World
@@ -90,7 +90,7 @@ def out_of_memory(rank: int, step: int, doing: str, use: MemoryUse, error: BaseE
     )
 
 
-def memory_use(run: RunFile, model: nn.Module, batch: BatchPlan, world: World) -> MemoryUse:
+def memory_use(run: RunFile, model: nn.Module, batch: BatchSplit, world: World) -> MemoryUse:
     """What this rank's steps take."""
     keys = run.refiner.model
     return MemoryUse(

@@ -29,7 +29,7 @@ LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Process:
-    """A process, told from a later one of the same number by the clock tick it began at."""
+    """A process, distinguished from a later one with the same PID by the clock tick it started at."""
 
     pid: int
     began: str
@@ -57,7 +57,7 @@ class Process:
 def program(words: list[str]) -> str:
     """What a command line runs: the module or script behind ``python``, else the command's own name.
 
-    A script keeps its folder's name, so that ``refiner_ds/train.py`` is told from other people's ``train.py``.
+    A script keeps its folder's name, so that ``refiner_ds/train.py`` is distinguished from other people's ``train.py``.
     """
     if not words:
         return ""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.inputs import Inputs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_BLOCKS = 8
 MOST_VIEWS = 8
@@ -36,6 +36,8 @@ def attention_picture(model: RefinedViT, image_3HW: Tensor, pixels_HWC: np.ndarr
     Returns:
         uint8 [H, W, 3].
     """
+    from matplotlib.figure import Figure  # only the main rank draws, and seldom
+
     before, after = (model.attention_maps(image_3HW[None], refined=refined) for refined in (False, True))
     chosen = sorted({round(i) for i in np.linspace(0, len(after) - 1, min(len(after), MOST_BLOCKS))})
     figure = Figure(figsize=(1.7 * (len(chosen) + 1), 7.0), dpi=110)  # no pyplot: no screen, nothing global
@@ -93,6 +95,9 @@ def views_picture(views: Views, classes: Sequence[str], grid: tuple[int, int]) -
     Returns:
         uint8 [H, W, 3].
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     count, side = len(views.pixels_BHWC), views.pixels_BHWC.shape[1]
     patch_BPC = views.target_BPC.expand(-1, grid[0] * grid[1], -1)
     figure = Figure(figsize=(1.9 * count, 5.4), dpi=110)
@@ -138,6 +143,8 @@ def _colour(number: int) -> tuple[float, float, float]:
 
 
 def _pixels(figure: Figure, axes: np.ndarray) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     for axis in axes.flat:
         axis.set_axis_off()
     figure.tight_layout(pad=0.4)

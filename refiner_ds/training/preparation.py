@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from refiner_ds.checkpoint.writing import checkpoint_bytes
-from refiner_ds.config import BatchPlan, RunFile
+from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.data.classes import match_classes
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.locate import open_index
@@ -32,7 +32,7 @@ class Preparation:
     """
 
     run: RunFile
-    batch: BatchPlan
+    batch: BatchSplit
     train: ShardIndex
     maps: ShardIndex | None
     val: ShardIndex | None

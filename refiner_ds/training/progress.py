@@ -53,9 +53,9 @@ class Progress:
         trained = step - self._began_at
         self._console.count(trained)
         if trained == 1 and "(" in (backend := describe_backend(self._world.device)):
-            self._console.say(f"attention: {backend}")  # what it could not compute itself is known only now
+            self._console.print(f"attention: {backend}")  # what it could not compute itself is known only now
         if trained == ETA_STEPS:
-            self._console.say(f"after {ETA_STEPS} steps: {self._console.end(step, trained)}")
+            self._console.print(f"after {ETA_STEPS} steps: {self._console.end(step, trained)}")
         if self._numbers:
             self._console.progress(step, trained, self._fields(step), logged)
 
@@ -90,12 +90,12 @@ class Progress:
         if self._interval.steps < ADVICE_STEPS:
             return
         for sentence in self._stragglers.judge(self._world.gather(self._interval.rank_time(self._world))):
-            self._console.say(sentence)
+            self._console.print(sentence)
         cores = len(os.sched_getaffinity(0))
         advice = data_advice(numbers["step_seconds"], numbers["data_wait_seconds"], self._workers, cores)
         if advice and not self._advised:
             self._advised = True
-            self._console.say(advice)
+            self._console.print(advice)
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -83,7 +83,7 @@ class Recovery:
         if (incident := self._incidents.fine(unread.step)) is not None:
             self._write()
             ranks = " and ".join(sorted({f"rank {suspect['rank']}" for suspect in incident.suspects}))
-            self._console.say(
+            self._console.print(
                 f"step {unread.step} was computed again and is fine: what was wrong ({incident.why}) was transient,"
                 f" most likely a fault of the hardware of {ranks}"
             )
@@ -110,7 +110,7 @@ class Recovery:
     def _note(self, step: int, why: str, found: list[MicroBatch]) -> None:
         self._incidents.skipped(step, why, found)
         self._write()
-        self._console.say(f"step {step} is skipped: {why} ({named(found)})")
+        self._console.print(f"step {step} is skipped: {why} ({named(found)})")
 
     def _write(self) -> None:
         if self._world.is_main:

@@ -2,9 +2,9 @@
 
     lock      {"host": …, "pid": …, "began": …, "machine": …, "token": …}; touched every few seconds
 
-Works on NFS: the file comes into being whole by link(2), which is atomic there, and its age is told by the clock of the
-file server alone, never by comparing two machines' clocks. A holder on this machine is dead when its process is; one
-on another machine when it has not touched the file for `SILENT_SECONDS`.
+Works on NFS: the file comes into being whole by link(2), which is atomic there, and its age is read from the clock of
+the file server alone, never by comparing two machines' clocks. A holder on this machine is dead when its process is;
+one on another machine when it has not touched the file for `SILENT_SECONDS`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from refiner_ds.config import BatchPlan
+from refiner_ds.config import BatchSplit
 from refiner_ds.config.schema import RecipeKeys
 
 
@@ -23,7 +23,7 @@ class Schedule:
     """
 
     recipe: RecipeKeys
-    batch: BatchPlan
+    batch: BatchSplit
     images: int
 
     @property

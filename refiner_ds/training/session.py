@@ -83,7 +83,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
     if (refusal := world.broadcast(refusal)) is not None:
         raise LaunchError(refusal)
     if taken_over:
-        Console(world.is_main).say(taken_over)
+        Console(world.is_main).print(taken_over)
     with before_leaving(lambda code: lock.release()):
         try:
             yield
@@ -128,14 +128,14 @@ def _print_header(ready: Preparation, world: World) -> None:
     if world.is_main:
         console = Console(prints=True)
         for about, line in header(ready, world, computes_in_bf16(ready.run, world)).items():
-            console.say(f"{about:<12} {line}")
+            console.print(f"{about:<12} {line}")
 
 
 def _record_start(ready: Preparation, world: World, trainer: Trainer, before: dict[str, Any] | None) -> None:
     """Write down the run file and this start, now that whatever is resumed has been."""
     changed = record_start(ready.run, world, trainer.step, trainer.engine.bf16, before)
     for key, (old, new) in changed.items():
-        trainer.console.say(f"changed: {key} from {json.dumps(old)} to {json.dumps(new)}")
+        trainer.console.print(f"changed: {key} from {json.dumps(old)} to {json.dumps(new)}")
     if world.is_main:
         record_data(ready.run, ready.train, ready.maps)
         resolved = json.dumps(ready.run.resolved(), indent=2)

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from refiner_ds.data.batch import Batch
+from refiner_ds.seeds import derived_seed
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.exchange import StepExchange
 from refiner_ds.training.gradient_norms import GradientNorms
 from refiner_ds.training.heartbeat import Heartbeat
-from refiner_ds.training.inputs import InputMaker, derived_seed
+from refiner_ds.training.inputs import InputMaker
 from refiner_ds.training.intervals import is_logged
 from refiner_ds.training.losses import Losses, class_loss, token_label_loss
 from refiner_ds.training.pictures import Views
@@ -149,7 +150,7 @@ class OptimizerStep:
 
     Args:
         requests: by name, whether this rank asks for something of all ranks: asked once a step.
-        heartbeat: told what begins.
+        heartbeat: gets a beat at the start of each phase.
         allows: asked with step, mean loss and gradient norm before weights change, which makes every step wait for the
             device; False skips it. None: nothing is skipped.
     Attributes:

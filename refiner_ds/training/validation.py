@@ -11,7 +11,7 @@ import torch
 
 from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.loader import eval_batches
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.training.batches import val_batches_of
 from refiner_ds.training.build import build_model
 from refiner_ds.training.console import Console
@@ -80,14 +80,14 @@ class Validation:
         for which, accuracy in found.items():
             values = {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss, "weights": which}
             self._metrics.write("eval", step, epoch, samples, **values)
-        self._console.say(
+        self._console.print(
             f"epoch {epoch:.1f}: top-1 {self.last['model'].top1:.2f} %,"
             f" EMA weights {self.last['ema'].top1:.2f} %, of {self.last['ema'].images} images"
         )
         return True
 
     def _asked_to_stop(self, step: int, which: str) -> Callable[[], bool]:
-        """What an evaluation asks before each batch; each time it is asked, the heartbeat hears of it."""
+        """What an evaluation asks before each batch; each call is also a heartbeat."""
         first, batches = time.monotonic(), 0
 
         def asked() -> bool:
@@ -116,6 +116,6 @@ class Validation:
             self._ready.val, view, batch=1, rank=0, world_size=1, on_bad_sample=data.on_bad_sample, decode=data
         )
         batch = next(iter(first))
-        image = normalise(batch.images_BHWC.to(self._world.device), data.mean, data.std, torch.float32)
+        image = normalize(batch.images_BHWC.to(self._world.device), data.mean, data.std, torch.float32)
         pixels: np.ndarray = batch.images_BHWC[0].numpy()
         self._metrics.picture("attention", attention_picture(self._model, image[0], pixels), step)

@@ -82,7 +82,7 @@ def moments(maps: Array) -> tuple[Array, Array]:
     return mean, variance
 
 
-def normalise(maps: Array, weight: Array, bias: Array, mean: Array, variance: Array, eps: float) -> Array:
+def normalize(maps: Array, weight: Array, bias: Array, mean: Array, variance: Array, eps: float) -> Array:
     out = np.zeros_like(maps)
     for b, c, i, j in _indices(maps):
         out[b, c, i, j] = (maps[b, c, i, j] - mean[c]) / math.sqrt(variance[c] + eps) * weight[c] + bias[c]

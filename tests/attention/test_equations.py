@@ -82,8 +82,8 @@ def test_batch_moments_and_normalising():
     mean, variance = equations.batch_moments(wide)
     for ours, loops in zip((mean, variance), naive.moments(wide.numpy()), strict=True):
         assert_equal(ours, loops)
-    ours = equations.normalise(wide, weight, bias, (mean, variance), eps=1e-5)
-    assert_equal(ours, naive.normalise(*numpy(wide, weight, bias, mean, variance), 1e-5))
+    ours = equations.normalize(wide, weight, bias, (mean, variance), eps=1e-5)
+    assert_equal(ours, naive.normalize(*numpy(wide, weight, bias, mean, variance), 1e-5))
 
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
@@ -100,7 +100,7 @@ def test_bottleneck_with_batch_and_with_running_statistics(statistics):
         moments = naive.moments(x) if statistics == "batch" else numpy(*running[index])
         for truth, given in zip(moments, used[index], strict=True):
             np.testing.assert_allclose(given.numpy(), truth, rtol=1e-12)
-        return naive.normalise(x, *numpy(*affines[index]), *moments, 1e-5)
+        return naive.normalize(x, *numpy(*affines[index]), *moments, 1e-5)
 
     wide = naive.relu6(norm(naive.mix(*numpy(attn, up)), 0))
     wide = naive.relu6(norm(naive.local(wide, kernel.numpy()), 1))

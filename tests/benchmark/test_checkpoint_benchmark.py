@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.training.launched import ROOT, run, torchrun
+from tests.training.launched import ROOT, ranks, run
 
 SMALL = (
     "--model", "refined_vit", "--img-size", "32", "--rounds", "1", "--steps", "2", "--set", "refiner.model.depth=2",
@@ -15,7 +15,7 @@ SMALL = (
 
 
 def test_both_ways_of_saving_are_measured_in_one_run(tmp_path: Path) -> None:
-    done = torchrun("-m", "refiner_ds.benchmark", "checkpoint", *SMALL, "--folder", tmp_path, "--json")
+    done = ranks("-m", "refiner_ds.benchmark", "checkpoint", *SMALL, "--folder", tmp_path, "--json")
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["processes"] == 2 and found["gib"] > 0 and found["parameters"] > 10_000

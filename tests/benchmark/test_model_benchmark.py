@@ -24,25 +24,25 @@ def test_every_model_gets_every_figure(capsys, monkeypatch):
     assert main(["model", "--depth", "2", "--img-size", "64", "--batch", "2", "--rounds", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     rows = {row["model"]: row for row in result["rows"]}
-    assert list(rows) == ["eager", "tiled", "plain twin", "timm DeiT-S"]
+    assert list(rows) == ["eager", "tiled", "vanilla ViT", "timm DeiT-S"]
     assert result["setting"]["img_size"] == 64
     for row in rows.values():
         assert row["forward_ms"] > 0 and row["training_ms"] > 0
         assert row["saved_mib_image"] > 0
         assert row["peak_mib"] > row["saved_mib_image"]
     kept = {name: row["saved_mib_image"] for name, row in rows.items()}
-    assert kept["eager"] > kept["tiled"] > kept["plain twin"]
+    assert kept["eager"] > kept["tiled"] > kept["vanilla ViT"]
 
 
 def test_a_gpu_adds_triton_and_compiling_the_two_that_compilers_see(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     labels = [one.label for one in Setting("refiner_vit_l", 1, 64, "cuda", "bf16", compile=True).contenders()]
-    plain = ["eager", "tiled", "triton", "plain twin"]
+    plain = ["eager", "tiled", "triton", "vanilla ViT"]
     assert labels == [*plain, *(f"{label}, compiled" for label in plain)]
 
 
 def test_the_table_gives_ratios_to_the_plain_twin_and_to_the_plain_composition():
-    rows = [Row("eager", 10, 3.0, 4.0, 5.0, 6.0), Row("plain twin", 9, 1.5, 1.0, 2.5, 2.0, largest=7)]
+    rows = [Row("eager", 10, 3.0, 4.0, 5.0, 6.0), Row("vanilla ViT", 9, 1.5, 1.0, 2.5, 2.0, largest=7)]
     lines = table(rows).splitlines()
     assert len(lines) == 3
     for ratio in ("2.00 x", "4.00 x", "2.00 x", "3.00 x"):

@@ -17,7 +17,7 @@ from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.samples import SampleReader
 from refiner_ds.data.writer import SetWriter
-from tests.training.launched import ROOT, environment, run
+from tests.training.launched import ROOT, environment, ranks
 
 WORDS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
 FEW_STEPS = {
@@ -64,7 +64,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     place = tmp_path_factory.mktemp("classes")
     env = environment() | {"REFINER_DS_CACHE": str(place / "cache")}
     sets = [word for key, value in FEW_STEPS.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    done = run(sys.executable, ROOT / "refiner_ds" / "train.py", *sets, cwd=place, env=env, timeout=300)
+    done = ranks(ROOT / "refiner_ds" / "train.py", *sets, processes=1, cwd=place, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     val = open_index("package:digits/val", place / "cache")
     digits, many = [str(n) for n in range(10)], [f"class {n:03d}" for n in range(100)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from refiner_ds.config.batch import plan_batch
+from refiner_ds.config.batch import split_batch
 from refiner_ds.errors import ConfigError
 
 
@@ -14,7 +14,7 @@ from refiner_ds.errors import ConfigError
 def test_accumulation_follows_from_the_number_of_processes(
     world: int, micro: int | None, plan: tuple[int, int]
 ) -> None:
-    batch = plan_batch(48, micro, world)
+    batch = split_batch(48, micro, world)
     assert (batch.micro_batch, batch.accumulation) == plan
     assert batch.world_size * batch.micro_batch * batch.accumulation == 48
 
@@ -30,9 +30,9 @@ def test_accumulation_follows_from_the_number_of_processes(
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(world: int, micro: int | None, named: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan_batch(48, micro, world)
+        split_batch(48, micro, world)
     assert named in str(refusal.value)
 
 
 def test_the_last_batch_of_an_epoch_is_a_step_too() -> None:
-    assert plan_batch(48, None, 2).steps(97) == 3
+    assert split_batch(48, None, 2).steps(97) == 3

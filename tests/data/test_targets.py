@@ -11,7 +11,7 @@ from refiner_ds.config.schema import MixKeys
 from refiner_ds.data.batch import MapBatch
 from refiner_ds.data.dense_targets import dense_targets
 from refiner_ds.data.mixing import Mix, draw_mix, image_lambda, mix_images
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.data.targets import label_targets, map_targets, smooth_labels
 
 BATCH, K, ROWS, COLUMNS, CLASSES = 4, 3, 9, 13, 20
@@ -77,10 +77,10 @@ def test_label_smoothing_is_timms() -> None:
     assert torch.allclose(target, wanted)
 
 
-def test_normalise_is_mean_and_standard_deviation() -> None:
+def test_normalize_is_mean_and_standard_deviation() -> None:
     images = torch.randint(0, 256, (2, 5, 6, 3), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    normalised = normalise(images, mean, std, torch.float32)
+    normalised = normalize(images, mean, std, torch.float32)
     for channel in range(3):
         wanted = (images[..., channel] / 255 - mean[channel]) / std[channel]
         assert torch.allclose(normalised[:, channel], wanted, atol=1e-6)

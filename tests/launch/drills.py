@@ -143,7 +143,7 @@ FAULTS: dict[str, Callable[[Drill], None]] = {
 
 def main() -> int:
     """Print the table."""
-    print("| fault | seconds to the next step | steps lost | told as |\n| --- | --- | --- | --- |", flush=True)
+    print("| fault | seconds to the next step | steps lost | reported as |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory(prefix="drills-") as folder, SlurmCluster(nodes=4) as slurm:
         base = Clone(ROOT, Path(folder) / "runs", Path(folder) / "cache")
         for number, (name, fault) in enumerate(FAULTS.items()):

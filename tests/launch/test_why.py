@@ -84,8 +84,8 @@ FAILURES = {
         {}, ("setup line failed", "module load cuda/99", "cluster profile"), {"setup": ["module load cuda/99"]}
     ),
     "interface": Staged({}, ("no interface ib7", "master_addr"), {"master_addr": "ib7"}, nodes=2),
-    "preempted": Staged({"r0": ["saved"]}, ("told to stop", "requeue: false"), {"partition": "low"}),
-    "time_limit": Staged({"r0": ["saved"]}, ("told to stop",), {"hours": 1 / 60, "signal_seconds": 58}),
+    "preempted": Staged({"r0": ["saved"]}, ("asked to stop", "requeue: false"), {"partition": "low"}),
+    "time_limit": Staged({"r0": ["saved"]}, ("asked to stop",), {"hours": 1 / 60, "signal_seconds": 58}),
     "cancelled": Staged({"r0": ["saved"]}, ("it was cancelled",)),
     "stopped_unsaved": Staged({"r0": ["hang"]}, ("it was cancelled",)),
     "purged": Staged({}, ("purged in part", "submit"), {"sbatch": {"begin": "now+5"}}),

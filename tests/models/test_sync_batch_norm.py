@@ -9,13 +9,13 @@ import torch
 
 from refiner_ds.models import SyncBatchNorm
 from tests.models.small import RELEASED, differences, pictures, small_model, training_step
-from tests.training.launched import torchrun
+from tests.training.launched import ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     report = tmp_path_factory.mktemp("sync") / "found.json"
-    done = torchrun("-m", "tests.models.sync_batch_norm_script", report)
+    done = ranks("-m", "tests.models.sync_batch_norm_script", report)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(report.read_text())
 

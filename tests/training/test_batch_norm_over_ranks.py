@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, torchrun
+from tests.training.launched import ROOT, ranks
 
 TINY = {
     "refiner.model.depth": 2, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
@@ -22,7 +22,7 @@ TINY = {
 def losses(output: Path, processes: int) -> list[float]:
     keys = {**TINY, "refiner.run.output": str(output)}
     arguments = [part for key, value in keys.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    done = torchrun(ROOT / "refiner_ds" / "train.py", *arguments, processes=processes)
+    done = ranks(ROOT / "refiner_ds" / "train.py", *arguments, processes=processes)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return [line["loss"] for line in read_metrics(output / "quickstart", "train")]
 

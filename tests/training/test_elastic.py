@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from refiner_ds.checkpoint.files import integrity_errors
 from refiner_ds.checkpoint.tensors import TensorReader
 from refiner_ds.run_folder import RunFolder
-from tests.training.launched import torchrun
+from tests.training.launched import ranks
 
 SCRIPT = Path(__file__).with_name("elastic_script.py")
 STEMS = ("model", "ema", "optimizer")
@@ -20,7 +20,7 @@ NEAR = {"fp32": 1e-4, "bf16": 0.1}  # of forward's logits from a plain fp32 mode
 
 
 def launch(folder: Path, processes: int, *arguments: str | Path) -> dict[str, float]:
-    done = torchrun(SCRIPT, *arguments, processes=processes, timeout=280)
+    done = ranks(SCRIPT, *arguments, processes=processes, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / "found.json").read_text())
 

@@ -20,7 +20,7 @@ from refiner_ds.training.build import build_model
 from refiner_ds.training.initial_weights import initial_weights
 from refiner_ds.training.inputs import InputMaker
 from refiner_ds.training.preparation import prepare
-from tests.training.launched import ROOT, torchrun
+from tests.training.launched import ROOT, ranks
 from tests.training.test_golden_curves import run_file, shards_of
 
 LR, DECAY = 1e-3, 0.5
@@ -34,7 +34,7 @@ def weights_of(run: Path, which: str = "ema") -> dict[str, Tensor]:
 
 def train(file: Path, keys: dict[str, Any], processes: int) -> str:
     file.write_text(json.dumps(keys))
-    done = torchrun(ROOT / "refiner_ds" / "train.py", "--config", file, processes=processes)
+    done = ranks(ROOT / "refiner_ds" / "train.py", "--config", file, processes=processes)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.launched import ROOT, run, torchrun
+from tests.training.launched import ROOT, ranks, run
 
 RECORDED = Path(__file__).parent / "golden" / "curves.json"
 NEAR = 1e-2  # relative; gates of ReLU6 that flip on another CPU move a loss by up to 7e-4, another sample by percents
@@ -107,7 +107,7 @@ def shards_of(folder: Path) -> Path:
 def train(case: str, shards: Path, folder: Path) -> list[float]:
     file = folder / f"{case}.json"
     file.write_text(json.dumps(run_file(case, shards, folder / "runs")))
-    done = torchrun(ROOT / "refiner_ds" / "train.py", "--config", file, timeout=180)
+    done = ranks(ROOT / "refiner_ds" / "train.py", "--config", file, timeout=180)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     lines = (folder / "runs" / case / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from refiner_ds.config import load
 from refiner_ds.errors import ConfigError
-from tests.training.launched import ROOT, run
+from tests.training.launched import ROOT, ranks
 
 TINY = {
     "refiner.model.depth": 4, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
@@ -23,7 +22,7 @@ TINY = {
 def losses_of(output: Path, **keys: object) -> list[dict[str, float]]:
     settings = {**TINY, "refiner.run.output": str(output), **keys}
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    done = run(sys.executable, ROOT / "refiner_ds" / "train.py", *arguments)
+    done = ranks(ROOT / "refiner_ds" / "train.py", *arguments, processes=1)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     lines = (output / "quickstart" / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if "loss" in name} for line in lines]

@@ -25,7 +25,7 @@ from refiner_ds.training.build import build_model
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.preparation import prepare
 from refiner_ds.training.resuming import config_before, refuse_unfit_checkpoint
-from tests.training.launched import ROOT, environment, torchrun
+from tests.training.launched import ROOT, environment, ranks
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
 # Dropout, drop-path, mixing and random crops on: all of it has to come back.
@@ -47,7 +47,7 @@ def arguments(output: Path, **more: object) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole")
-    done = torchrun(TRAIN, *arguments(output))
+    done = ranks(TRAIN, *arguments(output))
     assert done.returncode == 0, done.stderr[-3000:]
     return output / "quickstart"
 
@@ -91,7 +91,7 @@ def test_one_signalled_rank_makes_all_save_and_leave_and_the_same_command_goes_o
     assert "asked to stop: saved step" in out and "exitcode  : 75" in err, out + err
     stopped_at = read_state(newest(run)).step
     assert 3 <= stopped_at < 30
-    again = torchrun(TRAIN, *arguments(tmp_path))
+    again = ranks(TRAIN, *arguments(tmp_path))
     assert again.returncode == 0 and f"(step {stopped_at}," in again.stdout
     same_course(run, whole)
 
@@ -103,7 +103,7 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_continues(who
     for step, damage in ((30, "cut"), (24, "flip"), (18, "lose")):
         spoil(run / "checkpoints" / f"step_{step:08d}", damage)
     (run / "checkpoints" / ".writing_step_00000036").mkdir()  # as a process killed while saving leaves it
-    again = torchrun(TRAIN, *arguments(tmp_path))
+    again = ranks(TRAIN, *arguments(tmp_path))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "step_00000012 (step 12," in again.stdout
     told = re.findall(r"skipped: \S+step_000000(\d\d)\S+: (.+)", again.stdout)
@@ -123,7 +123,7 @@ def test_another_number_of_processes_draws_the_same_samples_and_views(tmp_path: 
             command = [Path(__file__).with_name("keys_script.py"), tmp_path / f"{name}.log", str(stop_before)]
             changed_keys = {"refiner.recipe.weight_decay": 0.3, "zero_optimization.stage": 2} if processes == 3 else {}
             more = arguments(tmp_path, **keys, **changed_keys, **{"refiner.run.name": name})
-            done = torchrun(*command, *more, processes=processes)
+            done = ranks(*command, *more, processes=processes)
             assert done.returncode == 0 or stop_before, done.stdout[-2000:] + done.stderr[-3000:]
     straight, changed = (made_of(tmp_path, name) for name in ("straight", "changed"))
     assert sorted(straight) == list(range(18)) and changed == straight

@@ -6,14 +6,14 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from refiner_ds.config.batch import plan_batch
+from refiner_ds.config.batch import split_batch
 from refiner_ds.config.schema import RecipeKeys
 from refiner_ds.training.schedule import Schedule
 
 
 def schedule(images: int = 1000, batch: int = 100, **recipe: float) -> Schedule:
     keys = {"epochs": 20, "warmup_epochs": 2, "cooldown_epochs": 3, "lr": 1e-3, "lr_batch": 50, **recipe}
-    return Schedule(RecipeKeys(**keys), plan_batch(batch, None, 1), images)
+    return Schedule(RecipeKeys(**keys), split_batch(batch, None, 1), images)
 
 
 def test_it_is_timms_cosine_at_every_step() -> None:
@@ -35,7 +35,7 @@ def test_the_peak_scales_with_the_global_batch_and_the_floor_does_not() -> None:
 
 def test_the_same_samples_give_the_same_rate_for_any_number_of_processes() -> None:
     recipe = RecipeKeys(epochs=20, warmup_epochs=2)
-    one, many = (Schedule(recipe, plan_batch(96, None, world), 1000) for world in (1, 8))
+    one, many = (Schedule(recipe, split_batch(96, None, world), 1000) for world in (1, 8))
     assert [one.lr(96 * step) for step in range(99)] == [many.lr(96 * step) for step in range(99)]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_tools import shard
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, run
+from tests.training.launched import ROOT, ranks, run
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 RECIPE = {
@@ -51,7 +51,7 @@ def shards(tmp_path: Path) -> Path:
 def test_a_relabel_run_learns_what_its_maps_say(shards: Path, tmp_path: Path) -> None:
     keys = {**RECIPE, "refiner.data.train": shards, "refiner.data.val": shards, "refiner.run.output": tmp_path / "runs"}
     settings = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
-    done = run(sys.executable, ROOT / "refiner_ds" / "train.py", *settings)
+    done = ranks(ROOT / "refiner_ds" / "train.py", *settings, processes=1)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     folder = tmp_path / "runs" / "quickstart"
     losses = [line["loss"] for line in read_metrics(folder, "train")]

@@ -103,8 +103,10 @@ def test_a_child_that_was_forked_meanwhile_does_not_hold_up_the_end() -> None:
         child = os.fork()  # a loader's worker, which lives on
         if child == 0:
             signal.pause()
+    still_lives = os.waitpid(child, os.WNOHANG) == (0, 0)  # the block has ended, the child has not
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    assert still_lives
 
 
 WAITING_IN_C = """

@@ -16,7 +16,7 @@ from refiner_ds.data.batch import Batch
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.evaluation import EvaluationStopped, evaluate
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, environment, run
+from tests.training.launched import ROOT, environment, ranks
 from tests.training.saving import ALONE, Alone
 from tests.training.test_resume import TRAIN, arguments
 
@@ -73,7 +73,7 @@ def test_what_it_interrupts_is_saved_before_and_made_up_for_on_resume(tmp_path: 
     out, err = process.communicate(timeout=200)
     assert process.returncode == 75 and "asked to stop: saved step 6" in out, out + err
     assert not read_metrics(folder.path, "eval") and not folder.complete.exists()
-    again = run(sys.executable, TRAIN, *arguments(tmp_path, **keys))
+    again = ranks(TRAIN, *arguments(tmp_path, **keys), processes=1)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [(line["step"], line["weights"]) for line in read_metrics(folder.path, "eval")] == [(6, "model"), (6, "ema")]
     assert folder.complete.exists()

@@ -130,7 +130,7 @@ def test_a_run_that_ends_so_names_the_last_good_state_and_what_is_not_set_alread
     lost.folder.path.mkdir()
     if saved:
         lost.folder.latest_file.write_text("step_00000007\n")
-    lost.console.say = said.append  # type: ignore[method-assign,assignment]
+    lost.console.print = said.append  # type: ignore[method-assign,assignment]
     assert lost.run() == DIVERGED and len(said) == 1
     good = f"the last good state is {lost.folder}/checkpoints/step_00000007: lower"
     assert (good if saved else "; nothing has been saved yet: lower") in said[0]

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck.norm_algebra import NormAlgebra
+from refiner_ds.attention.moments import Moments
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling import ops
-from refiner_ds.attention.tiling.moments import Moments
 from refiner_ds.attention.tiling.tiles import Tile, convolve, tiles
 
 __all__ = ["ForwardPasses"]

@@ -29,8 +29,8 @@ from refiner_ds.attention.kernels.dot import (
 )
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
 from refiner_ds.attention.kernels.launch import launch
-from refiner_ds.attention.kernels.moments import combine_each
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded, valid_counts
+from refiner_ds.attention.moments import combine_each
 
 __all__ = [
     "expand_local",

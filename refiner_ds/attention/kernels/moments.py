@@ -15,8 +15,9 @@ from torch import Tensor
 from refiner_ds.attention.kernels.dot import dot, dot_tf32x3, padded_size, split_hi_lo
 from refiner_ds.attention.kernels.launch import launch
 from refiner_ds.attention.kernels.padded import row_stride, to_padded, valid_counts
+from refiner_ds.attention.moments import combine
 
-__all__ = ["combine", "combine_each", "map_moments"]
+__all__ = ["map_moments"]
 
 POSITIONS = 64  # of a step
 STEPS = 64  # of a program, which is one warp: there is a single tile of a product
@@ -83,34 +84,3 @@ def map_moments(map_BHNN: Tensor) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     mean_H, covariance_HH = combine(counts_P.repeat(batch), means_PH, comoments_PHH)
     return mean_H[:heads], covariance_HH[:heads, :heads]
-
-
-def combine(counts_P: Tensor, means_PK: Tensor, comoments_PKK: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased covariance over all P parts (Chan et al., 1979), float64.
-
-    Args:
-        counts_P: entries of each part.
-        means_PK, comoments_PKK: means of K quantities, and sums of products about those means.
-    Returns:
-        [K] and [K, K].
-    """
-    share_P = counts_P.double() / counts_P.sum()
-    mean_K = share_P @ means_PK.double()
-    apart_PK = means_PK.double() - mean_K
-    return mean_K, comoments_PKK.double().sum(0) / counts_P.sum() + (apart_PK * share_P[:, None]).mT @ apart_PK
-
-
-def combine_each(counts_PC: Tensor, means_PKC: Tensor, comoments_PKKC: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for K quantities of each of C maps by itself, float64.
-
-    Args:
-        counts_PC: entries of each map in each part.
-        means_PKC, comoments_PKKC: means of the quantities, and sums of products about those means.
-    Returns:
-        [K, C] and [K, K, C].
-    """
-    share_PC = counts_PC.double() / counts_PC.sum(0, dtype=torch.float64)
-    mean_KC = (share_PC[:, None] * means_PKC).sum(0)
-    apart_PKC = means_PKC - mean_KC
-    between_KKC = torch.einsum("pc,pkc,plc->klc", share_PC, apart_PKC, apart_PKC)
-    return mean_KC, comoments_PKKC.double().sum(0) / counts_PC.sum(0, dtype=torch.float64) + between_KKC

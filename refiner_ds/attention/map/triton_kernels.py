@@ -107,6 +107,24 @@ def _softmax_gradient(
 
 
 @triton.jit
+def _softmax_gradient_of_keys(
+    k_BHNd, value_BHNd, q_Rd, lse_R, grad_NN, out_Rd, plane, row_R, key_K, k_strides, value_strides,
+    scale, dropout, seed, heads, width,
+    TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile, [K, d], and its `_softmax_gradient`."""
+    image, head = plane // heads, plane % heads
+    k_Kd = _vectors(k_BHNd, image, head, key_K, k_strides, width, TOKENS, WIDTH)
+    value_Kd = _vectors(value_BHNd, image, head, key_K, value_strides, width, TOKENS, WIDTH)
+    softmax_RK, grad_RK = _softmax_gradient(
+        q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
+        TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
+    )  # fmt: skip
+    return k_Kd, softmax_RK, grad_RK
+
+
+@triton.jit
 def _query_gradients(
     q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dq_BHNd, residual_BHNN, mean_BHN,
     q_strides, k_strides, out_strides, value_strides, scale, dropout, seed, heads, width,
@@ -123,11 +141,9 @@ def _query_gradients(
     lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
     mean_R = tl.zeros([ROWS], tl.float32)
     for start in range(0, TOKENS, KEYS):
-        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
-        value_Kd = _vectors(value_BHNd, image, head, start + key_K, value_strides, width, TOKENS, WIDTH)
-        softmax_RK, grad_RK = _softmax_gradient(
-            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, plane, row_R, start + key_K, scale, dropout, seed,
-            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
+        k_Kd, softmax_RK, grad_RK = _softmax_gradient_of_keys(
+            k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, plane, row_R, start + key_K, k_strides, value_strides,
+            scale, dropout, seed, heads, width, TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, WIDTH,
         )  # fmt: skip
         mean_R += tl.sum(softmax_RK * grad_RK, 1)
         if RESIDUAL:
@@ -137,11 +153,9 @@ def _query_gradients(
     tl.store(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mean_R, mask=row_R < TOKENS)
     dq_Rd = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, TOKENS, KEYS):
-        k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
-        value_Kd = _vectors(value_BHNd, image, head, start + key_K, value_strides, width, TOKENS, WIDTH)
-        softmax_RK, grad_RK = _softmax_gradient(
-            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, plane, row_R, start + key_K, scale, dropout, seed,
-            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
+        k_Kd, softmax_RK, grad_RK = _softmax_gradient_of_keys(
+            k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, plane, row_R, start + key_K, k_strides, value_strides,
+            scale, dropout, seed, heads, width, TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, WIDTH,
         )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dq_Rd += dot(logits_RK.to(k_Kd.dtype), k_Kd)
@@ -177,8 +191,8 @@ def _key_gradients(
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dk_Kd += dot(tl.trans(logits_RK.to(q_Rd.dtype)), q_Rd)
     offset_Kd = (plane.to(tl.int64) * TOKENS + key_K[:, None]) * width + at_d[None, :]
-    here_Kd = (key_K[:, None] < TOKENS) & (at_d[None, :] < width)
-    tl.store(dk_BHNd + offset_Kd, (dk_Kd * scale).to(dk_BHNd.dtype.element_ty), mask=here_Kd)
+    valid_Kd = (key_K[:, None] < TOKENS) & (at_d[None, :] < width)
+    tl.store(dk_BHNd + offset_Kd, (dk_Kd * scale).to(dk_BHNd.dtype.element_ty), mask=valid_Kd)
 
 
 def softmax_map(

@@ -21,7 +21,7 @@ def _affine(
     return scale, torch.tensor([-centre / part for centre, part in zip(mean, std, strict=True)], device=device)
 
 
-def normalise(
+def normalize(
     images_BHWC: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], dtype: torch.dtype
 ) -> Tensor:
     """uint8 pixels [B, H, W, 3] to (pixel/255 − mean)/std, [B, 3, H, W] in ``dtype``, channels last in memory."""
