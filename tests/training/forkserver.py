@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchvision",
-    "timm", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "safetensors.torch", "pydantic", "webdataset",
-    "xxhash", "zstandard", "simplejpeg", "sklearn.datasets",
+    "torch", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "timm",
+    "torchvision", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "safetensors.torch", "pydantic",
+    "webdataset", "xxhash", "zstandard", "simplejpeg", "sklearn.datasets",
 )  # fmt: skip
 GRACE_SECONDS = 40  # for other ranks, once one has failed
 PR_SET_PDEATHSIG = 1
