@@ -117,9 +117,9 @@ class Profiling:
                 write_atomically(folder / "summary.txt", "\n".join([title, *lines]) + "\n")
             except OSError as error:
                 log.warning("%s: %s", folder, error)
-            self._console.say(f"{title}, {folder}:")
+            self._console.print(f"{title}, {folder}:")
             for said in lines:
-                self._console.say(f"  {said}")
+                self._console.print(f"  {said}")
 
     def _write(self, folder: Any) -> str:
         if self._world.device.type == "cuda":
