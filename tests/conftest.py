@@ -1,7 +1,7 @@
 """What every test can rely on: one torch thread, and a package that needs no installation to be found.
 
 Tests run side by side, file by file (``-n 2 --dist loadfile``): those of a file share what it makes once, a run or a
-cluster. Files that start processes come first, so that none of these long ones is left over at the end.
+cluster. Files that start processes come first, the longest of all before them, so that none is left over at the end.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several threads on a busy two-core box slow torch down many times over
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: tests press Ctrl-C
@@ -22,6 +23,13 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+# Files of half a minute and more, longest first; a file that is missing here only makes the end less even.
+LONGEST = (
+    "commands/test_quickstart.py", "launch/test_slurm_jobs.py", "launch/test_real_training.py", "launch/test_why.py",
+    "training/test_launchers.py", "launch/test_doctor.py", "commands/test_starting.py", "training/test_resume.py",
+    "launch/test_local_jobs.py", "launch/test_refusals.py", "models/test_inference.py", "training/test_elastic.py",
+    "training/test_rollback.py", "packaging/test_wheel.py", "attention/triton/test_loops.py",
+)  # fmt: skip
 STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launched
 
 
@@ -37,7 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if starts_processes(item):
             item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        items.sort(key=when)
+
+
+def when(item: pytest.Item) -> tuple[bool, int]:
+    """When a test comes, among several test processes: sorting by it keeps the tests of a file together."""
+    name = item.path.relative_to(Path(__file__).parent).as_posix()
+    place = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    return item.get_closest_marker("slow") is None and place == len(LONGEST), place
 
 
 def starts_processes(item: pytest.Item) -> bool:

@@ -21,7 +21,7 @@ from refiner_ds.checkpoint.files import integrity_errors, read_classes
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, environment, run
+from tests.training.launched import ROOT, environment, ranks, run
 
 BIN = Path(sys.executable).parent
 
@@ -125,9 +125,8 @@ def test_the_same_command_again_says_that_the_run_is_complete(quickstart: Quicks
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_evaluation_is_exact_to_the_image_for_any_number_of_processes(quickstart: Quickstart, processes: int) -> None:
-    evaluate = [ROOT / "refiner_ds" / "evaluate.py", quickstart.folder, "--json", "--batch", "50"]
-    start = [BIN / "torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [BIN / "python"]
-    done = quickstart.type(*start, *evaluate)
+    evaluate = (ROOT / "refiner_ds" / "evaluate.py", quickstart.folder, "--json", "--batch", "50")
+    done = ranks(*evaluate, processes=processes, cwd=quickstart.place, env=quickstart.env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     last = [line for line in read_metrics(quickstart.folder, "eval") if line["weights"] == "ema"][-1]
@@ -167,7 +166,7 @@ def test_analysis_of_the_run_writes_tables_and_pictures(quickstart: Quickstart, 
     for command, files in commands.items():
         limit = ("--all-steps",) if command == "weights" else ("--images", "40")
         script = ("-m", "refiner_ds.analysis", command, quickstart.folder, *limit, "--out", tmp_path)
-        done = run(sys.executable, *script, env=environment(REFINER_DS_CACHE=quickstart.env["REFINER_DS_CACHE"]))
+        done = ranks(*script, processes=1, env=environment(REFINER_DS_CACHE=quickstart.env["REFINER_DS_CACHE"]))
         assert done.returncode == 0, done.stderr
         assert all((tmp_path / file).stat().st_size > 100 for file in files)
     rows = (tmp_path / "features.csv").read_text().splitlines()
@@ -176,16 +175,17 @@ def test_analysis_of_the_run_writes_tables_and_pictures(quickstart: Quickstart, 
     assert len((tmp_path / "refiner_weights.csv").read_text().splitlines()) == 1 + 2 * checkpoints
 
 
-def test_an_export_is_the_checkpoint_with_its_class_names(quickstart: Quickstart) -> None:
+def test_an_export_is_the_checkpoint_with_its_class_names(quickstart: Quickstart, tmp_path: Path) -> None:
     env = environment(REFINER_DS_CACHE=quickstart.env["REFINER_DS_CACHE"])
     for _ in range(2):  # an export takes the place of the one before
-        done = run(sys.executable, "-m", "refiner_ds.export", quickstart.folder, env=env)
+        done = ranks("-m", "refiner_ds.export", quickstart.folder, processes=1, env=env)
         assert done.returncode == 0, done.stderr
     place = quickstart.folder / "export"
     config = json.loads((place / "config.json").read_text())
     assert config["label_names"] == [str(digit) for digit in range(10)]
     assert config["pretrained_cfg"]["input_size"] == [3, 28, 28] and config["pretrained_cfg"]["crop_pct"] == 1.0
-    program = """
+    program = tmp_path / "compare.py"
+    program.write_text("""
 import sys, timm, torch, refiner_ds.models
 from pathlib import Path
 from refiner_ds.checkpoint.files import find_checkpoint, read_weights
@@ -194,8 +194,8 @@ saved = timm.create_model(f"local-dir:{sys.argv[1]}/export", pretrained=False).e
 saved.load_state_dict(read_weights(find_checkpoint(Path(sys.argv[1])), "ema"))
 images = torch.rand(4, 3, 28, 28)
 assert torch.equal(exported(images), saved(images))
-"""
-    done = run(sys.executable, "-c", program, quickstart.folder, env=env)
+""")
+    done = ranks(program, quickstart.folder, processes=1, env=env)
     assert done.returncode == 0, done.stderr
-    done = run(sys.executable, "-m", "refiner_ds.export", quickstart.folder, "--out", quickstart.place, env=env)
+    done = ranks("-m", "refiner_ds.export", quickstart.folder, "--out", quickstart.place, processes=1, env=env)
     assert done.returncode == 2 and "exists and is no export" in done.stderr and done.stderr.count("\n") == 1
