@@ -57,7 +57,7 @@ class Shared:
     rates: dict[str, float] = field(default_factory=dict)
 
 
-class Meeting:
+class Rendezvous:
     """The store at which all tasks meet.
 
     Args:
@@ -85,16 +85,16 @@ def examine(rank: int, world_size: int, address: str, port: int, folder: Path, g
     """Take part in the examination."""
     found = Shared(rank, host_name())
     try:
-        meeting = _meet(found, world_size, address, port)
-        if meeting is None:
+        rendezvous = _rendezvous(found, world_size, address, port)
+        if rendezvous is None:
             return found
-        if meeting.is_leader and len(meeting.leaders) > 1:
-            _compare_clocks(found, meeting)
-            _examine_folder(found, meeting, folder / f".doctor-{port}")
-        _all_reduce(found, meeting, gpu)
-        meeting.store.set(f"done-{rank}", "")
+        if rendezvous.is_leader and len(rendezvous.leaders) > 1:
+            _compare_clocks(found, rendezvous)
+            _examine_folder(found, rendezvous, folder / f".doctor-{port}")
+        _all_reduce(found, rendezvous, gpu)
+        rendezvous.store.set(f"done-{rank}", "")
         if rank == 0:  # whose end is the store's
-            meeting.store.wait([f"done-{other}" for other in range(world_size)], timedelta(seconds=MEET_SECONDS))
+            rendezvous.store.wait([f"done-{other}" for other in range(world_size)], timedelta(seconds=MEET_SECONDS))
     except Exception as error:  # whatever a network or a file system raises is a finding
         found.error = found.error or _first_line(error)
     return found
@@ -104,7 +104,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _meet(found: Shared, world_size: int, address: str, port: int) -> Meeting | None:
+def _rendezvous(found: Shared, world_size: int, address: str, port: int) -> Rendezvous | None:
     from torch.distributed import TCPStore
 
     limit = timedelta(seconds=MEET_SECONDS)
@@ -119,13 +119,13 @@ def _meet(found: Shared, world_size: int, address: str, port: int) -> Meeting | 
     except Exception:
         found.missing = [other for other in range(world_size) if not store.check([f"host-{other}"])]
         return None
-    return Meeting(store, found.rank, [store.get(f"host-{other}").decode() for other in range(world_size)])
+    return Rendezvous(store, found.rank, [store.get(f"host-{other}").decode() for other in range(world_size)])
 
 
-def _compare_clocks(found: Shared, meeting: Meeting) -> None:
+def _compare_clocks(found: Shared, rendezvous: Rendezvous) -> None:
     """Ask the first node for its time, a few times; the quickest answer counts."""
-    store = meeting.store
-    for leader in meeting.leaders[1:]:
+    store = rendezvous.store
+    for leader in rendezvous.leaders[1:]:
         for ping in range(PINGS):
             question, answer = f"ask-{leader}-{ping}", f"answer-{leader}-{ping}"
             if found.rank == 0:
@@ -140,25 +140,25 @@ def _compare_clocks(found: Shared, meeting: Meeting) -> None:
                     found.clock_ahead, found.clock_margin = before + took / 2 - theirs, took / 2
 
 
-def _examine_folder(found: Shared, meeting: Meeting, folder: Path) -> None:
+def _examine_folder(found: Shared, rendezvous: Rendezvous, folder: Path) -> None:
     """Whether files appear, replaced files change, and locks hold between nodes."""
-    first = meeting.rank == 0
+    first = rendezvous.rank == 0
     value = folder / "value"
-    _write(folder / f"from-{meeting.rank}", found.host)
+    _write(folder / f"from-{rendezvous.rank}", found.host)
     if first:
         _write(value, "old")
-    meeting.barrier()
-    others = {leader: folder / f"from-{leader}" for leader in meeting.leaders}
+    rendezvous.barrier()
+    others = {leader: folder / f"from-{leader}" for leader in rendezvous.leaders}
     _until(lambda: value.exists() and all(path.exists() for path in others.values()))
-    found.unseen = [meeting.hosts[leader] for leader, path in others.items() if not path.exists()]
+    found.unseen = [rendezvous.hosts[leader] for leader, path in others.items() if not path.exists()]
     _read(value)  # so that there is something old to be kept
-    meeting.barrier()
+    rendezvous.barrier()
     if first:
         _write(folder / "new", "new", replaces=value)
-    meeting.barrier()
+    rendezvous.barrier()
     _until(lambda: _read(value) == "new")
     found.stale = not found.unseen and _read(value) != "new"
-    _try_lock(found, meeting, folder / "lock")
+    _try_lock(found, rendezvous, folder / "lock")
     if first:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -185,15 +185,15 @@ def _until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _try_lock(found: Shared, meeting: Meeting, path: Path) -> None:
+def _try_lock(found: Shared, rendezvous: Rendezvous, path: Path) -> None:
     """The first node holds a lock; the others try to take it."""
     with ExitStack() as opened:
-        if meeting.rank == 0:
+        if rendezvous.rank == 0:
             found.lock = _lock(path, opened)
-        meeting.barrier()
-        if meeting.rank:
+        rendezvous.barrier()
+        if rendezvous.rank:
             found.lock = {"taken": "ignored"}.get(taken := _lock(path, opened), taken)
-        meeting.barrier()
+        rendezvous.barrier()
 
 
 def _lock(path: Path, opened: ExitStack) -> str:
@@ -207,7 +207,7 @@ def _lock(path: Path, opened: ExitStack) -> str:
     return "taken"
 
 
-def _all_reduce(found: Shared, meeting: Meeting, gpu: bool) -> None:
+def _all_reduce(found: Shared, rendezvous: Rendezvous, gpu: bool) -> None:
     """Add up the ranks' numbers for real, and time it within nodes, between nodes and with each neighbour."""
     import torch
     from torch import distributed
@@ -216,29 +216,29 @@ def _all_reduce(found: Shared, meeting: Meeting, gpu: bool) -> None:
     device = torch.device("cpu")
     try:
         if gpu:
-            device = torch.device("cuda", meeting.rank - meeting.hosts.index(found.host))
+            device = torch.device("cuda", rendezvous.rank - rendezvous.hosts.index(found.host))
             torch.cuda.set_device(device)
-        world, limit = len(meeting.hosts), timedelta(seconds=MEET_SECONDS)
+        world, limit = len(rendezvous.hosts), timedelta(seconds=MEET_SECONDS)
         distributed.init_process_group(
-            found.backend, store=meeting.store, rank=meeting.rank, world_size=world, timeout=limit
+            found.backend, store=rendezvous.store, rank=rendezvous.rank, world_size=world, timeout=limit
         )
-        number = torch.tensor([meeting.rank + 1.0], device=device)
+        number = torch.tensor([rendezvous.rank + 1.0], device=device)
         distributed.all_reduce(number)
         if number.item() != world * (world + 1) / 2:
             found.reduce_error = f"the sum of 1 … {world} came out as {number.item():g}"
             return
-        for name, ranks in _groups(meeting).items():
+        for name, ranks in _groups(rendezvous).items():
             group = distributed.new_group(ranks)  # which every rank must enter
-            if meeting.rank in ranks and len(ranks) > 1:
+            if rendezvous.rank in ranks and len(ranks) > 1:
                 found.rates[name.removeprefix(f"{found.host}|")] = _rate(group, len(ranks), device)
         distributed.destroy_process_group()
     except Exception as error:
         found.reduce_error = _first_line(error)
 
 
-def _groups(meeting: Meeting) -> dict[str, list[int]]:
+def _groups(rendezvous: Rendezvous) -> dict[str, list[int]]:
     """Ranks that reduce together: all, each node's, the nodes' leaders, and each leader with the next one."""
-    hosts, leaders = meeting.hosts, meeting.leaders
+    hosts, leaders = rendezvous.hosts, rendezvous.leaders
     groups = {"all": list(range(len(hosts)))}
     for host in dict.fromkeys(hosts):
         groups[f"{host}|within"] = [rank for rank, other in enumerate(hosts) if other == host]

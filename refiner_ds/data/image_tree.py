@@ -87,7 +87,7 @@ def read_class_folders(
         elif not stat.S_ISDIR(found.st_mode):
             reason = _why_not_taken(name, found.st_mode, _why_no_image)
             ignored.append(f"{printable(name)}: {reason or 'an image in no class folder'}")
-        elif reason := _why_passed_over(name):
+        elif reason := _why_skipped(name):
             ignored.append(f"{printable(name)}/: {reason}")
         else:
             names.append(name)
@@ -149,7 +149,7 @@ def list_files(folder: Path, below: str, why_not: Callable[[str], str]) -> tuple
                     ignored.append(f"{printable(path)}: {reason}")
                 else:
                     images.append(ImageFile(path, found.st_size))
-            elif reason := _why_passed_over(name):
+            elif reason := _why_skipped(name):
                 ignored.append(f"{printable(path)}/: {reason}")
             elif _identity(found) in around:
                 ignored.append(f"{printable(path)}/: a link to a folder around it")
@@ -198,7 +198,7 @@ def _why_no_image(name: str) -> str:
     return "" if extension in IMAGE_EXTENSIONS else "not an image by its name"
 
 
-def _why_passed_over(name: str) -> str:
+def _why_skipped(name: str) -> str:
     """Why a folder is not looked into, or ""."""
     if name.startswith("."):
         return "a hidden folder"

@@ -50,7 +50,7 @@ class Metrics:
         if self._folder is None:
             return
         for line in _drop_beyond(self._folder.metrics, step):
-            self._remember(line)
+            self._record_evaluation(line)
         self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
 
     def rewind(self, step: int) -> None:
@@ -72,7 +72,7 @@ class Metrics:
             for key, value in values.items()
         }
         line = {"kind": kind, "step": step, "epoch": round(epoch, 6), "samples": samples, "time": time.time(), **known}
-        self._remember(line)
+        self._record_evaluation(line)
         try:
             append_line(self._folder.metrics, json.dumps(line))
         except OSError as error:
@@ -121,7 +121,7 @@ class Metrics:
         """Write out what is buffered."""
         self._close_board()
 
-    def _remember(self, line: dict[str, Any]) -> None:
+    def _record_evaluation(self, line: dict[str, Any]) -> None:
         if line["kind"] == "eval":
             for metric in ("top1", "top5", "loss"):
                 values = self.evaluations.setdefault(f"{line['weights']}/{metric}", {})

@@ -23,7 +23,7 @@ class LastingStream:
         try:
             return self._stream.write(text)
         except OSError:
-            self._let_go()
+            self._switch_to_devnull()
             return len(text)
 
     def flush(self) -> None:
@@ -31,9 +31,9 @@ class LastingStream:
         try:
             self._stream.flush()
         except OSError:
-            self._let_go()
+            self._switch_to_devnull()
 
-    def _let_go(self) -> None:
+    def _switch_to_devnull(self) -> None:
         # What is still buffered would fail again when Python exits, and turn the exit code into 120.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -49,7 +49,7 @@ class Process:
         return Process(pid, fields[19], program(words))
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it still runs."""
         return (now := Process.at(self.pid)) is not None and now.began == self.began
 
@@ -118,7 +118,7 @@ def _look(followed: list[Process], ask: Callable[[str], None]) -> None:
     never = threading.Event()
     while True:
         for process in followed:
-            if not process.lives:
+            if not process.is_alive:
                 ask(f"the launcher is gone ({process.name}, process {process.pid})")
                 return
         never.wait(LOOK_SECONDS)

@@ -68,7 +68,7 @@ class Progress:
         if self._interval.steps:
             samples = step * self._batch.global_batch
             numbers = self._interval.numbers(self._batch.global_batch, self._world)
-            self._tell_of_slow_ranks(numbers)
+            self._report_slow_ranks(numbers)
             self._numbers = {
                 **numbers,
                 "lr": self._schedule.lr(samples - self._batch.global_batch),
@@ -86,7 +86,7 @@ class Progress:
         self._interval = Interval()
         self.metrics.rewind(step)
 
-    def _tell_of_slow_ranks(self, numbers: dict[str, float]) -> None:
+    def _report_slow_ranks(self, numbers: dict[str, float]) -> None:
         if self._interval.steps < ADVICE_STEPS:
             return
         for sentence in self._stragglers.judge(self._world.gather(self._interval.rank_time(self._world))):

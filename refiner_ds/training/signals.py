@@ -106,7 +106,7 @@ class StopFlag:
             self._say(reason)
             self._leave(RUN_AGAIN)
 
-    def heard(self, number: int, now: float | None = None) -> None:
+    def on_signal(self, number: int, now: float | None = None) -> None:
         """Act on a signal, in the thread that no collective can hold up.
 
         Args:
@@ -176,4 +176,4 @@ def _listen(reading: int, flag: StopFlag) -> None:
     while END not in (numbers := os.read(reading, 64)):
         for number in numbers:
             if number in STOPPING:
-                flag.heard(number)
+                flag.on_signal(number)

@@ -127,7 +127,7 @@ class Watchdog:
             self._write()
             self._written = now
             if self._verdict.exists():
-                self._obey()
+                self._leave_by_verdict()
                 return
         if not suspicious:
             self._before = {}
@@ -142,7 +142,7 @@ class Watchdog:
             else:
                 blamed, why = blame(self._before, after)
             if blamed:
-                self._accuse(blamed, why, still)
+                self._write_verdict(blamed, why, still)
 
     def _write(self) -> None:
         self._alive += 1
@@ -161,7 +161,7 @@ class Watchdog:
         """Whether a process of this machine is stopped or has ended; of another machine nobody here can tell."""
         return self._is_here(beat) and _state_of(beat) in ("T", "t", "gone")
 
-    def _accuse(self, blamed: Mapping[int, Beat | None], why: str, still: float) -> None:
+    def _write_verdict(self, blamed: Mapping[int, Beat | None], why: str, still: float) -> None:
         named = ", ".join(str(beat) if beat else f"rank {rank}" for rank, beat in blamed.items())
         sentence = f"no progress for {still:.0f} s: {named} {why}"
         with suppress(FileExistsError), self._verdict.open("x") as file:
@@ -169,7 +169,7 @@ class Watchdog:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    def _obey(self) -> None:
+    def _leave_by_verdict(self) -> None:
         """Leave as the verdict says, and see to it that the ranks it names do."""
         time.sleep(LOOK_SECONDS / 2)  # its author may not have closed it yet
         verdict = json.loads(self._verdict.read_text())
@@ -181,12 +181,12 @@ class Watchdog:
         if self._rank in verdict["ranks"] and verdict["by"] != self._rank:
             self._leave(RUN_AGAIN)
             return
-        self._rouse([rank for rank in verdict["ranks"] if rank != self._rank])
+        self._interrupt([rank for rank in verdict["ranks"] if rank != self._rank])
         if verdict["by"] == self._rank:
             print(self._account(verdict), file=sys.stderr, flush=True)
         self._leave(RUN_AGAIN)
 
-    def _rouse(self, ranks: list[int]) -> None:
+    def _interrupt(self, ranks: list[int]) -> None:
         """Have the named processes of this machine write their stacks and leave; kill those that do neither."""
         here = [beat for rank in ranks if (beat := Beat.read(self._folder, rank)) is not None and self._is_here(beat)]
         for beat in here:
@@ -217,7 +217,7 @@ def blame(before: dict[int, Beat | None], after: dict[int, Beat | None]) -> tupl
     Args:
         before, after: heartbeats at two moments between which every running process wrote; None: none was found.
     """
-    silent = {rank: beat for rank, beat in after.items() if beat is None or _same_life(before.get(rank), beat)}
+    silent = {rank: beat for rank, beat in after.items() if beat is None or _is_same_process(before.get(rank), beat)}
     if silent:
         return silent, "is stopped, or its machine is gone" if len(silent) == 1 else "are stopped, or their machine is"
     beats = {rank: beat.beats for rank, beat in after.items() if beat is not None}
@@ -227,7 +227,7 @@ def blame(before: dict[int, Beat | None], after: dict[int, Beat | None]) -> tupl
     return last, "is stuck there" if len(last) == 1 else "wait for each other: a collective does not end"
 
 
-def _same_life(before: Beat | None, after: Beat) -> bool:
+def _is_same_process(before: Beat | None, after: Beat) -> bool:
     return before is not None and (before.pid, before.alive) == (after.pid, after.alive)
 
 

@@ -61,7 +61,7 @@ def started(launcher: list[str], *words: str) -> Iterator[subprocess.Popen]:
     finally:
         everything += descendants(process.pid)
         for found in everything:
-            if found.lives:
+            if found.is_alive:
                 os.kill(found.pid, signal.SIGKILL)
         process.communicate()
 
@@ -109,7 +109,7 @@ def test_whatever_kills_a_launcher_its_ranks_save_and_leave(tmp_path: Path) -> N
                 os.kill(lock_holder(folder), number)
             else:
                 os.killpg(process.pid, number)
-            wait_for(lambda: not any(left.lives for left in everything), case)  # noqa: B023
+            wait_for(lambda: not any(left.is_alive for left in everything), case)  # noqa: B023
             code, said = process.wait(), process.stdout.read()  # type: ignore[union-attr]
         assert saved(folder) > before, f"{case}: nothing was saved\n{said}"
         assert not (folder / "lock").exists(), case
@@ -166,7 +166,7 @@ def test_a_stopped_rank_is_named_and_deepspeed_returns_75(tmp_path: Path) -> Non
         stopped = pid_of_rank(folder, 1)
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
-        wait_for(lambda: not any(left.lives for left in everything), "hang")
+        wait_for(lambda: not any(left.is_alive for left in everything), "hang")
         code, said = process.wait(), process.stdout.read()  # type: ignore[union-attr]
         print(f"all had left {time.monotonic() - began:.1f} s after rank 1 was stopped")
     assert code == 75, said

@@ -26,7 +26,7 @@ class Exits(list):
 @pytest.mark.parametrize("number", STOPPING)
 def test_before_the_first_step_a_request_acts_at_once(number: signal.Signals) -> None:
     exits = Exits()
-    exits.flag().heard(number)
+    exits.flag().on_signal(number)
     assert exits == [75]
 
 
@@ -35,9 +35,9 @@ def test_later_a_request_waits_for_the_step_and_its_echo_changes_nothing(number:
     exits = Exits()
     flag = exits.flag()
     flag.something_to_save()
-    flag.heard(number, now=100.0)
+    flag.on_signal(number, now=100.0)
     for echo in (number, signal.SIGTERM, signal.SIGINT):  # launchers pass on what a terminal sent to all already
-        flag.heard(echo, now=100.5)
+        flag.on_signal(echo, now=100.5)
     flag.something_to_save()  # the loop says so after every step
     assert flag and flag.signal == number and not exits
 
@@ -46,8 +46,8 @@ def test_a_second_ctrl_c_leaves_at_once() -> None:
     exits = Exits()
     flag = exits.flag()
     flag.something_to_save()
-    flag.heard(signal.SIGINT, now=100.0)
-    flag.heard(signal.SIGINT, now=102.0)
+    flag.on_signal(signal.SIGINT, now=100.0)
+    flag.on_signal(signal.SIGINT, now=102.0)
     assert exits == [130]
 
 
@@ -56,9 +56,9 @@ def test_a_second_term_leaves_after_a_grace_time_and_usr2_never_does() -> None:
     flag = exits.flag(grace_seconds=0.2)
     flag.something_to_save()
     for moment in (100.0, 110.0):
-        flag.heard(signal.SIGUSR2, now=moment)
-    flag.heard(signal.SIGTERM, now=120.0)
-    flag.heard(signal.SIGTERM, now=130.0)
+        flag.on_signal(signal.SIGUSR2, now=moment)
+    flag.on_signal(signal.SIGTERM, now=120.0)
+    flag.on_signal(signal.SIGTERM, now=130.0)
     assert not exits
     end = time.monotonic() + 30
     while not exits and time.monotonic() < end:
@@ -164,7 +164,7 @@ def test_a_launcher_that_is_killed_asks_its_rank_to_stop(above: str, reason: str
 
 
 def test_a_shell_is_no_launcher(tmp_path: Path) -> None:
-    assert Process.at(os.getpid()) is not None and Process.at(os.getpid()).lives  # type: ignore[union-attr]
+    assert Process.at(os.getpid()) is not None and Process.at(os.getpid()).is_alive  # type: ignore[union-attr]
     process = subprocess.Popen(["bash", "-c", f"{sys.executable} -c 'import time; time.sleep(60)'; true"])
     try:
         assert "torchrun" not in [found.name for found in launchers(process.pid)]
@@ -198,6 +198,6 @@ def start_python(script: str) -> subprocess.Popen:
 def ended(pid: int, seconds: float = 60) -> None:
     """Wait until a process has ended; it need not be a child of this one."""
     end = time.monotonic() + seconds
-    while (process := Process.at(pid)) is not None and process.lives:
+    while (process := Process.at(pid)) is not None and process.is_alive:
         assert time.monotonic() < end, f"process {pid} still runs"
         time.sleep(0.05)
