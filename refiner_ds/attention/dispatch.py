@@ -35,6 +35,7 @@ __all__ = [
     "BACKENDS",
     "attend",
     "attention_backend",
+    "choose_backend",
     "describe_backend",
     "is_traced",
     "plain_attention",
@@ -132,14 +133,31 @@ def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None =
         return next(one for one in CANDIDATES[name] if one.supports(case) is None)
     _check(case, residual_BHNN)
     requested = resolve_backend(backend, case.value_BHNd.device)
-    reasons = []
+    candidate, reasons = _first_able(requested, case)
+    kind = "map" if case.weights is None else refiner_of(case.weights).name
+    _report(requested, kind, f"{kind}: {candidate.name}, because {reasons[0]}" if reasons else "")
+    return candidate
+
+
+def _first_able(requested: str, case: Case) -> tuple[Backend, list[str]]:
+    """The first of the requested backend and its stand-ins that supports a case, and why those before it do not."""
+    reasons: list[str] = []
     for candidate in CANDIDATES[requested]:
         if (reason := candidate.supports(case)) is None:
             break
         reasons.append(reason)
-    kind = "map" if case.weights is None else refiner_of(case.weights).name
-    _report(requested, kind, f"{kind}: {candidate.name}, because {reasons[0]}" if reasons else "")
-    return candidate
+    return candidate, reasons
+
+
+def choose_backend(case: Case, device: torch.device) -> tuple[str, str | None]:
+    """The name of the backend that would compute a case on a device, and the reason where it is not the requested one.
+
+    Raises:
+        TypeError: the case's weights are of no known kind.
+        ValueError: there is no such backend, or the device cannot run it.
+    """
+    candidate, reasons = _first_able(resolve_backend(device=device), case)
+    return candidate.name, reasons[0] if reasons else None
 
 
 @torch.compiler.assume_constant_result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from refiner_ds.attention import describe_backend
+from refiner_ds.training.attention_cases import attention_line
 from refiner_ds.training.build import build_model, parameter_count, training_flops
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.world import World
@@ -18,7 +18,8 @@ def header(ready: Preparation, world: World, bf16: bool) -> dict[str, str]:
     """
     run, keys, schedule = ready.run, ready.run.refiner, ready.schedule
     with torch.device("meta"):
-        parameters = parameter_count(build_model(run, ready.num_classes))
+        model = build_model(run, ready.num_classes)
+    parameters = parameter_count(model)
     gflop = training_flops(run, ready.num_classes) / 1e9
     processes = f"{world.size} process{'es' * (world.size > 1)} on {world.device.type.upper()}"
     recomputed = {"none": "nothing", "pair": "pairs of blocks", "block": "blocks", "refiner": "refiners"}
@@ -28,7 +29,7 @@ def header(ready: Preparation, world: World, bf16: bool) -> dict[str, str]:
         "batch": str(ready.batch),
         "engine": f"{processes}, {'bf16' if bf16 else 'fp32'}, ZeRO stage {run.keys.zero_optimization.stage},"
         f" recomputing {recomputed[keys.model.checkpointing]}",
-        "attention": describe_backend(world.device),
+        "attention": attention_line(run, model, world, torch.bfloat16 if bf16 else torch.float32),
         "training": ready.train.describe(),
     }
     if ready.val is not None:

@@ -107,7 +107,9 @@ class Trainer:
         state = self.checkpoints.load(newest)
         for error in skipped(self.folder, newest) if self.world.is_main else []:
             self.console.print(f"skipped: {error}")
-        self.console.print(f"resuming from {newest} (step {state.step}, epoch {state.epoch:.2f})")
+        self.console.print(
+            f"resuming from {newest} (step {state.step}, epoch {self.ready.schedule.epoch_shown(state.epoch)})"
+        )
         return state.step
 
     def run(self) -> int:

@@ -103,9 +103,8 @@ class Progress:
 
     def _fields(self, step: int) -> dict[str, str]:
         epochs = self._schedule.total_steps / self._schedule.steps_an_epoch
-        digits = 1 if epochs >= 10 else 2
         return {
-            "epoch": f"{step / self._schedule.steps_an_epoch:.{digits}f}/{epochs:.4g}",
+            "epoch": f"{self._schedule.epoch_shown(step / self._schedule.steps_an_epoch)}/{epochs:.4g}",
             "step": f"{step}/{self._schedule.total_steps}",
             "loss": f"{self._numbers['loss']:.4f}",
             "lr": f"{self._numbers['lr']:.2e}",

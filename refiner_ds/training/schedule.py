@@ -46,6 +46,11 @@ class Schedule:
         """Epochs seen after so many samples, a fraction."""
         return samples / (self.steps_an_epoch * self.batch.global_batch)
 
+    def epoch_shown(self, epoch: float) -> str:
+        """An epoch as a person reads it: digits enough that a step of a short run shows."""
+        epochs = self.total_steps / self.steps_an_epoch
+        return f"{epoch:.{1 if epochs >= 10 else 2 if epochs >= 1 else 3}f}"
+
     def lr(self, samples: int) -> float:
         """Learning rate of the step that begins after so many samples."""
         recipe, now = self.recipe, self.epoch(samples)

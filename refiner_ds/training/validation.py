@@ -81,7 +81,7 @@ class Validation:
             values = {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss, "weights": which}
             self._metrics.write("eval", step, epoch, samples, **values)
         self._console.print(
-            f"epoch {epoch:.1f}: top-1 {self.last['model'].top1:.2f} %,"
+            f"epoch {self._ready.schedule.epoch_shown(epoch)}: top-1 {self.last['model'].top1:.2f} %,"
             f" EMA weights {self.last['ema'].top1:.2f} %, of {self.last['ema'].images} images"
         )
         return True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -159,3 +162,18 @@ def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path: Path) -> None:
     os.close(ours)
     assert seen.count("\n") == 1 and "it is over" in seen
     assert seen.count("\r\x1b[K") >= 3 and "left" in seen
+
+
+def test_on_a_narrow_terminal_the_progress_line_is_still_one(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONSOLE], cwd=tmp_path, stdout=theirs,
+        env={name: value for name, value in environment().items() if name != "COLUMNS"},
+    )  # fmt: skip
+    os.close(theirs)
+    assert process.wait(60) == 0
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    drawn = [line for line in seen.split("\r\x1b[K") if line and "it is over" not in line]
+    assert len(drawn) >= 3 and max(map(len, drawn)) == 19
