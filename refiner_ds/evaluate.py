@@ -1,10 +1,14 @@
-"""Accuracy of a checkpoint over the validation shards, exact to the image whatever the number of processes.
+"""Accuracy of a model over one set or several, exact to the image whatever the number of processes.
 
     python refiner_ds/evaluate.py runs/quickstart                              the run's latest checkpoint
     python refiner_ds/evaluate.py runs/quickstart/checkpoints/step_00000360 --weights model
     torchrun --nproc_per_node 8 refiner_ds/evaluate.py RUN --data /data/imagenet/val --crop-ratio 1.13
+    torchrun --nproc_per_node 8 refiner_ds/evaluate.py RUN --data real=/data/val v2=/data/v2 a=/data/a r=/data/r
+    python refiner_ds/evaluate.py timm:refiner_vit_l=refiner_l_448.pth --data imagenet=/data/imagenet/val --out l448
 
-Prints top-1 and top-5 of the EMA weights. Exit codes: 0 done, 2 refused.
+Each set is passed over once. A set's name before its place says that it is a published one: imagenet, real, v2, a, r,
+sketch, or c (corrupted while it is loaded). A run's results are kept in its folder, under evaluation/. Exit codes:
+0 done, 2 refused.
 """
 
 from __future__ import annotations
@@ -19,12 +23,11 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from refiner_ds.config import load
-from refiner_ds.errors import CheckpointError, DataError, report_errors, report_rank_errors
+from refiner_ds.errors import ConfigError, DataError, report_errors
 from refiner_ds.training.logs import silence_libraries
 
 if TYPE_CHECKING:
-    from refiner_ds.training.evaluation import Accuracy
+    from refiner_ds.analysis.loading import LoadedModel
 
 
 @report_errors
@@ -32,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
     silence_libraries()
     options = _parser().parse_args(argv)
-    return evaluate_checkpoint(options)
+    return evaluate_model(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,99 +43,121 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("place", metavar="RUN_OR_CHECKPOINT", type=Path, help="run folder, or a checkpoint in it")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the last ones")
-    parser.add_argument("--data", metavar="FOLDER", help="shards, class folders or an address (default: the run's)")
-    parser.add_argument("--restrict-classes", action="store_true", help="guess among the set's classes alone")
+    add_model_options(parser)
+    parser.add_argument(
+        "--data", metavar="[NAME=]SET", nargs="+", action="extend",
+        help="shards, class folders or addresses (default: the run's validation set)",
+    )  # fmt: skip
+    parser.add_argument("--restrict-classes", action="store_true", help="print figures among the set's classes alone")
+    parser.add_argument("--partial", action="store_true", help="take a published set that is not whole")
+    parser.add_argument("--real", metavar="FILE", type=Path, help="ReaL's labels (default: real.json beside the set)")
+    parser.add_argument("--corruptions", metavar="NAME", nargs="+", help="some of the 15 of ImageNet-C")
+    parser.add_argument("--severities", metavar="N", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of c: 1 to 5")
     parser.add_argument("--crop-ratio", type=float, metavar="R", help="centre crop over resized side; above 1 pads")
-    parser.add_argument("--batch", type=int, metavar="N", help="images a process computes at once")
-    parser.add_argument("--workers", type=int, metavar="N", help="loader processes a rank")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("--json", action="store_true", help="print a JSON object a set instead of sentences")
     return parser
 
 
-def evaluate_checkpoint(options: argparse.Namespace) -> int:
-    """Load what the options name, evaluate it on all processes of the group, and print the result."""
-    from refiner_ds.checkpoint.files import CONFIG, find_checkpoint, read_classes, read_weights
-    from refiner_ds.data.augment import EvalSettings
-    from refiner_ds.data.classes import match_classes
-    from refiner_ds.data.loader import eval_batches
-    from refiner_ds.data.workers import explain_worker_death
-    from refiner_ds.run_folder import read_state
-    from refiner_ds.training.build import build_model, choose_attention
-    from refiner_ds.training.engine import evaluates_in_bf16
-    from refiner_ds.training.evaluation import evaluate
-    from refiner_ds.training.preparation import load_index, refuse_missing_files
-    from refiner_ds.training.world import init, shutdown
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that shows a model a set of images."""
+    parser.add_argument("place", metavar="MODEL", help="run folder, checkpoint in it, export, or timm:NAME=WEIGHTS")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the last ones")
+    parser.add_argument("--test-size", type=int, metavar="PX", help="side of the images (default: as trained)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each, where unknown")
+    parser.add_argument("--batch", type=int, metavar="N", help="images a process computes at once")
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes a rank")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
-    checkpoint = find_checkpoint(options.place)
-    run = load(checkpoint / CONFIG)
-    place = options.data or run.refiner.data.val
-    if place is None:
-        raise DataError(f"{options.place}: its run file has no refiner.data.val; give --data FOLDER")
-    index, run_classes = load_index(place, run), read_classes(checkpoint)
-    match = match_classes(index.classes, run_classes, str(index.folder))
-    index = index.with_classes(run_classes, match.labels)
-    among = match.labels.tolist() if options.restrict_classes else None
-    model = build_model(run, len(run_classes))
-    try:
-        model.load_state_dict(read_weights(checkpoint, options.weights))
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{checkpoint}: does not fit the model of its own config.json: {first}") from None
-    world = init()
-    refuse_missing_files(run, [index], world)
-    choose_attention(run, world.device)
-    data = run.refiner.data
-    view = EvalSettings(run.refiner.model.img_size, options.crop_ratio or data.eval_crop_ratio)
-    batches = eval_batches(
-        index,
-        view,
-        batch=options.batch or data.eval_batch or 64,
-        rank=world.rank,
-        world_size=world.size,
-        workers=data.workers if options.workers is None else options.workers,
-        on_bad_sample=data.on_bad_sample,
-        decode=data,
-    )
-    bf16 = evaluates_in_bf16(run, world)
-    with report_rank_errors(world.rank), explain_worker_death():
-        accuracy = evaluate(model.to(world.device), batches, world, data.mean, data.std, bf16, among=among)
-    if world.is_main:
-        _print(accuracy, options, read_state(checkpoint).step, view.crop_ratio, _classes_note(match.note, among))
-    shutdown()
+
+def evaluate_model(options: argparse.Namespace) -> int:
+    """Load what the options name, evaluate it on all processes of the group, print and keep the results."""
+    from refiner_ds.evaluation.command import Evaluator, load_for
+    from refiner_ds.evaluation.results import make_folder, results_folder
+
+    _refuse_options(options)
+    loaded = load_for(options)
+    places = options.data or [loaded.data]
+    if places == [None]:
+        raise DataError(f"{options.place}: has no refiner.data.val of its own; give --data SET")
+    folder = options.out or results_folder(loaded, options.weights, options.crop_ratio, options.test_size)
+    evaluator = Evaluator(loaded, options)
+    sets = [evaluator.open_set(place) for place in places]
+    names = [data.name for data in sets]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--data: two sets are called {again}; name them, --data first=SET second=SET")
+    if folder is not None:
+        make_folder(folder)
+    with evaluator.started() as world:
+        for data in sets:
+            result, class_rows = evaluator.evaluate(data)
+            if world.is_main:
+                _keep(folder, loaded, result, class_rows)
+                print(json.dumps(result) if options.json else _sentences(result, options, len(sets) > 1), flush=True)
+        if world.is_main and folder is not None and not options.json:
+            print(f"tables: {folder}")
     return 0
 
 
-def _classes_note(note: str, among: list[int] | None) -> str:
-    """How the set's classes were matched to the run's and which are guessed, in one line; "" for the same classes."""
-    if among is not None:
-        return f"{note or 'its classes are those of the run'}; guesses are among these alone"
-    return f"{note}; guesses are among all the run's classes" if " of the run's " in note else note
+def _refuse_options(options: argparse.Namespace) -> None:
+    if options.crop_ratio is not None and not 0.1 <= options.crop_ratio <= 4:
+        raise ConfigError(f"--crop-ratio {options.crop_ratio:g}: must lie between 0.1 and 4")
+    for flag in ("batch", "test_size"):
+        if (number := getattr(options, flag)) is not None and number < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {number}: must be 1 or more")
+    if not set(options.severities) <= set(range(1, 6)):
+        raise ConfigError(f"--severities {' '.join(map(str, options.severities))}: must be from 1 to 5")
 
 
-def _print(accuracy: Accuracy, options: argparse.Namespace, step: int, crop_ratio: float, classes: str) -> None:
-    if options.json:
-        found: dict[str, Any] = {
-            "top1": accuracy.top1,
-            "top5": accuracy.top5,
-            "loss": accuracy.loss,
-            "right1": accuracy.right1,
-        }
-        found |= {"right5": accuracy.right5, "images": accuracy.images, "bad_samples": accuracy.bad}
-        found |= {"step": step, "weights": options.weights, "crop_ratio": crop_ratio, "classes": classes}
-        print(json.dumps(found))
-        return
-    which = "EMA weights" if options.weights == "ema" else "last weights"
-    print(
-        f"top-1 {accuracy.top1:.3f} %  top-5 {accuracy.top5:.3f} %  ({accuracy.right1} and {accuracy.right5} of"
-        f" {accuracy.images} images; {which} of step {step}, crop ratio {crop_ratio:g})"
-    )
-    if classes:
-        print(f"classes of the set: {classes}")
-    if accuracy.bad:
-        print(f"{accuracy.bad} damaged images were skipped and are not counted")
+def _keep(folder: Path | None, loaded: LoadedModel, result: dict[str, Any], class_rows: Any) -> None:
+    from refiner_ds.evaluation.results import write_results
+
+    if folder is not None:
+        write_results(folder, loaded, result, class_rows)
+
+
+def _sentences(result: dict[str, Any], options: argparse.Namespace, several: bool) -> str:
+    """What a person reads of one set."""
+    head = f"{result['set']}: " if several else ""
+    which = result["model"]
+    if result["step"] is not None:
+        which = f"{'EMA weights' if options.weights == 'ema' else 'last weights'} of step {result['step']}"
+    seen = f"{which}, crop ratio {result['crop_ratio']:g}"
+    if "corruptions" in result:
+        mce = f"mCE {result['mce']:.2f} %" if result["mce"] is not None else "mCE needs all of ImageNet-C"
+        mean = f"mean corruption error {result['mean_error']:.2f} % (not normalised)"
+        lines = [f"{head}{mean}, {mce}; clean top-1 {result['top1']:.3f} %  ({result['images']} images; {which})"]
+        lines += [f"  {name:<18} {row['mean_error']:7.2f} %" for name, row in result["corruptions"].items()]
+        return "\n".join(lines)
+    lines = [
+        f"{head}top-1 {result['top1']:.3f} %  top-5 {result['top5']:.3f} %  ({result['right1']} and {result['right5']}"
+        f" of {result['images']} images; {seen})",
+        f"  95 % intervals: top-1 {_span(result['top1_interval'])}, top-5 {_span(result['top5_interval'])} (Wilson);"
+        f" calibration error {result['calibration_error']:.2f} % (15 bins)",
+    ]
+    if pairs := result["confusions"][:3]:
+        said = ", ".join(f"{pair['class']} as {pair['taken_for']} ({pair['images']})" for pair in pairs)
+        lines.append(f"  most confused: {said}")
+    for key, what in (
+        ("restricted", "among its classes alone"),
+        ("all_classes", "among all classes"),
+        ("real", "ReaL"),
+    ):
+        if key in result:
+            other = result[key]
+            lines.append(
+                f"  {what}: top-1 {other['top1']:.3f} % ({_span(other['top1_interval'])})  top-5 {other['top5']:.3f} %"
+                f"  ({other['right1']} and {other['right5']} of {other['images']} images)"
+            )
+    if result["classes"]:
+        lines.append(f"classes of the set: {result['classes']}")
+    if result["bad_samples"]:
+        lines.append(f"{result['bad_samples']} damaged images were skipped and are not counted")
+    return "\n".join(lines)
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 if __name__ == "__main__":

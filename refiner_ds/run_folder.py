@@ -14,6 +14,7 @@
       heartbeats/  lock           which processes train here, and that they still do
       profiles/step_00000100/     traces of profiled steps; a file named profile asks a live run for one
       jobs/  code/                submitted runs: submitit's files, and the source they run
+      evaluation/                 what refiner_ds/evaluate.py found, a folder a checkpoint and way of looking
       export/                     model.safetensors, config.json, model card
 
 Nothing here imports torch.
@@ -84,6 +85,7 @@ class RunFolder:
         self.profile_request = self.path / "profile"
         self.jobs = self.path / "jobs"
         self.code = self.path / "code"
+        self.evaluation = self.path / "evaluation"
         self.export = self.path / "export"
 
     def refuse_unwritable(self) -> None:

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "benchmark": LIBRARY,
     "text": {"ground", "attention"},
     "train": LIBRARY | {"plan"},
-    "evaluate": LIBRARY | {"analysis"},
+    "evaluation": LIBRARY | {"analysis"},
+    "evaluate": LIBRARY | {"analysis", "evaluation"},
     "export": LIBRARY,
     "restart": {"ground", "config", "training"},
     "launch": {"ground", "config", "data", "train"},  # train: what a task of a job runs

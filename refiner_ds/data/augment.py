@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -53,12 +53,40 @@ class EvalSettings:
     """How images are resized and cropped in evaluation.
 
     The shorter side becomes ``img_size / crop_ratio`` and the centre is cut out; with a ratio above 1 the image is
-    smaller than the view and black surrounds it.
+    smaller than the view and black surrounds it. ``squash`` resizes both sides to that, as some of timm's models ask.
     """
 
     img_size: int
     crop_ratio: float = 0.9
     interpolation: str = "bicubic"
+    squash: bool = False
+
+    def __call__(self, image_yx3: np.ndarray, sample: int) -> np.ndarray:
+        """The view of an image, [S, S, 3] uint8, whatever its number."""
+        return eval_view(image_yx3, self)
+
+
+class EvalView(Protocol):
+    """One way of looking at an image in evaluation."""
+
+    @property
+    def img_size(self) -> int:
+        """Side S of the view, pixels."""
+
+    def __call__(self, image_yx3: np.ndarray, sample: int) -> np.ndarray:
+        """The view of image number ``sample``, [S, S, 3] uint8."""
+
+
+@dataclass(frozen=True)
+class EvalViews:
+    """Several views of every image, which is decoded once; they are loaded one below the other, [V·S, S, 3]."""
+
+    img_size: int
+    views: tuple[EvalView, ...]
+
+    def __call__(self, image_yx3: np.ndarray, sample: int) -> np.ndarray:
+        """All views of image number ``sample``."""
+        return np.concatenate([view(image_yx3, sample) for view in self.views])
 
 
 @dataclass
@@ -261,11 +289,15 @@ def resized_shape(height: int, width: int, short: int) -> tuple[int, int]:
 
 
 def eval_view(image_yx3: np.ndarray, settings: EvalSettings) -> np.ndarray:
-    """The centre of an image, [S, S, 3] uint8: sizes and places are those of timm's evaluation transform."""
+    """The centre of an image, [S, S, 3] uint8: pixel for pixel what timm's evaluation transform makes of it."""
     side = settings.img_size
-    height, width = image_yx3.shape[:2]
-    height, width = resized_shape(height, width, math.floor(side / settings.crop_ratio))
-    return center_crop_or_pad(resize(image_yx3, width, height, settings.interpolation), side)
+    short = math.floor(side / settings.crop_ratio)
+    height, width = (short, short) if settings.squash else resized_shape(image_yx3.shape[0], image_yx3.shape[1], short)
+    if image_yx3.shape[:2] != (height, width):
+        # Pillow, as timm has it: torch's resampling differs by up to three grey levels.
+        method = Image.Resampling[settings.interpolation.upper()]
+        image_yx3 = np.asarray(Image.fromarray(image_yx3).resize((width, height), method))
+    return center_crop_or_pad(image_yx3, side)
 
 
 def center_crop_or_pad(image_yx3: np.ndarray, side: int) -> np.ndarray:

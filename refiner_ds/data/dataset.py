@@ -18,9 +18,9 @@ from refiner_ds.data.augment import (
     IDENTITY,
     AugmentSettings,
     EvalSettings,
+    EvalViews,
     Matrix,
     TrainView,
-    eval_view,
     preserve_rng_state,
     seed_sample,
 )
@@ -83,7 +83,7 @@ class BatchDataset(Dataset[Any]):
     Args:
         index: the set.
         sampler: which samples a number stands for.
-        settings: of training views, or of evaluation.
+        settings: of training views, or of evaluation's one view or several.
         on_bad_sample: "error" or "skip".
         maps: where score maps come from: ``index`` itself or a set of maps; None: no maps.
         decode: the run file's keys about decoding.
@@ -95,7 +95,7 @@ class BatchDataset(Dataset[Any]):
         self,
         index: ShardIndex,
         sampler: TrainSampler | EvalSampler,
-        settings: AugmentSettings | EvalSettings,
+        settings: AugmentSettings | EvalSettings | EvalViews,
         on_bad_sample: str,
         maps: ShardIndex | None = None,
         decode: DecodeKeys = AS_STORED,
@@ -108,6 +108,7 @@ class BatchDataset(Dataset[Any]):
             self.map_reader = self.reader if maps is index else open_reader(maps)
         self.sampler = sampler
         self.settings = settings
+        self.rows = settings.img_size * (len(settings.views) if isinstance(settings, EvalViews) else 1)
         self.train_view = TrainView(settings) if isinstance(settings, AugmentSettings) else None
         self.on_bad_sample = on_bad_sample
         self.decode = decode
@@ -127,7 +128,7 @@ class BatchDataset(Dataset[Any]):
         size, side = len(self.sampler[0].samples_B), self.settings.img_size
         maps = self._empty_maps(size)
         numbers_B = torch.zeros(size, dtype=torch.int64)
-        pixels_BHWC = torch.empty(size, side, side, 3, dtype=torch.uint8)
+        pixels_BHWC = torch.empty(size, self.rows, side, 3, dtype=torch.uint8)
         return Batch(pixels_BHWC, numbers_B, numbers_B, numbers_B.bool(), maps=maps.batch() if maps else None).to(
             "meta"
         )
@@ -140,7 +141,7 @@ class BatchDataset(Dataset[Any]):
     def _load(self, indices: BatchIndices) -> Batch:
         size, side = len(indices.samples_B), self.settings.img_size
         arrays = _Arrays(
-            np.empty((size, side, side, 3), np.uint8),
+            np.empty((size, self.rows, side, 3), np.uint8),
             np.zeros(size, np.int64),
             np.zeros(size, bool),
             self._empty_maps(size),
@@ -169,8 +170,7 @@ class BatchDataset(Dataset[Any]):
         raw = self.reader.read(sample)
         arrays.labels_B[row] = raw.label
         if self.train_view is None:
-            image = decode_image(raw, self.decode)
-            arrays.pixels_BHWC[row] = eval_view(image, self.settings)  # type: ignore[arg-type]
+            arrays.pixels_BHWC[row] = self.settings(decode_image(raw, self.decode), sample)  # type: ignore[operator]
         else:
             seed_sample(self.sampler.seed, epoch, sample)  # type: ignore[union-attr]
             view = self.train_view(self.open_picture(raw, self.decode))

@@ -16,11 +16,12 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from refiner_ds.config.schema import DecodeKeys
-from refiner_ds.data.augment import AugmentSettings, EvalSettings
+from refiner_ds.data.augment import AugmentSettings, EvalSettings, EvalViews
 from refiner_ds.data.batch import Batch, MapBatch
 from refiner_ds.data.dataset import BatchDataset
 from refiner_ds.data.decoding import AS_STORED
@@ -140,7 +141,7 @@ def train_batches(
 
 def eval_batches(
     index: ShardIndex,
-    settings: EvalSettings,
+    settings: EvalSettings | EvalViews,
     *,
     batch: int,
     rank: int,
@@ -148,16 +149,18 @@ def eval_batches(
     workers: int = 0,
     on_bad_sample: str = "error",
     decode: DecodeKeys = AS_STORED,
+    samples: np.ndarray | None = None,
 ) -> Batches:
     """Evaluation batches of one rank: every sample once over all ranks, equally many batches on each.
 
     Args:
         index: the validation set.
-        settings: how images are resized and cropped.
+        settings: how images are resized and cropped; several views lie one below the other in a `Batch`'s images.
         batch: samples a `Batch`; places without a sample are marked invalid.
         rank, world_size, workers, on_bad_sample, decode: as in `train_batches`.
+        samples: numbers of the samples to take; None: all.
     Raises:
         DataError: (while iterating) a sample is damaged.
     """
-    sampler = EvalSampler(index.count, batch, rank, world_size)
+    sampler = EvalSampler(index.count if samples is None else len(samples), batch, rank, world_size, samples)
     return Batches(BatchDataset(index, sampler, settings, on_bad_sample, decode=decode), sampler, 0, workers)

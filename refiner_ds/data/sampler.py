@@ -76,12 +76,18 @@ class TrainSampler:
 
 @dataclass(frozen=True)
 class EvalSampler:
-    """The batches of one rank in evaluation: a contiguous share of the set, equally many batches on every rank."""
+    """The batches of one rank in evaluation: a contiguous share of the set, equally many batches on every rank.
+
+    Attributes:
+        count: samples that are evaluated.
+        chosen: [count] their numbers; None: 0, 1, 2, …
+    """
 
     count: int
     batch: int
     rank: int
     world_size: int
+    chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-self.samples_per_rank // self.batch)
@@ -96,4 +102,7 @@ class EvalSampler:
         within = np.arange(number * self.batch, (number + 1) * self.batch)
         samples = self.rank * self.samples_per_rank + within
         valid = (within < self.samples_per_rank) & (samples < self.count)
-        return BatchIndices(np.where(valid, samples, 0), valid, int((~valid).sum()), 0)
+        samples = np.where(valid, samples, 0)
+        if self.chosen is not None and self.count:
+            samples = self.chosen[samples]
+        return BatchIndices(samples, valid, int((~valid).sum()), 0)

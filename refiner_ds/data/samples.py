@@ -134,6 +134,18 @@ class SampleReader:
         map_start = BLOCK + padded(image_bytes) + BLOCK
         return RawSample(view[BLOCK : BLOCK + image_bytes], view[map_start:], label, name, path, number)
 
+    def name(self, sample: int) -> str:
+        """The name of a sample's first tar member, ``<key>.<ending>``, without reading the sample.
+
+        Raises:
+            DataError: the shard is missing or cannot be read.
+        """
+        try:
+            descriptor, _ = self._open_shard(self.index.shard_of(sample))
+            return header_name(os.pread(descriptor, BLOCK, int(self.index.members[sample]["offset"])))
+        except OSError as error:
+            raise self._error(sample, f"cannot be read ({error.strerror})") from None
+
     def _error(self, sample: int, reason: str, found: str = "") -> DataError:
         shard = self.index.shard_of(sample)
         number = sample - int(self.index.starts[shard])
@@ -167,6 +179,10 @@ class FileReader:
         view = memoryview(data)
         label = self.index.label(int(record["label"]))
         return RawSample(view, view[:0], label, os.path.basename(name), os.path.dirname(path), sample)
+
+    def name(self, sample: int) -> str:
+        """The file name of an image."""
+        return os.path.basename(self.index.path_of(sample))
 
 
 def open_reader(index: ShardIndex) -> SampleReader | FileReader:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from refiner_ds.models.refined_vit import GRID, RefinedViT
 
-__all__ = ["fit_to", "fit_weights", "load_released_weights", "read_weight_file"]
+__all__ = ["fit_to", "fit_weights", "load_released_weights", "read_weight_file", "unwrap"]
 
 State = Mapping[str, Tensor]
 Grid = tuple[int, int]
@@ -126,7 +126,7 @@ def fit_to(
     Raises:
         ValueError: the patch grid of the checkpoint is not square and not known, or ``old_grid`` contradicts it.
     """
-    state, own = _unwrap(content), model.state_dict()
+    state, own = unwrap(content), model.state_dict()
     notes = [
         *_fit_positions(state, model, old_grid),
         *_fit_channels(state, model),
@@ -202,10 +202,11 @@ def _misfits(own: State, state: State) -> list[str]:
     return [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
 
 
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, under the model's own names. Raises ValueError where it is none."""
     for wrapping in WRAPPINGS:
         if isinstance(content.get(wrapping), Mapping):
-            return _unwrap(content[wrapping])
+            return unwrap(content[wrapping])
     state = {WRAPPERS.sub("", name): value for name, value in content.items() if name != "n_averaged"}
     while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
