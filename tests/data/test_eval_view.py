@@ -11,13 +11,13 @@ import pytest
 import sklearn
 import torch
 from PIL import Image
+from refiner_ds.data.normalise import normalise
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.loader import PrefetchLoader
 from torchvision.transforms.functional import _compute_resized_output_size
 
 from refiner_ds.data.augment import EvalSettings, eval_view, resized_shape
 from refiner_ds.data.decoding import decode_image
-from refiner_ds.data.normalise import normalise
 from refiner_ds.data.samples import RawSample
 
 
