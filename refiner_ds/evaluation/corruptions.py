@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from refiner_ds.data.augment import EvalSettings, eval_view, hash_numbers, preserve_rng_state
+from refiner_ds.data.augment import EvalSettings, eval_view, preserve_rng_state
 from refiner_ds.errors import ConfigError
+from refiner_ds.seeds import view_seed
 
 __all__ = ["ALEXNET_ERRORS", "SEVERITIES", "CorruptedView", "corruption_figures", "require_library"]
 
@@ -74,7 +75,7 @@ class CorruptedView:
     def _corrupted(self, pixels_yx3: np.ndarray, sample: int) -> np.ndarray:
         from imagecorruptions import corrupt
 
-        seed = hash_numbers(sample, list(ALEXNET_ERRORS).index(self.corruption), self.severity) & 0xFFFFFFFF
+        seed = view_seed(list(ALEXNET_ERRORS).index(self.corruption), self.severity, sample) & 0xFFFFFFFF
         own = {"seed": seed} if self.corruption in ("impulse_noise", "glass_blur") else {}  # not from NumPy's generator
         with preserve_rng_state():
             np.random.seed(seed)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refiner_ds.data.batch import Batch
-from refiner_ds.data.normalise import normalise
+from refiner_ds.data.normalize import normalize
 from refiner_ds.evaluation.metrics import Answers
 from refiner_ds.training.world import World
 
@@ -95,7 +95,7 @@ def predict(
 
 def _logits(model: nn.Module, pixels_BHWC: Tensor, mean: Triple, std: Triple, bf16: bool) -> Tensor:
     with torch.autocast(pixels_BHWC.device.type, torch.bfloat16, enabled=bf16):
-        return model(normalise(pixels_BHWC, mean, std, torch.float32)).float()
+        return model(normalize(pixels_BHWC, mean, std, torch.float32)).float()
 
 
 def _read(logits_BVC: Tensor, labels_B: Tensor, among: Reading) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,13 +11,13 @@ import pytest
 import sklearn
 import torch
 from PIL import Image
-from refiner_ds.data.normalise import normalise
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.loader import PrefetchLoader
 from torchvision.transforms.functional import _compute_resized_output_size
 
 from refiner_ds.data.augment import EvalSettings, eval_view, resized_shape
 from refiner_ds.data.decoding import decode_image
+from refiner_ds.data.normalize import normalize
 from refiner_ds.data.samples import RawSample
 
 
@@ -84,7 +84,7 @@ def test_real_jpegs_are_what_timms_validation_feeds_its_models(crop_mode: str, i
             assert np.array_equal(ours_SS3, wanted_3SS.permute(1, 2, 0).numpy()), (file, crop_ratio)
             loader = PrefetchLoader([(wanted_3SS[None], torch.zeros(1))], mean, std, device=torch.device("cpu"))
             ((fed_13SS, _),) = loader
-            mine_13SS = normalise(torch.from_numpy(ours_SS3)[None], mean, std, torch.float32)
+            mine_13SS = normalize(torch.from_numpy(ours_SS3)[None], mean, std, torch.float32)
             assert mine_13SS.dtype == fed_13SS.dtype == torch.float32
             assert torch.allclose(mine_13SS, fed_13SS, rtol=0, atol=2e-6)  # (x − m)/s and x/s − m/s
 

@@ -83,7 +83,7 @@ class Suites:
         transform = create_transform(**config, is_training=False)
         rng = np.random.default_rng(len(kind))
         photos = load_sample_images().images
-        numbers = range(1000)
+        numbers: Any = range(1000)
         if kind in ("a", "r"):
             numbers = [SYNSETS.index(name) for name in imagenet_synsets(f"imagenet_{kind}")]
         right: Counter[str] = Counter()
