@@ -197,7 +197,7 @@ RULES = (
         "{node} is not healthy",
     ),
     Rule(
-        "a job begins on a node that it has been requeued without, because Slurm had not yet excluded it (twice at most)",
+        "a job begins on a node that it has been requeued without, since Slurm acted too late (twice at most)",
         "requeued without that node, before anything is trained",
         lambda now, before, limits: now.cause == Cause.MISPLACED,
         Action.REQUEUE_WITHOUT_NODE,

@@ -273,7 +273,7 @@ def test_nodes_that_do_not_come_are_named(tmp_path: Path, port: int) -> None:
     found = examine(reports, Requirements(workers=0))
     assert any("rank 2 does not start: no such interpreter" in finding.what for finding in found)
     assert said(found, "cannot reach no-such-node.invalid port") == {"node2"}
-    assert said(found, "rank 1 has not come to where all ranks meet") == {"node2"}
+    assert said(found, "rank 1 has not reached the rendezvous") == {"node2"}
 
 
 def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
