@@ -5,6 +5,7 @@ Axes: B batch, H heads, E expanded maps, N tokens, d head width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from refiner_ds.attention.norms import Norm
@@ -47,6 +48,8 @@ def check_case(case: Case, residual_BHNN: Tensor | None = None) -> None:
     if residual_BHNN is not None:
         tensors["residual"] = residual_BHNN
         _require("residual", residual_BHNN, (batch, heads, tokens, tokens), "beside these values")
+    if (mask_BN := attn.mask_BN if isinstance(attn, DeferredMap) else case.mask_BN) is not None:
+        _check_mask(mask_BN, case)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be a floating dtype")
@@ -111,6 +114,17 @@ def check_folded(weights: FoldedWeights, case: Case) -> None:
         _require(name[:-2], getattr(weights, name), (maps,), f"for {maps} maps")
 
 
+def _check_mask(mask_BN: Tensor, case: Case) -> None:
+    batch, _, tokens, _ = case.value_BHNd.shape
+    _require("mask", mask_BN, (batch, tokens), "beside these values")
+    if mask_BN.dtype != torch.bool:
+        raise ValueError(f"mask is {str(mask_BN.dtype).removeprefix('torch.')}; it must be bool, True for real tokens")
+    if mask_BN.device != case.value_BHNd.device:
+        raise ValueError(
+            f"mask is on {mask_BN.device}, but value on {case.value_BHNd.device}; both must be on one device"
+        )
+
+
 def _check_local(local: LocalKernels, expanded: int, case: Case) -> None:
     side = max((size for kernel in local.kernels for size in kernel.shape[-2:]), default=0)
     shapes = kernel_shapes(local.constraint, side)
@@ -119,6 +133,8 @@ def _check_local(local: LocalKernels, expanded: int, case: Case) -> None:
     for (name, shape), kernel in zip(shapes.items(), local.kernels, strict=True):
         _require(f"kernel {name!r}", kernel, (expanded, 1, *shape), f"for {expanded} expanded maps")
     rows, columns = local.grid
+    if local.constraint != "none" and case.mask_BN is not None:
+        raise ValueError(f"constraint is {local.constraint!r}; padded sequences have no patch grid, so it must be none")
     if local.constraint != "none" and not (rows > 0 and columns > 0 and rows * columns <= case.value_BHNd.shape[2]):
         raise ValueError(f"grid is {rows}x{columns}; its cells must be some of the {case.value_BHNd.shape[2]} tokens")
 

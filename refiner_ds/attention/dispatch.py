@@ -27,6 +27,7 @@ from refiner_ds.attention.backends.eager import EagerBackend
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.backends.triton import TritonBackend
 from refiner_ds.attention.checks import check_case
+from refiner_ds.attention.masking import outside_mask, zero_padding
 from refiner_ds.attention.refiners import load_implementations, refiner_of
 from refiner_ds.attention.saving import check_save_for_backward
 from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
@@ -173,6 +174,8 @@ def _compiled_backend(backend: str | None, device: str) -> str:
 def _check(case: Case, residual_BHNN: Tensor | None) -> None:
     """Refuse arguments that do not fit together."""
     check_case(case, residual_BHNN)
+    if case.weights is not None and case.mask_BN is not None and not refiner_of(case.weights).takes_mask:
+        raise ValueError(f"{refiner_of(case.weights).name} takes no mask; pad nothing, or let its row say takes_mask")
     if case.weights is not None and (check := refiner_of(case.weights).check) is not None:
         check(case.weights, case)
 
@@ -235,8 +238,12 @@ def refine(
     scale: float = 1.0,
     backend: str | None = None,
     save_for_backward: str | None = None,
+    mask_BN: Tensor | None = None,
 ) -> Tensor:
     """Refine attention maps and multiply the values with them.
+
+    Of padded sequences each comes out as it would alone: padding is zero before the convolution and after it, takes
+    no part in the statistics of norms, and has no gradient. Only statistics of a batch join its sequences.
 
     Args:
         attn: the maps, [B, H, N, N], or the queries and keys they are made of.
@@ -245,8 +252,9 @@ def refine(
         scale: factor on the refined maps (:class:`FoldedWeights` contain it already).
         backend: which backend to ask first; ``None`` leaves it to REFINER_ATTENTION and to the device.
         save_for_backward: see :func:`set_save_for_backward`; ``None`` is what was set there.
+        mask_BN: which tokens are real, [B, N] bool, for maps; queries and keys bring theirs. ``None`` where all are.
     Returns:
-        [B, H, N, d] in the values' dtype; [B, E, N, d] where the refiner does not reduce.
+        [B, H, N, d] in the values' dtype; [B, E, N, d] where the refiner does not reduce; zero for padding.
     Raises:
         TypeError: the weights are of no known kind.
         ValueError: arguments do not fit together, there is no such backend, the device cannot run it, or nothing that
@@ -255,13 +263,22 @@ def refine(
     # The view sums the refiner's own gradients of the map before those of its other users, so that rounding happens in
     # the same order whether or not the refiner is recomputed by itself.
     attn = attn if isinstance(attn, DeferredMap) else attn.view_as(attn).to(value_BHNd.dtype)
-    case = Case(attn, value_BHNd, weights)
+    mask_BN = attn.mask_BN if isinstance(attn, DeferredMap) else mask_BN
+    case = Case(attn, value_BHNd, weights, mask_BN)
     saved = _save_for_backward if save_for_backward is None else check_save_for_backward(save_for_backward)
-    return _backend_for(case, backend).refine(case, scale, saved)
+    chosen = _backend_for(case, backend)
+    if mask_BN is None:
+        return chosen.refine(case, scale, saved)
+    if isinstance(attn, Tensor):
+        case = case._replace(attn=attn.masked_fill(outside_mask(mask_BN), 0.0))
+    case = case._replace(value_BHNd=zero_padding(value_BHNd, mask_BN))
+    return zero_padding(chosen.refine(case, scale, saved), mask_BN)
 
 
 def plain_attention(deferred: DeferredMap, value_BHNd: Tensor) -> Tensor:
     """Softmax attention without a refiner, by PyTorch's fused kernels, [B, H, N, d]."""
+    mask_BN = deferred.mask_BN
     return F.scaled_dot_product_attention(
-        deferred.q_BHNd, deferred.k_BHNd, value_BHNd, dropout_p=deferred.dropout, scale=deferred.scale
-    )
+        deferred.q_BHNd, deferred.k_BHNd, value_BHNd, None if mask_BN is None else mask_BN[:, None, None, :],
+        dropout_p=deferred.dropout, scale=deferred.scale,
+    )  # fmt: skip

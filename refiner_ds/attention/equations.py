@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refiner_ds.attention.masking import outside_mask
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.weights import CONSTRAINTS, LocalKernels
 
@@ -38,14 +39,20 @@ __all__ = [
 ]
 
 
-def attention_map(q_BHNd: Tensor, k_BHNd: Tensor, scale: float) -> Tensor:
-    """Softmax attention map, softmax(scale·QKᵀ) over the keys (paper, eq. 1).
+def attention_map(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, mask_BN: Tensor | None = None) -> Tensor:
+    """Softmax attention map, softmax(scale·QKᵀ) over the keys (paper, eq. 1); over the real ones under a mask.
 
     Returns:
         [B, H, N, N] in fp32 for half-precision queries, otherwise in theirs.
     """
     logits_BHNN = (q_BHNd @ k_BHNd.mT) * scale
-    return logits_BHNN.to(statistics_dtype(logits_BHNN.dtype)).softmax(-1)
+    logits_BHNN = logits_BHNN.to(statistics_dtype(logits_BHNN.dtype))
+    if mask_BN is None:
+        return logits_BHNN.softmax(-1)
+    # The least finite number, not −∞: a sequence of padding alone would be divided by zero.
+    least = torch.finfo(logits_BHNN.dtype).min
+    map_BHNN = logits_BHNN.masked_fill(~mask_BN[:, None, None, :], least).softmax(-1)
+    return map_BHNN.masked_fill(outside_mask(mask_BN), 0.0)
 
 
 def accumulate(map_BHNN: Tensor, residual_BHNN: Tensor, scale: float) -> Tensor:

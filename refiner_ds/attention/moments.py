@@ -28,6 +28,8 @@ class Moments:
 
     def add(self, count: int, mean_KC: Tensor, comoment_KKC: Tensor) -> None:
         """Take in ``count`` entries a map with their means and sums of products about those means."""
+        if count == 0:
+            return
         before, self.count = self.count, self.count + count
         shift_KC = mean_KC.double() - self.mean_KC
         self.mean_KC += shift_KC * (count / self.count)
@@ -37,7 +39,7 @@ class Moments:
     @property
     def covariance_KKC(self) -> Tensor:
         """Biased covariances, [K, K, C]."""
-        return self._comoment_KKC / self.count
+        return self._comoment_KKC / max(self.count, 1)
 
 
 def combine(counts_P: Tensor, means_PK: Tensor, comoments_PKK: Tensor) -> tuple[Tensor, Tensor]:

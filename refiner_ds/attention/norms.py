@@ -20,6 +20,7 @@ __all__ = [
     "batch_norm",
     "fold_norm",
     "frozen_statistics",
+    "masked_batch_norm",
     "recompute_aware",
     "statistics_dtype",
     "update_running",
@@ -116,6 +117,27 @@ def batch_norm(x: Tensor, norm: Norm) -> Tensor:
     )
 
 
+def masked_batch_norm(x_BCNN: Tensor, norm: Norm, outside_B1NN: Tensor, count: Tensor) -> Tensor:
+    """As :func:`batch_norm` for maps of padded sequences: the batch's statistics are those of its real entries.
+
+    Args:
+        x_BCNN: maps; what is outside takes no part in a statistic, and comes out as any number.
+        norm: gains, running statistics and mode.
+        outside_B1NN: the entries that are not real.
+        count: how many of one map are, float64.
+    """
+    if not norm.training:
+        return batch_norm(x_BCNN, norm)
+    precision = statistics_dtype(x_BCNN.dtype)
+    exact_BCNN, share = x_BCNN.to(precision), count.reciprocal().to(precision)
+    mean_C = exact_BCNN.masked_fill(outside_B1NN, 0.0).sum((0, 2, 3)) * share
+    centred_BCNN = (exact_BCNN - mean_C[:, None, None]).masked_fill(outside_B1NN, 0.0)
+    variance_C = centred_BCNN.square().sum((0, 2, 3)) * share
+    update_running(norm, mean_C, variance_C, count)
+    gain_C = norm.weight.to(precision) * (variance_C + norm.eps).rsqrt()
+    return (centred_BCNN * gain_C[:, None, None] + norm.bias.to(precision)[:, None, None]).to(x_BCNN.dtype)
+
+
 def fold_norm(norm: Norm, mean_C: Tensor, variance_C: Tensor) -> tuple[Tensor, Tensor]:
     """A batch norm with given statistics as gain and inverse deviation, float64, [C] and [C]."""
     inverse_C = (variance_C.double() + norm.eps).rsqrt()
@@ -123,13 +145,14 @@ def fold_norm(norm: Norm, mean_C: Tensor, variance_C: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def update_running(norm: Norm, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
+def update_running(norm: Norm, mean_C: Tensor, variance_C: Tensor, count: int | Tensor) -> None:
     """Count one training pass over ``count`` entries a map, as ``torch.nn.BatchNorm2d`` does; not in recomputation."""
     if not norm.updates:
         return
     if norm.batches is not None:
         norm.batches.add_(1)
-    unbiased_C = variance_C * (count / (count - 1))
+    others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else count - 1
+    unbiased_C = variance_C * (count / others)
     for running_C, new_C in ((norm.running_mean, mean_C), (norm.running_var, unbiased_C)):
         running_C.copy_(running_C.double().lerp(new_C.to(running_C.device), norm.momentum))
 

@@ -38,25 +38,30 @@ class Refiner(NamedTuple):
 
     Args:
         name: in messages and log lines.
-        eager: maps [B, H, N, N], weights and scale to refined maps [B, M, N, N], under autograd.
+        eager: maps [B, H, N, N], weights and scale to refined maps [B, M, N, N], under autograd; and, where it
+            ``takes_mask``, the mask of real tokens [B, N] or ``None``.
         tiled, triton: modules that are :class:`Implementation`\\ s, by name; ``None`` where there is none.
         check: raises ValueError for weights that do not fit each other or the maps.
+        takes_mask: whether it is defined for padded sequences.
     """
 
     name: str
-    eager: Callable[[Tensor, Any, float], Tensor]
+    eager: Callable[..., Tensor]
     tiled: str | None = None
     triton: str | None = None
     check: Callable[[Any, Case], None] | None = None
+    takes_mask: bool = False
 
 
 _BOTTLENECK = f"{PACKAGE}.bottleneck.tiled", f"{PACKAGE}.bottleneck.triton"
 
 # Type of the weights -> row.
 REFINERS: dict[type, Refiner] = {
-    LinearWeights: Refiner("linear", linear_map, f"{PACKAGE}.linear.tiled", f"{PACKAGE}.linear.triton", check_linear),
-    BottleneckWeights: Refiner("bottleneck", bottleneck_map, *_BOTTLENECK, check_bottleneck),
-    FoldedWeights: Refiner("folded bottleneck", folded_map, *_BOTTLENECK, check_folded),
+    LinearWeights: Refiner(
+        "linear", linear_map, f"{PACKAGE}.linear.tiled", f"{PACKAGE}.linear.triton", check_linear, True
+    ),
+    BottleneckWeights: Refiner("bottleneck", bottleneck_map, *_BOTTLENECK, check_bottleneck, True),
+    FoldedWeights: Refiner("folded bottleneck", folded_map, *_BOTTLENECK, check_folded, True),
 }
 
 

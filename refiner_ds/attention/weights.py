@@ -40,12 +40,15 @@ class DeferredMap(NamedTuple):
         q_BHNd, k_BHNd: queries and keys, [B, H, N, d].
         scale: what the logits are multiplied with, 1/√d.
         dropout: probability of dropping an entry of the map; 0 outside training.
+        mask_BN: which tokens are real, [B, N] bool, where sequences are padded to one length: rows and columns of the
+            others are zero. ``None`` where all are.
     """
 
     q_BHNd: Tensor
     k_BHNd: Tensor
     scale: float
     dropout: float = 0.0
+    mask_BN: Tensor | None = None
 
 
 class LocalKernels(NamedTuple):
@@ -130,11 +133,13 @@ class Case(NamedTuple):
         attn: the maps, [B, H, N, N], or the queries and keys that they are made of.
         value_BHNd: values.
         weights: of the refiner; ``None`` where a map is made and multiplies the values unrefined.
+        mask_BN: which tokens are real; maps and values of the others are zero already.
     """
 
     attn: Tensor | DeferredMap
     value_BHNd: Tensor
     weights: RefinerWeights | None = None
+    mask_BN: Tensor | None = None
 
     def wants_gradients(self) -> bool:
         """Whether autograd would record this call."""

@@ -40,26 +40,33 @@ def calls(backend: str) -> dict[str, tuple]:
     affines = [single(x) for norm in norms for x in (norm.weight, norm.bias)]
     three = [single(x) for x in (weights.expand_EH, weights.local.kernels[0], weights.reduce_HE)]
     common = backend, SCALE, [1e-5] * 4, a["map"], a["value"], *three, affines
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
     plain = [x.detach() for x in (a["map"], a["value"])]
     small = [torch.randn(size) for size in (6, 6, 3, 3)]
     found: dict[str, tuple] = {
-        "make_map": (backend, a["q"], a["k"], a["map"], SCALE, 0.0, 0),
-        "refine_bottleneck": (*common, False),
+        "make_map": (backend, a["q"], a["k"], a["map"], SCALE, 0.0, 0, None),
+        "make_map masked": (backend, a["q"], a["k"], None, SCALE, 0.0, 0, mask),
+        "refine_bottleneck": (*common, None, False),
         "refine_folded": (
-            backend, *plain, three[0].detach(), small[0], three[1].detach(), small[1], three[2].detach(), *small[2:]
+            backend, *plain, three[0].detach(), small[0], three[1].detach(), small[1], three[2].detach(), *small[2:],
+            None,
         ),
     }  # fmt: skip
     if backend == "tiled":
-        found["refine_bottleneck saving activations"] = (*common, True)
-        found["make_map dropping"] = (backend, a["q"], a["k"], None, SCALE, 0.5, 7)
+        found["refine_bottleneck saving activations"] = (*common, None, True)
+        found["refine_bottleneck masked"] = (*common, mask, True)
+        found["refine_folded masked"] = (*found["refine_folded"][:-1], mask)
+        found["make_map dropping"] = (backend, a["q"], a["k"], None, SCALE, 0.5, 7, None)
         kernel, expand, reduce = (single(x) for x in (paper.local.kernels[0], paper.expand_EH, paper.reduce_HE))
-        found["refine_linear in steps"] = (backend, 1.0, a["value"], kernel, expand, reduce, [a["q"], a["k"]])
-        found["refine_linear without reduction"] = (backend, 1.0, a["value"], kernel, expand, None, [a["map"]])
+        found["refine_linear in steps"] = (backend, 1.0, a["value"], kernel, expand, reduce, [a["q"], a["k"]], None)
+        found["refine_linear without reduction"] = (backend, 1.0, a["value"], kernel, expand, None, [a["map"]], None)
     dense = single(torch.randn(3, 3, 3, 3))
-    found["refine_linear"] = (backend, SCALE, a["value"], dense, None, None, [a["q"], a["k"]])
+    found["refine_linear"] = (backend, SCALE, a["value"], dense, None, None, [a["q"], a["k"]], None)
+    found["refine_linear masked"] = (backend, SCALE, a["value"], dense, None, None, [a["q"], a["k"]], mask)
     if backend == "triton":
-        found["refine_linear of a map"] = (backend, 1.0, a["value"], dense, None, None, [a["map"]])
-        found["attend"] = (a["q"], a["k"], a["value"], a["map"], SCALE, 0.0, 0)
+        found["refine_linear of a map"] = (backend, 1.0, a["value"], dense, None, None, [a["map"]], None)
+        found["attend"] = (a["q"], a["k"], a["value"], a["map"], SCALE, 0.0, 0, None)
+        found["attend masked"] = (a["q"], a["k"], a["value"], a["map"], SCALE, 0.0, 0, mask)
     return found
 
 

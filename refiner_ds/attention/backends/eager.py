@@ -13,13 +13,16 @@ from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
 __all__ = ["EagerBackend", "refined_map"]
 
 
-def refined_map(map_BHNN: Tensor, weights: RefinerWeights, scale: float) -> Tensor:
+def refined_map(map_BHNN: Tensor, weights: RefinerWeights, scale: float, mask_BN: Tensor | None = None) -> Tensor:
     """The map with which a refined block multiplies its values, [B, H, N, N] ([B, E, N, N] without reduction).
 
+    Args:
+        mask_BN: which tokens are real; maps of the others are zero already, and the refined ones must meet zero values.
     Raises:
         TypeError: the weights are of no known kind.
     """
-    return refiner_of(weights).eager(map_BHNN, weights, scale)
+    row = refiner_of(weights)
+    return row.eager(map_BHNN, weights, scale) if mask_BN is None else row.eager(map_BHNN, weights, scale, mask_BN)
 
 
 class EagerBackend:
@@ -45,7 +48,7 @@ class EagerBackend:
         return equations.attend(map_BHNN, value_BHNd), map_BHNN
 
     def refine(self, case: Case, scale: float, save_for_backward: str) -> Tensor:
-        attn, value_BHNd, weights = case
+        attn, value_BHNd, weights, mask_BN = case
         assert weights is not None
         map_BHNN = make_map(attn).to(value_BHNd.dtype) if isinstance(attn, DeferredMap) else attn
-        return equations.attend(refined_map(map_BHNN, weights, scale), value_BHNd)
+        return equations.attend(refined_map(map_BHNN, weights, scale, mask_BN), value_BHNd)

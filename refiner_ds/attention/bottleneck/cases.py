@@ -39,12 +39,12 @@ def refine_case(
     backend: str, make_map: Callable[[DeferredMap], Tensor], case: Case, scale: float, save_for_backward: str
 ) -> Tensor:
     """Refined maps times values, [B, H, N, d] in the values' dtype, by "tiled" or "triton"."""
-    attn, value_BHNd, weights = case
+    attn, value_BHNd, weights, mask_BN = case
     map_BHNN = (make_map(attn) if isinstance(attn, DeferredMap) else attn).to(value_BHNd.dtype)
     if isinstance(weights, FoldedWeights):
-        return refine_folded(backend, map_BHNN, value_BHNd, weights)
+        return refine_folded(backend, map_BHNN, value_BHNd, weights, mask_BN)
     assert isinstance(weights, BottleneckWeights)
     if not weights.norm1_E.training:
-        return refine_folded(backend, map_BHNN, value_BHNd, fold_refiner(weights, scale))
+        return refine_folded(backend, map_BHNN, value_BHNd, fold_refiner(weights, scale), mask_BN)
     saved = resolve_save_for_backward(save_for_backward, map_BHNN, weights.expand_EH.shape[0])
-    return refine_in_training(backend, map_BHNN, value_BHNd, weights, scale, saved == "activations")
+    return refine_in_training(backend, map_BHNN, value_BHNd, weights, scale, saved == "activations", mask_BN)

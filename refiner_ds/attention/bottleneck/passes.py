@@ -26,7 +26,7 @@ class Passes(Protocol):
     The activations h2 and h3 are in the map's dtype; h2 in whichever memory layout the backend likes.
     """
 
-    def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra) -> None: ...
+    def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra, mask_BN: Tensor | None = None) -> None: ...
 
     def map_moments(self) -> Moments:
         """Forward 1: mean and covariance of A over heads, [H] and [H, H]."""

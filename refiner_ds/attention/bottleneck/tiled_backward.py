@@ -59,7 +59,10 @@ class TiledPasses(ForwardPasses):
         for tile in self.tiles():
             parts = self._reduced_parts(tile)
             dh3_bHRN = ops.combine(level3_H, *zip(parts, on_reduced, strict=True))
-            self.d_map_BHNN[tile.images, :, tile.rows] = ops.combine(level_H, *zip(parts, on_map, strict=True))
+            direct_bHRN = ops.combine(level_H, *zip(parts, on_map, strict=True))
+            if (outside := self.outside(tile)) is not None:
+                dh3_bHRN.masked_fill_(outside, 0.0)
+            self.d_map_BHNN[tile.images, :, tile.rows] = direct_bHRN
             local_bERN = self.read(self.local_BENN, tile)
             u2_bERN = ops.affine(local_bERN, *norm).clamp_(0, 6)
             d_reduce_HE += ops.correlate(dh3_bHRN, u2_bERN)
@@ -82,6 +85,8 @@ class TiledPasses(ForwardPasses):
         for tile in self.tiles(halo=True):
             dh2_bERN = ops.affine(self.read(self.local_BENN, tile, tile.with_halo), slope_E, level_E)
             dh2_bERN += self.read(self.m2_BENN, tile, tile.with_halo)
+            if (outside := self.outside(tile, tile.with_halo)) is not None:
+                dh2_bERN.masked_fill_(outside, 0.0)
             u1_bERN = self.activated(expansion, tile)
             du1_bERN, share_E1kk = convolution_gradients(u1_bERN, dh2_bERN, kernel_E1kk, tile, self.expanded)
             d_kernel_E1kk += share_E1kk

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck.norm_algebra import NormAlgebra
+from refiner_ds.attention.masking import outside_rows
 from refiner_ds.attention.moments import Moments
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling import ops
@@ -34,9 +35,12 @@ class ForwardPasses:
     Args:
         map_BHNN: the maps; activations are stored in their dtype.
         algebra: the norms, folded as far as each pass needs them.
+        mask_BN: which tokens are real. Statistics are of their entries; u1 is zero outside them, as it is outside a
+            map; h2, h3 and T are any numbers there, which ∂T, ∂h3 and ∂h2 of zero keep out of every gradient.
     """
 
-    def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra) -> None:
+    def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra, mask_BN: Tensor | None = None) -> None:
+        self.mask_BN = mask_BN
         self.map_BHNN, self.algebra = map_BHNN, algebra
         self.precision = statistics_dtype(map_BHNN.dtype)
         self.kernel_E1kk = algebra.weights.local.kernels[0].to(self.precision)
@@ -53,6 +57,10 @@ class ForwardPasses:
         radius = self.kernel_E1kk.shape[-1] // 2 if halo else 0
         return list(tiles(batch, tokens, self.expanded, self.map_BHNN.device, radius, self.precision.itemsize))
 
+    def outside(self, tile: Tile, rows: slice | None = None) -> Tensor | None:
+        """The entries of the tile's rows that are not real, [b, 1, R, N]; ``None`` where all are."""
+        return None if self.mask_BN is None else outside_rows(self.mask_BN[tile.images], rows or tile.rows)
+
     def read(self, x_BCNN: Tensor, tile: Tile, rows: slice | None = None) -> Tensor:
         """The tile's rows of some maps in fp32 or better, in the memory format they have."""
         return x_BCNN[tile.images, :, rows or tile.rows].to(self.precision)
@@ -68,6 +76,10 @@ class ForwardPasses:
         found = Moments(self.heads, 1, self.map_BHNN.device)
         for tile in self.tiles():
             map_HL = self.read(self.map_BHNN, tile).transpose(0, 1).flatten(1)
+            if (outside := self.outside(tile)) is not None:
+                map_HL = map_HL[:, ~outside.flatten()]
+                if map_HL.shape[1] == 0:
+                    continue
             mean_H1 = map_HL.mean(1, keepdim=True)
             centred_HL = map_HL - mean_H1
             found.add(map_HL.shape[1], mean_H1, (centred_HL @ centred_HL.T)[..., None])
@@ -79,7 +91,9 @@ class ForwardPasses:
 
     def activated(self, expansion: list[Tensor], tile: Tile) -> Tensor:
         """u1, the expanded maps after norm 1 and its relu6, [b, E, R + halo, N]."""
-        return ops.expand(self.read(self.map_BHNN, tile, tile.with_halo), *expansion).clamp_(0, 6)
+        u1_bERN = ops.expand(self.read(self.map_BHNN, tile, tile.with_halo), *expansion).clamp_(0, 6)
+        outside = self.outside(tile, tile.with_halo)
+        return u1_bERN if outside is None else u1_bERN.masked_fill_(outside, 0.0)
 
     def expand_local(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Pass 2: h2, [B, E, N, N], and its mean and variance."""
@@ -92,7 +106,9 @@ class ForwardPasses:
         for tile in self.tiles(halo=True):
             h2_bERN = convolve(self.activated(expansion, tile), self.kernel_E1kk, tile, self.expanded)
             local_BENN[tile.images, :, tile.rows] = h2_bERN
-            if found is not None:
+            if found is not None and (outside := self.outside(tile)) is not None:
+                found.add(*ops.real_moments(outside, h2_bERN))
+            elif found is not None:
                 mean_E, squares_E = ops.moments(h2_bERN)
                 found.add(h2_bERN.numel() // self.expanded, mean_E[None], squares_E[None, None])
         return local_BENN
@@ -112,7 +128,9 @@ class ForwardPasses:
         for tile in self.tiles():
             h3_bHRN = ops.reduce(ops.affine(self.read(local_BENN, tile), *norm).clamp_(0, 6), self.reduce_HE)
             reduced_BHNN[tile.images, :, tile.rows] = h3_bHRN
-            if found is not None:
+            if found is not None and (outside := self.outside(tile)) is not None:
+                found.add(*ops.real_moments(outside, h3_bHRN, self.read(self.map_BHNN, tile)))
+            elif found is not None:
                 found.add(h3_bHRN.numel() // self.heads, *ops.joint_moments(h3_bHRN, self.read(self.map_BHNN, tile)))
         return reduced_BHNN
 

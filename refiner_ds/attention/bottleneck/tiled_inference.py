@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.masking import outside_rows
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling.ops import affine, expand, product_dtype, reduce
 from refiner_ds.attention.tiling.tiles import convolve, tiles
@@ -21,8 +22,13 @@ __all__ = ["refine_folded"]
 
 
 @torch.no_grad()
-def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedWeights) -> Tensor:
-    """Refined maps times values, [B, H, N, d]; constraint "none" only, and nothing for backward."""
+def refine_folded(
+    map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedWeights, mask_BN: Tensor | None = None
+) -> Tensor:
+    """Refined maps times values, [B, H, N, d]; constraint "none" only, and nothing for backward.
+
+    Under a mask u1 is zero outside the real entries; maps and values of padding are zero already.
+    """
     precision, dtype = statistics_dtype(map_BHNN.dtype), product_dtype(map_BHNN)
     expand_EH, bias1_E, kernel_E1kk, bias2_E, gain_H, shift_H = (
         tensor.to(precision)
@@ -39,6 +45,8 @@ def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, refiner: FoldedWeights) 
         for tile in tiles(batch, tokens, expanded, map_BHNN.device, radius):
             map_bHRN = map_BHNN[tile.images, :, tile.with_halo].to(dtype)
             u1_bERN = expand(map_bHRN.to(precision), expand_EH, bias1_E).clamp_(0, 6)
+            if mask_BN is not None:
+                u1_bERN.masked_fill_(outside_rows(mask_BN[tile.images], tile.with_halo), 0.0)
             u2_bERN = convolve(u1_bERN, kernel_E1kk, tile, expanded, bias2_E).clamp_(0, 6).to(dtype)
             refined_bHRN = reduce(u2_bERN, reduce_HE).add_(affine(map_bHRN[:, :, tile.interior], gain_H, shift_H))
             out_BHNd[tile.images, :, tile.rows] = refined_bHRN @ value_BHNd[tile.images].to(dtype)

@@ -15,6 +15,8 @@ __all__ = ["refine", "supports"]
 def supports(case: Case) -> str | None:
     """The reason why this case is left to another backend, or ``None``."""
     assert isinstance(case.weights, BottleneckWeights | FoldedWeights)
+    if case.mask_BN is not None:
+        return "kernels of the bottleneck take no mask"
     return unsupported_case(case) or unsupported_kernel_size(case.weights.local)
 
 

@@ -29,7 +29,8 @@ class KernelPasses:
         algebra: the norms, folded as far as each pass needs them.
     """
 
-    def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra) -> None:
+    def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra, mask_BN: Tensor | None = None) -> None:
+        assert mask_BN is None  # such a case is left to tiles
         self.map_BHNN, self.algebra = to_padded(map_BHNN), algebra
         self.kernel_E1kk = algebra.weights.local.kernels[0]
         self.reduce_HE = algebra.weights.reduce_HE

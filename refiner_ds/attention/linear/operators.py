@@ -15,28 +15,31 @@ from refiner_ds.attention.weights import DeferredMap
 
 __all__ = ["refine_linear"]
 
-_ARGUMENTS = "str backend, float scale, Tensor value, Tensor kernel, Tensor? expand, Tensor? reduce, Tensor[] source"
+_ARGUMENTS = (
+    "str backend, float scale, Tensor value, Tensor kernel, Tensor? expand, Tensor? reduce, Tensor[] source,"
+    " Tensor? mask"
+)
 
 
 @operator("refine_linear", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def _refine(
     backend: str, scale: float, value_BHNd: Tensor, kernel: Tensor, expand_EH: Tensor | None,
-    reduce_HE: Tensor | None, source: list[Tensor],
+    reduce_HE: Tensor | None, source: list[Tensor], mask_BN: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Refined maps times values, and row log-sum-exps (empty for tiles, and for a map)."""
     if backend == "triton":
         triton = computed_by("linear", "triton")
-        out_BMNd, lse_BHN = triton.refined_values(scale, value_BHNd, kernel, source)
+        out_BMNd, lse_BHN = triton.refined_values(scale, value_BHNd, kernel, source, mask_BN)
         return out_BMNd, _empty_lse(backend, []) if lse_BHN is None else lse_BHN
     tiled = computed_by("linear", "tiled")
     steps = tiled.Steps(kernel, expand_EH, reduce_HE)
-    return tiled.refined_values(scale, value_BHNd, steps, source), _empty_lse(backend, source)
+    return tiled.refined_values(scale, value_BHNd, steps, source, mask_BN), _empty_lse(backend, source)
 
 
 @_refine.register_fake
 def _(
     backend: str, scale: float, value_BHNd: Tensor, kernel: Tensor, expand_EH: Tensor | None,
-    reduce_HE: Tensor | None, source: list[Tensor],
+    reduce_HE: Tensor | None, source: list[Tensor], mask_BN: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, _, tokens, width = value_BHNd.shape
     maps_out = len(kernel if reduce_HE is None else reduce_HE)
@@ -50,17 +53,20 @@ def _(
 @operator("refine_linear_backward", f"(Tensor grad, {_ARGUMENTS}, Tensor lse) -> Tensor[]")
 def _refine_backward(
     grad_BMNd: Tensor, backend: str, scale: float, value_BHNd: Tensor, kernel: Tensor, expand_EH: Tensor | None,
-    reduce_HE: Tensor | None, source: list[Tensor], lse_BHN: Tensor,
+    reduce_HE: Tensor | None, source: list[Tensor], mask_BN: Tensor | None, lse_BHN: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of value, kernel, expansion and reduction if there are any, and of the map or queries and keys."""
     found: list[Tensor | None]
     if backend == "triton":
         triton = computed_by("linear", "triton")
-        d_value_BHNd, d_kernel, *d_source = triton.gradients(grad_BMNd, scale, value_BHNd, kernel, source, lse_BHN)
+        d_value_BHNd, d_kernel, *d_source = triton.gradients(
+            grad_BMNd, scale, value_BHNd, kernel, source, lse_BHN, mask_BN
+        )
         found = [d_value_BHNd, d_kernel, None, None, *d_source]
     else:
         tiled = computed_by("linear", "tiled")
-        found = tiled.gradients(grad_BMNd, scale, value_BHNd, tiled.Steps(kernel, expand_EH, reduce_HE), source)
+        steps = tiled.Steps(kernel, expand_EH, reduce_HE)
+        found = tiled.gradients(grad_BMNd, scale, value_BHNd, steps, source, mask_BN)
     inputs = (value_BHNd, kernel, expand_EH, reduce_HE, *source)
     pairs = [(grad, like) for grad, like in zip(found, inputs, strict=True) if like is not None and grad is not None]
     weights = range(1, len(pairs) - len(source))
@@ -71,7 +77,7 @@ def _refine_backward(
 @_refine_backward.register_fake
 def _(
     grad_BMNd: Tensor, backend: str, scale: float, value_BHNd: Tensor, kernel: Tensor, expand_EH: Tensor | None,
-    reduce_HE: Tensor | None, source: list[Tensor], lse_BHN: Tensor,
+    reduce_HE: Tensor | None, source: list[Tensor], mask_BN: Tensor | None, lse_BHN: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     weights = [x.new_empty(x.shape) for x in (kernel, expand_EH, reduce_HE) if x is not None]
     if backend != "triton":
@@ -100,21 +106,20 @@ def _empty_lse(backend: str, source: list[Tensor]) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.backend, ctx.scale, value_BHNd, kernel, expand_EH, reduce_HE, source = inputs
-    ctx.save_for_backward(value_BHNd, kernel, expand_EH, reduce_HE, *source, output[1])
+    ctx.backend, ctx.scale, value_BHNd, kernel, expand_EH, reduce_HE, source, mask_BN = inputs
+    ctx.save_for_backward(value_BHNd, kernel, expand_EH, reduce_HE, *source, mask_BN, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_BMNd: Tensor | None, unused: Tensor | None) -> tuple[Any, ...]:
-    value_BHNd, kernel, expand_EH, reduce_HE, *source, lse_BHN = ctx.saved_tensors
+    value_BHNd, kernel, expand_EH, reduce_HE, *source, mask_BN, lse_BHN = ctx.saved_tensors
     if grad_BMNd is None:
-        return *(None,) * 6, [None] * len(source)
-    found = iter(
-        _refine_backward(grad_BMNd, ctx.backend, ctx.scale, value_BHNd, kernel, expand_EH, reduce_HE, source, lse_BHN)
-    )
+        return *(None,) * 6, [None] * len(source), None
+    inputs = value_BHNd, kernel, expand_EH, reduce_HE, source, mask_BN
+    found = iter(_refine_backward(grad_BMNd, ctx.backend, ctx.scale, *inputs, lse_BHN))
     weights = [None if x is None else next(found) for x in (value_BHNd, kernel, expand_EH, reduce_HE)]
-    return None, None, *weights, list(found)
+    return None, None, *weights, list(found), None
 
 
 _refine.register_autograd(_backward, setup_context=_setup_context)
@@ -138,5 +143,5 @@ def refine_linear(
         expand_EH, reduce_HE: ``None`` where there is no such step.
     """
     source = [attn.q_BHNd, attn.k_BHNd] if isinstance(attn, DeferredMap) else [attn]
-    scale = attn.scale if isinstance(attn, DeferredMap) else 1.0
-    return _refine(backend, scale, value_BHNd, kernel, expand_EH, reduce_HE, source)[0]
+    scale, mask_BN = (attn.scale, attn.mask_BN) if isinstance(attn, DeferredMap) else (1.0, None)
+    return _refine(backend, scale, value_BHNd, kernel, expand_EH, reduce_HE, source, mask_BN)[0]

@@ -94,15 +94,20 @@ def _out(x_bCRN: Tensor, weight: Tensor | None) -> Tensor:
     return x_bCRN.contiguous() if weight is None else reduce(x_bCRN, weight)
 
 
-def refined_values(scale: float, value_BHNd: Tensor, steps: Steps, source: list[Tensor]) -> Tensor:
-    """Refined maps times values, [B, M, N, d] in the values' dtype; ``source`` is a map, or queries and keys."""
+def refined_values(
+    scale: float, value_BHNd: Tensor, steps: Steps, source: list[Tensor], mask_BN: Tensor | None = None
+) -> Tensor:
+    """Refined maps times values, [B, M, N, d] in the values' dtype; ``source`` is a map, or queries and keys.
+
+    A mask acts where the map is made; values are zero for padding already, and the output of its rows is any number.
+    """
     batch, _, tokens, width = value_BHNd.shape
     out_BMNd = value_BHNd.new_empty(batch, steps.maps_out, tokens, width)
     dtype = product_dtype(value_BHNd)
     with torch.autocast(value_BHNd.device.type, enabled=False):
         steps = steps.to(dtype)
         for tile in _cut(value_BHNd, steps):
-            map_bHRN = _map_rows(source, scale, tile).to(dtype)
+            map_bHRN = _map_rows(source, scale, tile, mask_BN).to(dtype)
             # The dense convolution alone is as fast on maps as they come.
             dense = steps.groups == 1 and steps.expand_EH is None
             expanded_bERN = map_bHRN if dense else _in(map_bHRN, steps.expand_EH)
@@ -112,11 +117,12 @@ def refined_values(scale: float, value_BHNd: Tensor, steps: Steps, source: list[
 
 
 def gradients(
-    grad_BMNd: Tensor, scale: float, value_BHNd: Tensor, steps: Steps, source: list[Tensor]
-) -> list[Tensor | None]:
+    grad_BMNd: Tensor, scale: float, value_BHNd: Tensor, steps: Steps, source: list[Tensor],
+    mask_BN: Tensor | None = None,
+) -> list[Tensor | None]:  # fmt: skip
     """Backward of :func:`refined_values`: of value, kernel, expansion, reduction, and the map or queries and keys."""
     with torch.autocast(value_BHNd.device.type, enabled=False):
-        backward = _Backward(value_BHNd, steps, source, scale)
+        backward = _Backward(value_BHNd, steps, source, scale, mask_BN)
         for tile in _cut(value_BHNd, backward.steps):
             backward.add(grad_BMNd, tile)
     return backward.gradients()
@@ -129,19 +135,21 @@ def _cut(value_BHNd: Tensor, steps: Steps) -> list[Tile]:
     return list(tiles(batch, tokens, most, value_BHNd.device, steps.kernel.shape[-1] // 2, steps.kernel.itemsize))
 
 
-def _map_rows(source: list[Tensor], scale: float, tile: Tile) -> Tensor:
+def _map_rows(source: list[Tensor], scale: float, tile: Tile, mask_BN: Tensor | None) -> Tensor:
     """A tile's rows of the map with their halo, [b, H, R, N]: read, or computed from queries and keys."""
     if len(source) == 1:
         return source[0][tile.images, :, tile.with_halo]
-    return softmax_rows(source[0], source[1], scale, tile, tile.with_halo)
+    return softmax_rows(source[0], source[1], scale, tile, tile.with_halo, mask_BN)
 
 
 class _Backward:
     """Gradients, tile by tile: sums of what all tiles share, rows of the rest."""
 
-    def __init__(self, value_BHNd: Tensor, steps: Steps, source: list[Tensor], scale: float) -> None:
+    def __init__(
+        self, value_BHNd: Tensor, steps: Steps, source: list[Tensor], scale: float, mask_BN: Tensor | None
+    ) -> None:
         precision = statistics_dtype(value_BHNd.dtype)
-        self.value_BHNd, self.source, self.scale = value_BHNd, source, scale
+        self.value_BHNd, self.source, self.scale, self.mask_BN = value_BHNd, source, scale, mask_BN
         self.dtype = product_dtype(value_BHNd)
         self.steps = steps.to(self.dtype)
         self.d_value_BHNd = torch.zeros_like(value_BHNd, dtype=precision)
@@ -154,7 +162,7 @@ class _Backward:
 
     def add(self, grad_BMNd: Tensor, tile: Tile) -> None:
         """Add one tile's."""
-        softmax_bHRN = _map_rows(self.source, self.scale, tile)
+        softmax_bHRN = _map_rows(self.source, self.scale, tile, self.mask_BN)
         d_map_bHRN = self._through_steps(softmax_bHRN.to(self.dtype), grad_BMNd, tile)
         if len(self.source) == 1:
             self.d_source[0][tile.images, :, tile.rows] = d_map_bHRN
@@ -202,7 +210,7 @@ def refine(case: Case, scale: float, save_for_backward: str) -> Tensor:
     With dropout the map is made first and saved: tiles overlap by the kernel's halo, and an entry must be dropped in
     all of them or in none.
     """
-    attn, value_BHNd, weights = case
+    attn, value_BHNd, weights, _ = case
     assert isinstance(weights, LinearWeights)
     steps = steps_of(weights, scale)
     if isinstance(attn, DeferredMap) and attn.dropout:

@@ -46,27 +46,31 @@ def dense_kernel(weights: LinearWeights, scale: float) -> Tensor:
 
 
 def refined_values(
-    scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, source: list[Tensor]
+    scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, source: list[Tensor], mask_BN: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Refined maps times values, [B, M, N, d], and row log-sum-exps if ``source`` is queries and keys, not a map."""
     if len(source) == 1:
         return refined_attend(source[0], value_BHNd, kernel_MHkk), None
-    map_BHNN, lse_BHN = softmax_map(source[0], source[1], scale)
+    map_BHNN, lse_BHN = softmax_map(source[0], source[1], scale, mask_BN=mask_BN)
     return refined_attend(map_BHNN, value_BHNd, kernel_MHkk), lse_BHN
 
 
 def gradients(
-    grad_BMNd: Tensor, scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, source: list[Tensor], lse_BHN: Tensor
-) -> list[Tensor]:
+    grad_BMNd: Tensor, scale: float, value_BHNd: Tensor, kernel_MHkk: Tensor, source: list[Tensor], lse_BHN: Tensor,
+    mask_BN: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     """Backward of :func:`refined_values`: of value, kernel, and the map or queries and keys."""
-    map_BHNN = to_padded(source[0]) if len(source) == 1 else softmax_map(source[0], source[1], scale)[0]
+    if len(source) == 1:
+        map_BHNN = to_padded(source[0])
+    else:
+        map_BHNN = softmax_map(source[0], source[1], scale, mask_BN=mask_BN)[0]
     d_value_BHNd = _value_gradient(map_BHNN, grad_BMNd, kernel_MHkk, value_BHNd)
     d_kernel_MHkk = kernel_gradient(map_BHNN, grad_BMNd, value_BHNd, kernel_MHkk.shape[-1])
     del map_BHNN
     d_map_BHNN = map_gradient(grad_BMNd, value_BHNd, kernel_MHkk)
     d_source = [d_map_BHNN]
     if len(source) > 1:
-        d_source = list(score_gradients(source[0], source[1], lse_BHN, scale, d_map_BHNN)[:2])
+        d_source = list(score_gradients(source[0], source[1], lse_BHN, scale, d_map_BHNN, mask_BN=mask_BN)[:2])
     return [d_value_BHNd, d_kernel_MHkk, *d_source]
 
 
@@ -90,7 +94,7 @@ def refine(case: Case, scale: float, save_for_backward: str) -> Tensor:
 
     With dropout the map is made first and saved.
     """
-    attn, value_BHNd, weights = case
+    attn, value_BHNd, weights, _ = case
     assert isinstance(weights, LinearWeights)
     kernel_MHkk = dense_kernel(weights, scale)
     if isinstance(attn, DeferredMap) and attn.dropout:

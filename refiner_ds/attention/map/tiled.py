@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refiner_ds.attention import equations
 from refiner_ds.attention.map import operators
+from refiner_ds.attention.masking import outside_rows
 from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.tiling.ops import product_dtype
 from refiner_ds.attention.tiling.tiles import Tile, tiles
@@ -24,11 +25,22 @@ from refiner_ds.attention.weights import DeferredMap
 __all__ = ["attend", "make_map", "map_gradients", "score_gradients", "softmax_map", "softmax_rows"]
 
 
-def softmax_rows(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None) -> Tensor:
-    """A tile's rows of softmax(scale·QKᵀ), [b, H, R, N], fp32 or better; the same bits each time."""
+def softmax_rows(
+    q_BHNd: Tensor, k_BHNd: Tensor, scale: float, tile: Tile, rows: slice | None = None, mask_BN: Tensor | None = None
+) -> Tensor:
+    """A tile's rows of softmax(scale·QKᵀ), [b, H, R, N], fp32 or better; the same bits each time.
+
+    Under a mask over the real keys, and zero for padding: then its backward is zero there too.
+    """
     precision = statistics_dtype(q_BHNd.dtype)
     q_bHRd = q_BHNd[tile.images, :, rows or tile.rows].to(precision) * scale
-    return (q_bHRd @ k_BHNd[tile.images].to(precision).mT).softmax(-1)
+    logits_bHRN = q_bHRd @ k_BHNd[tile.images].to(precision).mT
+    if mask_BN is None:
+        return logits_bHRN.softmax(-1)
+    mask_bN = mask_BN[tile.images]
+    least = torch.finfo(precision).min  # not −∞, which a sequence of padding alone would turn into NaN
+    rows_bHRN = logits_bHRN.masked_fill_(~mask_bN[:, None, None, :], least).softmax(-1)
+    return rows_bHRN.masked_fill_(outside_rows(mask_bN, rows or tile.rows), 0.0)
 
 
 def score_gradients(
@@ -45,15 +57,16 @@ def score_gradients(
 
 
 def softmax_map(
-    q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int
-) -> Tensor:
+    q_BHNd: Tensor, k_BHNd: Tensor, residual_BHNN: Tensor | None, scale: float, dropout: float, seed: int,
+    mask_BN: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale·QKᵀ) + scale·residual, with dropout drawn from ``seed``, [B, H, N, N] in the queries' dtype."""
     batch, heads, tokens, _ = q_BHNd.shape
     precision = statistics_dtype(q_BHNd.dtype)
     map_BHNN = q_BHNd.new_empty(batch, heads, tokens, tokens)
     with torch.autocast(q_BHNd.device.type, enabled=False):
         for index, tile in enumerate(tiles(batch, tokens, heads, q_BHNd.device)):
-            rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+            rows_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile, mask_BN=mask_BN)
             if residual_BHNN is not None:
                 rows_bHRN.add_(residual_BHNN[tile.images, :, tile.rows].to(precision), alpha=scale)
             if dropout:
@@ -64,7 +77,7 @@ def softmax_map(
 
 def map_gradients(
     grad_BHNN: Tensor, q_BHNd: Tensor, k_BHNd: Tensor, residual: torch.dtype | None, scale: float, dropout: float,
-    seed: int,
+    seed: int, mask_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Backward of :func:`softmax_map`: ∂q, ∂k, and ∂residual in the dtype ``residual`` if given."""
     batch, heads, tokens, _ = q_BHNd.shape
@@ -79,7 +92,7 @@ def map_gradients(
                 grad_bHRN = grad_bHRN * _dropout_factor(grad_bHRN, dropout, seed + index)
             if d_residual_BHNN is not None:
                 d_residual_BHNN[tile.images, :, tile.rows] = grad_bHRN * scale
-            softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile)
+            softmax_bHRN = softmax_rows(q_BHNd, k_BHNd, scale, tile, mask_BN=mask_BN)
             dq_bHRd, dk_bHNd = score_gradients(softmax_bHRN, grad_bHRN, q_BHNd, k_BHNd, scale, tile)
             dq_BHNd[tile.images, :, tile.rows] = dq_bHRd
             dk_BHNd[tile.images] += dk_bHNd

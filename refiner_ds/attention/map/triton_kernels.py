@@ -49,9 +49,15 @@ def _dropout_factor(seed, plane, row_R, key_K, dropout, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _real(mask_BN, image, token_L, TOKENS: tl.constexpr):
+    """Which of some tokens are neither outside nor padding, [L]; where nothing is padded it is not called."""
+    return tl.load(mask_BN + image.to(tl.int64) * TOKENS + token_L, mask=token_L < TOKENS, other=0) != 0
+
+
+@triton.jit
 def _softmax_map(
-    q_BHNd, k_BHNd, residual_BHNN, map_BHNN, lse_BHN, q_strides, k_strides, scale, dropout, seed, heads, width,
-    TOKENS: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    q_BHNd, k_BHNd, residual_BHNN, map_BHNN, lse_BHN, mask_BN, q_strides, k_strides, scale, dropout, seed, heads, width,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
@@ -66,10 +72,16 @@ def _softmax_map(
         valid_K = start + key_K < TOKENS
         k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
         logits_RK = tl.where(valid_K[None, :], dot(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E), float("-inf"))
+        if MASKED:
+            # Finite, or the difference of two maxima would be NaN where a row begins with padding.
+            logits_RK = tl.where(_real(mask_BN, image, start + key_K, TOKENS)[None, :], logits_RK, -1e30)
         new_R = tl.maximum(max_R, tl.max(logits_RK, 1))
         sum_R = sum_R * tl.exp2(max_R - new_R) + tl.sum(tl.exp2(logits_RK - new_R[:, None]), 1)
         max_R = new_R
     lse_R = max_R + tl.log2(sum_R)
+    if MASKED:
+        # Of padding: whatever is made again from it is zero.
+        lse_R = tl.where(_real(mask_BN, image, row_R, TOKENS), lse_R, float("inf"))
     tl.store(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, lse_R, mask=row_R < TOKENS)
     for start in range(0, TOKENS, KEYS):
         k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
@@ -81,13 +93,16 @@ def _softmax_map(
         if DROPOUT:
             entry_RK *= _dropout_factor(seed, plane, row_R, start + key_K, dropout, TOKENS)
         entry_RK = tl.where(start + key_K[None, :] < TOKENS, entry_RK, 0.0)
+        if MASKED:
+            entry_RK = tl.where(_real(mask_BN, image, start + key_K, TOKENS)[None, :], entry_RK, 0.0)
         tl.store(map_BHNN + offset_RK, entry_RK.to(map_BHNN.dtype.element_ty), mask=stored_RK)
 
 
 @triton.jit
 def _softmax_gradient(
-    q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
+    q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, mask_BN, plane, heads, row_R, key_K, scale, dropout, seed,
     TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of the softmax and of the gradient of its output, both [R, K]; ``grad_NN`` is the plane of this head.
 
@@ -103,33 +118,36 @@ def _softmax_gradient(
     if DROPOUT:
         grad_RK *= _dropout_factor(seed, plane, row_R, key_K, dropout, TOKENS)
     softmax_RK = tl.exp2(dot(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
+    if MASKED:
+        softmax_RK = tl.where(_real(mask_BN, plane // heads, key_K, TOKENS)[None, :], softmax_RK, 0.0)
     return tl.where(key_K[None, :] < TOKENS, softmax_RK, 0.0), grad_RK
 
 
 @triton.jit
 def _softmax_gradient_of_keys(
-    k_BHNd, value_BHNd, q_Rd, lse_R, grad_NN, out_Rd, plane, row_R, key_K, k_strides, value_strides,
+    k_BHNd, value_BHNd, q_Rd, lse_R, grad_NN, out_Rd, mask_BN, plane, row_R, key_K, k_strides, value_strides,
     scale, dropout, seed, heads, width,
     TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The keys of a tile, [K, d], and its `_softmax_gradient`."""
     image, head = plane // heads, plane % heads
     k_Kd = _vectors(k_BHNd, image, head, key_K, k_strides, width, TOKENS, WIDTH)
     value_Kd = _vectors(value_BHNd, image, head, key_K, value_strides, width, TOKENS, WIDTH)
     softmax_RK, grad_RK = _softmax_gradient(
-        q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
-        TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
+        q_Rd, k_Kd, lse_R, grad_NN, out_Rd, value_Kd, mask_BN, plane, heads, row_R, key_K, scale, dropout, seed,
+        TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, MASKED,
     )  # fmt: skip
     return k_Kd, softmax_RK, grad_RK
 
 
 @triton.jit
 def _query_gradients(
-    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dq_BHNd, residual_BHNN, mean_BHN,
+    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dq_BHNd, residual_BHNN, mean_BHN, mask_BN,
     q_strides, k_strides, out_strides, value_strides, scale, dropout, seed, heads, width,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr,
-    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
@@ -142,8 +160,9 @@ def _query_gradients(
     mean_R = tl.zeros([ROWS], tl.float32)
     for start in range(0, TOKENS, KEYS):
         k_Kd, softmax_RK, grad_RK = _softmax_gradient_of_keys(
-            k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, plane, row_R, start + key_K, k_strides, value_strides,
-            scale, dropout, seed, heads, width, TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, WIDTH,
+            k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, mask_BN, plane, row_R, start + key_K,
+            k_strides, value_strides, scale, dropout, seed, heads, width,
+            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, MASKED, WIDTH,
         )  # fmt: skip
         mean_R += tl.sum(softmax_RK * grad_RK, 1)
         if RESIDUAL:
@@ -154,8 +173,9 @@ def _query_gradients(
     dq_Rd = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, TOKENS, KEYS):
         k_Kd, softmax_RK, grad_RK = _softmax_gradient_of_keys(
-            k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, plane, row_R, start + key_K, k_strides, value_strides,
-            scale, dropout, seed, heads, width, TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, WIDTH,
+            k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, mask_BN, plane, row_R, start + key_K,
+            k_strides, value_strides, scale, dropout, seed, heads, width,
+            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, MASKED, WIDTH,
         )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dq_Rd += dot(logits_RK.to(k_Kd.dtype), k_Kd)
@@ -166,10 +186,10 @@ def _query_gradients(
 
 @triton.jit
 def _key_gradients(
-    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dk_BHNd, mean_BHN,
+    q_BHNd, k_BHNd, lse_BHN, grad_BHNN, out_BHNd, value_BHNd, dk_BHNd, mean_BHN, mask_BN,
     q_strides, k_strides, out_strides, value_strides, scale, dropout, seed, heads, width,
     TOKENS: tl.constexpr, GRAD_STRIDE: tl.constexpr, ATTENDED: tl.constexpr, DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     plane, block = tl.program_id(0), tl.program_id(1)
     image, head = plane // heads, plane % heads
@@ -185,8 +205,8 @@ def _key_gradients(
         lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
         mean_R = tl.load(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
         softmax_RK, grad_RK = _softmax_gradient(
-            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, plane, row_R, key_K, scale, dropout, seed,
-            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT,
+            q_Rd, k_Kd, lse_R, grad_BHNN, out_Rd, value_Kd, mask_BN, plane, heads, row_R, key_K, scale, dropout, seed,
+            TOKENS, GRAD_STRIDE, ATTENDED, DROPOUT, MASKED,
         )  # fmt: skip
         logits_RK = (grad_RK - mean_R[:, None]) * softmax_RK
         dk_Kd += dot(tl.trans(logits_RK.to(q_Rd.dtype)), q_Rd)
@@ -202,6 +222,7 @@ def softmax_map(
     residual_BHNN: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
+    mask_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale·QKᵀ) + scale·residual, dropped out: [B, H, N, N] in the queries' dtype; and row log-sum-exps,
     [B, H, N] fp32, to base 2.
@@ -211,6 +232,7 @@ def softmax_map(
         scale: factor on the logits, and on the residual map.
         residual_BHNN: the map of the block before, or ``None``.
         dropout, seed: probability below 1 that an entry is dropped, and what it is drawn from.
+        mask_BN: which tokens are real, bool; rows and columns of the others are zero, and their log-sum-exps infinite.
     """
     batch, heads, tokens, width = q_BHNd.shape
     q_BHNd, k_BHNd = dense_rows(q_BHNd), dense_rows(k_BHNd)
@@ -219,22 +241,28 @@ def softmax_map(
     residual = map_BHNN if residual_BHNN is None else to_padded(residual_BHNN)
     launch(
         _softmax_map, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, residual, map_BHNN, lse_BHN,
-        q_BHNd.stride()[:3], k_BHNd.stride()[:3], scale, dropout, seed, heads, width,
+        lse_BHN if mask_BN is None else _bytes(mask_BN), q_BHNd.stride()[:3], k_BHNd.stride()[:3],
+        scale, dropout, seed, heads, width,
         TOKENS=tokens, STRIDE=row_stride(tokens), RESIDUAL=residual_BHNN is not None, DROPOUT=dropout > 0,
-        ROWS=ROWS, KEYS=KEYS, WIDTH=padded_size(width), num_warps=4,
+        MASKED=mask_BN is not None, ROWS=ROWS, KEYS=KEYS, WIDTH=padded_size(width), num_warps=4,
     )  # fmt: skip
     return map_BHNN, lse_BHN
+
+
+def _bytes(mask_BN: Tensor) -> Tensor:
+    """A mask as kernels read it."""
+    return mask_BN.contiguous().view(torch.uint8)
 
 
 def score_gradients(
     q_BHNd: Tensor, k_BHNd: Tensor, lse_BHN: Tensor, scale: float, grad_BHNN: Tensor | None,
     residual: torch.dtype | None = None, dropout: float = 0.0, seed: int = 0,
-    attended: tuple[Tensor, Tensor] | None = None,
+    attended: tuple[Tensor, Tensor] | None = None, mask_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The backward of :func:`softmax_map`: ∂q and ∂k, [B, H, N, d], and ∂residual in the dtype ``residual`` if given.
 
     Args:
-        q_BHNd, k_BHNd, scale, dropout, seed: as there.
+        q_BHNd, k_BHNd, scale, dropout, seed, mask_BN: as there.
         lse_BHN: the log-sum-exps that came out there.
         grad_BHNN: the gradient of the map, or ``None`` if there is none but what follows.
         attended: the gradient of the map times values, and those values, both as queries in shape and dtype; what
@@ -250,20 +278,22 @@ def score_gradients(
     dq_BHNd, dk_BHNd = (x.new_empty(batch, heads, tokens, width) for x in (q_BHNd, k_BHNd))
     d_residual_BHNN = None if residual is None else empty_padded(q_BHNd, dtype=residual)
     mean_BHN = torch.empty_like(lse_BHN)
+    mask = lse_BHN if mask_BN is None else _bytes(mask_BN)
     read = (q_BHNd, k_BHNd, lse_BHN, lse_BHN if grad_BHNN is None else grad_BHNN, out_BHNd, value_BHNd)
     numbers = (
         *(x.stride()[:3] for x in (q_BHNd, k_BHNd, out_BHNd, value_BHNd)), scale, dropout, seed, heads, width,
     )  # fmt: skip
     constants = {
         "TOKENS": tokens, "GRAD_STRIDE": grad_stride, "ATTENDED": attended is not None, "DROPOUT": dropout > 0,
-        "ROWS": ROWS, "KEYS": KEYS, "WIDTH": padded_size(width), "num_warps": 4,
+        "MASKED": mask_BN is not None, "ROWS": ROWS, "KEYS": KEYS, "WIDTH": padded_size(width), "num_warps": 4,
     }  # fmt: skip
     launch(
         _query_gradients, (batch * heads, triton.cdiv(tokens, ROWS)), *read, dq_BHNd,
-        lse_BHN if d_residual_BHNN is None else d_residual_BHNN, mean_BHN, *numbers, STRIDE=stride,
+        lse_BHN if d_residual_BHNN is None else d_residual_BHNN, mean_BHN, mask, *numbers, STRIDE=stride,
         RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
     launch(
-        _key_gradients, (batch * heads, triton.cdiv(tokens, KEYS)), *read, dk_BHNd, mean_BHN, *numbers, **constants,
+        _key_gradients, (batch * heads, triton.cdiv(tokens, KEYS)), *read, dk_BHNd, mean_BHN, mask, *numbers,
+        **constants,
     )  # fmt: skip
     return dq_BHNd, dk_BHNd, d_residual_BHNN

@@ -27,6 +27,7 @@ __all__ = [
     "moments",
     "reduce",
     "product_dtype",
+    "real_moments",
     "total",
     "expand",
 ]
@@ -143,3 +144,12 @@ def joint_moments(one_bHRN: Tensor, other_bHRN: Tensor) -> tuple[Tensor, Tensor]
     cross_H = gradient_sums(one_bHRN, other_bHRN, mean2_H)[1]
     comoment_4H = torch.stack((square1_H, cross_H, cross_H, square2_H))
     return torch.stack((mean1_H, mean2_H)), comoment_4H.unflatten(0, (2, 2))
+
+
+def real_moments(outside_b1RN: Tensor, *tiles_bCRN: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Of K tensors of C maps, over their real entries: how many of a map, means [K, C], comoments [K, K, C]."""
+    count = int((~outside_b1RN).sum())
+    x_KbCRN = torch.stack([x.to(statistics_dtype(x.dtype)) for x in tiles_bCRN])
+    mean_KC = x_KbCRN.masked_fill(outside_b1RN, 0.0).sum((1, 3, 4)) / max(count, 1)
+    centred_KbCRN = (x_KbCRN - mean_KC[:, None, :, None, None]).masked_fill_(outside_b1RN, 0.0)
+    return count, mean_KC, torch.einsum("kbcrn,lbcrn->klc", centred_KbCRN, centred_KbCRN)

@@ -1,0 +1,211 @@
+"""Padded sequences: each comes out as it would alone, and padding leaves nothing in statistics or gradients."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refiner_ds import attention
+from refiner_ds.attention import BottleneckWeights, DeferredMap, Refiner, equations
+from refiner_ds.attention.dispatch import _fallbacks
+from refiner_ds.attention.tiling import tiles
+from tests.attention.cases import SCALE, bottleneck, leaf, leaves, linear, norms_of, relative_errors
+
+HEADS, TOKENS, WIDTH, LENGTHS = 3, 9, 5, (9, 4, 1, 6)
+REAL = {
+    "at the end": torch.arange(TOKENS) < torch.tensor(LENGTHS)[:, None],
+    "at the front": torch.arange(TOKENS) >= TOKENS - torch.tensor(LENGTHS)[:, None],
+}
+GARBAGE = 1e3  # what padding contains
+
+
+def ragged(mask: Tensor, training: bool = False) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Queries, keys and values of each sequence alone, [H, n, d]; and of all of them padded, [B, H, N, d]."""
+    alone = [[leaf(HEADS, int(row.sum()), WIDTH) for _ in range(3)] for row in mask]
+    padded = [torch.full((len(mask), HEADS, TOKENS, WIDTH), GARBAGE, dtype=torch.float64) for _ in range(3)]
+    for image, (row, sequence) in enumerate(zip(mask, alone, strict=True)):
+        for whole, part in zip(padded, sequence, strict=True):
+            whole[image, :, row] = part.detach()
+    return alone, [x.requires_grad_() for x in padded]
+
+
+def refine(q, k, v, weights, backend: str, source: str, mask: Tensor | None = None) -> Tensor:
+    if source == "scores":
+        return attention.refine(DeferredMap(q, k, SCALE, 0.0, mask), v, weights, SCALE, backend=backend)
+    made = equations.attention_map(q, k, SCALE, mask)
+    if mask is not None:
+        made = made + GARBAGE * ~(mask[:, None, :, None] & mask[:, None, None])
+    return attention.refine(made, v, weights, SCALE, backend=backend, mask_BN=mask)
+
+
+REFINERS = {
+    "linear, composed": lambda: linear(HEADS, 3),
+    "linear, in steps": lambda: linear(HEADS, 1, 5),
+    "linear, no reduction": lambda: linear(HEADS, 2, reduce=False),
+    "bottleneck": lambda: bottleneck(HEADS, 2, training=False),
+}
+
+
+@pytest.mark.parametrize("tile_bytes", [300, 2**20])
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+@pytest.mark.parametrize("source", ["scores", "maps"])
+@pytest.mark.parametrize("where", REAL)
+@pytest.mark.parametrize("kind", REFINERS)
+def test_a_sequence_alone_equals_itself_padded(kind, where, source, backend, tile_bytes, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
+    mask, weights = REAL[where], REFINERS[kind]()
+    differentiable = kind != "bottleneck" or backend == "eager"
+    alone, padded = ragged(mask)
+    with torch.set_grad_enabled(differentiable):
+        out = refine(*padded, weights, backend, source, mask)
+    assert not out.movedim(1, 2)[~mask].any()
+    direction, truth, parts = torch.randn_like(out), [], []
+    for image, (row, sequence) in enumerate(zip(mask, alone, strict=True)):
+        with torch.set_grad_enabled(differentiable):
+            truth.append(refine(*(x[None] for x in sequence), weights, "eager", source)[0])
+        parts.append(out[image, :, row])
+    assert max(relative_errors(parts, truth)) < 1e-12
+    if not differentiable:
+        return
+    grads = torch.autograd.grad(out, [*padded, *leaves(weights)], direction)
+    inputs = [x for sequence in alone for x in sequence]
+    towards = [direction[image, :, row] for image, row in enumerate(mask)]
+    expected = iter(torch.autograd.grad(truth, [*inputs, *leaves(weights)], towards, allow_unused=True))
+    for image, row in enumerate(mask):
+        found = [grad[image, :, row] for grad in grads[:3]]
+        likely = [next(expected) for _ in found]
+        scale = max(x.abs().max().item() for x in likely)
+        assert max((x - y).abs().max().item() for x, y in zip(found, likely, strict=True)) < 1e-12 * max(scale, 1)
+    for grad in grads[:3]:
+        assert not grad.movedim(1, 2)[~mask].any()
+    for ours, wanted in zip(grads[3:], expected, strict=True):
+        assert relative_errors([ours], [wanted])[0] < 1e-11
+
+
+def of_ragged_maps(maps: list[Tensor], weights: BottleneckWeights) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The bottleneck on maps of different sizes, [H, n, n] each, one after the other, with statistics over all."""
+    used = []
+
+    def normalise(pieces: list[Tensor], one) -> list[Tensor]:
+        entries = torch.cat([x.flatten(1) for x in pieces], 1)
+        used.append((entries.mean(1), entries.var(1)))
+        moments = entries.mean(1), entries.var(1, correction=0)
+        return [equations.normalize(x[None], one.weight, one.bias, moments, one.eps)[0] for x in pieces]
+
+    first, second, third, last = norms_of(weights)
+    kernel = weights.local.kernels[0]
+    expanded = normalise([equations.expand(x[None], weights.expand_EH)[0] for x in maps], first)
+    local = [equations.distributed_local_attention(F.relu6(x)[None], kernel)[0] for x in expanded]
+    activated = [F.relu6(x)[None] for x in normalise(local, second)]
+    reduced = normalise([equations.reduce(x, weights.reduce_HE)[0] for x in activated], third)
+    return normalise([x + y for x, y in zip(reduced, maps, strict=True)], last), used
+
+
+@pytest.mark.parametrize("save", ["map", "activations"])
+@pytest.mark.parametrize("tile_bytes", [300, 2**20])
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+@pytest.mark.parametrize("where", REAL)
+def test_statistics_in_training_are_those_of_real_entries(where, backend, tile_bytes, save, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
+    mask, weights = REAL[where], bottleneck(HEADS, 2)
+    before = [(one.running_mean.clone(), one.running_var.clone()) for one in norms_of(weights)]
+    alone, padded = ragged(mask)
+    made = [equations.attention_map(q[None], k[None], SCALE)[0] for q, k, _ in alone]
+    refined, used = of_ragged_maps(made, weights)
+    truth = [x @ v * SCALE for x, (_, _, v) in zip(refined, alone, strict=True)]
+    deferred = DeferredMap(padded[0], padded[1], SCALE, 0.0, mask)
+    out = attention.refine(deferred, padded[2], weights, SCALE, backend=backend, save_for_backward=save)
+    parts = [out[image, :, row] for image, row in enumerate(mask)]
+    assert max(relative_errors(parts, truth)) < 1e-12
+    assert not out.movedim(1, 2)[~mask].any()
+    for one, (mean, variance), (old_mean, old_variance) in zip(norms_of(weights), used, before, strict=True):
+        torch.testing.assert_close(one.running_mean, old_mean.lerp(mean, one.momentum), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one.running_var, old_variance.lerp(variance, one.momentum), rtol=1e-12, atol=1e-12)
+        assert one.batches == 1
+    direction = torch.randn_like(out)
+    grads = torch.autograd.grad(out, [*padded, *leaves(weights)], direction)
+    inputs = [x for sequence in alone for x in sequence]
+    towards = [direction[image, :, row] for image, row in enumerate(mask)]
+    expected = iter(torch.autograd.grad(truth, [*inputs, *leaves(weights)], towards))
+    for image, row in enumerate(mask):
+        for grad in grads[:3]:
+            assert (grad[image, :, row] - (wanted := next(expected))).abs().max() < 1e-11 * max(wanted.abs().max(), 1)
+    for grad in grads[:3]:
+        assert not grad.movedim(1, 2)[~mask].any()
+    for ours, wanted in zip(grads[3:], expected, strict=True):
+        assert (ours - wanted).abs().max() < 1e-11 * max(wanted.abs().max(), 1)  # of the third norm's bias it is zero
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+@pytest.mark.parametrize("make", [linear, bottleneck])
+def test_a_sequence_of_padding_alone_is_zero_and_harms_nothing(make, backend):
+    mask = torch.tensor([[True] * 3, [False] * 3])
+    q, k, v = (leaf(2, HEADS, 3, WIDTH) for _ in range(3))
+    weights = make(HEADS, 2)
+    out = attention.refine(DeferredMap(q, k, SCALE, 0.0, mask), v, weights, SCALE, backend=backend)
+    grads = torch.autograd.grad(out.square().sum(), leaves(q, k, v, weights))
+    assert not out[1].any() and all(grad.isfinite().all() for grad in grads) and not grads[0][1].any()
+
+
+def test_a_masked_map_attends_to_real_keys_alone():
+    mask = REAL["at the end"]
+    alone, padded = ragged(mask)
+    results = [
+        attention.attend(DeferredMap(*padded[:2], SCALE, 0.0, mask), padded[2], backend=b) for b in ("eager", "tiled")
+    ]
+    for out, made in results:
+        for image, (row, (q, k, v)) in enumerate(zip(mask, alone, strict=True)):
+            truth, _ = attention.attend(DeferredMap(q[None], k[None], SCALE), v[None], backend="eager")
+            torch.testing.assert_close(out[image, :, row], truth[0], rtol=1e-12, atol=1e-12)
+        assert not made.movedim(1, 3)[~(mask[:, :, None] & mask[:, None])].any()
+    plain = attention.plain_attention(DeferredMap(*padded[:2], SCALE, 0.0, mask), padded[2])
+    torch.testing.assert_close(plain.movedim(1, 2)[mask], results[0][0].movedim(1, 2)[mask])
+
+
+def test_kernels_leave_a_masked_bottleneck_to_tiles_and_say_so(caplog):
+    launch = pytest.importorskip("refiner_ds.attention.kernels.launch", exc_type=ImportError)
+    if not launch.INTERPRETED:
+        pytest.skip("kernels are compiled in this process")
+    _fallbacks.clear()
+    scores = [torch.randn(2, HEADS, 4, WIDTH) for _ in range(3)]
+    weights = bottleneck(HEADS, 2)
+    mask = torch.arange(4) < torch.tensor([[4], [2]])
+    with caplog.at_level(logging.INFO):
+        attention.refine(DeferredMap(*scores[:2], SCALE, 0.0, mask), scores[2], weights, backend="triton")
+    assert "bottleneck: tiled, because kernels of the bottleneck take no mask" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (torch.ones(2, 4, dtype=torch.bool), r"mask has shape \[2, 4\]; beside these values it must be \[2, 5\]"),
+        (torch.ones(2, 5), "mask is float32; it must be bool, True for real tokens"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(mask, said):
+    q, k, v = (torch.randn(2, HEADS, 5, WIDTH) for _ in range(3))
+    with pytest.raises(ValueError, match=said):
+        attention.refine(DeferredMap(q, k, SCALE, 0.0, mask), v, linear(HEADS, 2))
+    with pytest.raises(ValueError, match=said):
+        attention.attend(DeferredMap(q, k, SCALE, 0.0, mask), v)
+
+
+def test_padding_and_a_patch_grid_are_refused_together():
+    weights = linear(HEADS, 1)
+    kernels = tuple(torch.randn(HEADS, 1, 3, 3) for _ in range(2))
+    weights = weights._replace(local=attention.LocalKernels(kernels, "spatial", (2, 2)))
+    made, value = torch.rand(1, HEADS, 4, 4), torch.randn(1, HEADS, 4, WIDTH)
+    with pytest.raises(ValueError, match="padded sequences have no patch grid"):
+        attention.refine(made, value, weights, mask_BN=torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_a_refiner_that_knows_no_mask_is_refused_one(monkeypatch):
+    row = Refiner("mixing", lambda attn, weights, scale: attn * scale)
+    monkeypatch.setitem(attention.REFINERS, attention.LinearWeights, row)
+    made, value = torch.rand(1, HEADS, 4, 4), torch.randn(1, HEADS, 4, WIDTH)
+    with pytest.raises(ValueError, match="mixing takes no mask"):
+        attention.refine(made, value, linear(HEADS, 1), mask_BN=torch.ones(1, 4, dtype=torch.bool))
