@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +73,23 @@ class Batches:
             generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
         )
         with explain_worker_death():
-            running = iter(batches)
+            with _term_blocked():  # which workers inherit: a TERM may come before they have begun
+                running = iter(batches)
             watch = WorkerWatch(getattr(running, "_workers", []))
             for batch in running:
                 watch.look()
                 if isinstance(batch, DataError):
                     raise batch
                 yield buffers.unpack(batch, pinned) if buffers else batch
+
+
+@contextmanager
+def _term_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -89,7 +100,7 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; threads inside them only fight over cores
     # Launchers tell whole process groups to stop. Torch lets a worker die of that, and training with it, although the
     # training process wants to finish its step and save: a worker ends when that process says so, or is gone.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a forked worker's is already
     threading.Thread(target=_exit_when_parent_asks, daemon=True).start()
 
 

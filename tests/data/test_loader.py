@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import random
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from refiner_ds.data import loader
 from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.batch import Batch, MapBatch
 from refiner_ds.data.index import ShardIndex
@@ -195,6 +198,20 @@ def test_stopping_everybody_leaves_the_workers_to_the_training_process(make_set:
         worker.terminate()  # as torch does with workers that do not end by themselves, and multiprocessing at exit
         worker.join(10)
         assert worker.exitcode == 0
+
+
+def test_a_worker_that_has_not_begun_is_not_stopped_by_a_term_to_everybody(
+    make_set: Callable[..., ShardIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loader._init_worker
+
+    def term_first(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(worker)
+
+    monkeypatch.setattr(loader, "_init_worker", term_first)
+    batches = train_batches(make_set(24), PLAIN, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=5, workers=2)
+    assert len(list(islice(batches, 6))) == 6
 
 
 def test_order_is_the_epoch_order(make_set: Callable[..., ShardIndex]) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,8 @@ class Course(Trainer):
         self.folder, self.world = RunFolder(run.folder), ALONE
         self.console, self.stop, self.heartbeat = Console(False), StopFlag(), Heartbeat()
         self.losses, self.bad_from, self.requests = losses, bad_from, {}  # type: ignore[var-annotated]
-        self.take_step: Any = self._given
+        self.take_step: Any = partial(self._given)
+        self.take_step.views = None  # type: ignore[attr-defined]
         self.progress: Any = SimpleNamespace(
             after=lambda *_: None, write=self._write, metrics=SimpleNamespace(evaluations={})
         )
@@ -57,6 +59,9 @@ class Course(Trainer):
         self.checkpoints: Any = SimpleNamespace(outcome=self._outcome)
         self.save_times = SaveTimes(keys.checkpoint_epochs, keys.checkpoint_steps, 4)
         self.recovery = Recovery(self.ready, ALONE, self.console)
+        self.profiling: Any = SimpleNamespace(
+            before=lambda step: None, is_last=lambda step: False, requested=lambda: False, close=lambda: None
+        )
         self.step, self.done, self.unread = 0, "", []
 
     def _note(self, what: str) -> Any:
@@ -66,7 +71,7 @@ class Course(Trainer):
 
         return note
 
-    def _given(self, step: int, batches: Any) -> Any:
+    def _given(self, step: int, batches: Any, keep_views: bool = False) -> Any:
         asked = self.requests.get(step + 1, frozenset())
         outcome = StepOutcome({"loss": self.losses[step], "loss_cls": 0.5}, asked)
         return SimpleNamespace(step=step + 1, read=lambda: outcome, micro_batches=[])
@@ -220,9 +225,10 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step = OptimizerStep.__new__(OptimizerStep)
     step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
     step._keys = load().refiner
-    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=float, epoch=float, steps_an_epoch=4))  # type: ignore[assignment]
+    step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=float, epoch=float, steps_an_epoch=4, total_steps=9))  # type: ignore[assignment]
     step._world, step._requests, step._heartbeat = ALONE, {STOP: lambda: True, SAVE: lambda: False}, Heartbeat()
     step._allows, step._clock = None, [0.0]
+    step._gradient_norms = SimpleNamespace(watch=lambda: None, finish=lambda: None)  # type: ignore[assignment]
     engine: Any = SimpleNamespace(
         set_lr=lambda lr: None,
         stepped=False,
@@ -232,7 +238,7 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
     losses = iter([(1.0, 2.0), (3.0, 6.0)])
 
-    def forward(batch: Any, seed: int, epoch: float) -> Losses:
+    def forward(batch: Any, seed: int, epoch: float, keep_views: bool) -> Losses:
         total, part = next(losses)
         return Losses(torch.tensor(total), {"new": torch.tensor(part)})
 
