@@ -21,7 +21,7 @@ import json
 import os
 
 from refiner_ds.config import RunFile, load
-from refiner_ds.errors import ConfigError, DataError, report_errors
+from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.training.logs import silence_libraries
 
 
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(run.resolved(), indent=2))
         return 0
     if options.check:
+        from refiner_ds.plan.checking import check
+
         return check(run, options.world_size)
     if options.ready:
         return ready_to_start(run, options.world_size)
@@ -55,40 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", action="store_true", help="print the resolved run file and leave")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser
-
-
-def check(run: RunFile, world_size: int) -> int:
-    """Summarise a run file without data or GPU: parameters, batch, steps, where the data would be."""
-    import torch
-
-    from refiner_ds.training.build import build_model, parameter_count, training_flops
-    from refiner_ds.training.preparation import load_index
-    from refiner_ds.training.schedule import Schedule
-
-    batch = run.batch(world_size)
-    images, classes = run.refiner.data.images, run.refiner.model.num_classes
-    try:
-        index = load_index(run.refiner.data.train, run)
-        images, classes, data = index.count, classes or len(index.classes), index.describe()
-    except DataError as error:
-        data = f"not here: {error}"
-    if classes is None:
-        raise DataError(f"{run.path}: set refiner.model.num_classes, since the training data is {data}")
-    with torch.device("meta"):
-        parameters = parameter_count(build_model(run, classes))
-    print(f"{run.path}: fine")
-    print(f"model       {run.refiner.model.name} at {run.refiner.model.img_size} px, {parameters:,} parameters")
-    print(f"            {training_flops(run, classes) / 1e9:.1f} GFLOP an image, forward and backward")
-    print(f"batch       {batch}")
-    if images is not None:
-        schedule = Schedule(run.refiner.recipe, batch, images)
-        print(f"steps       {schedule.steps_an_epoch:,} an epoch of {images:,} images, {schedule.total_steps:,} in all")
-        print(f"lr          {schedule.peak:.3g} at its peak")
-    else:
-        print("steps       unknown: set refiner.data.images, or put the shards where refiner.data.train says")
-    print(f"data        {data}")
-    print(f"run folder  {run.folder}")
-    return 0
 
 
 def ready_to_start(run: RunFile, world_size: int) -> int:

@@ -19,14 +19,21 @@ from torch import Tensor
 
 from refiner_ds.attention.first_order import REFUSAL
 
-__all__ = ["Operator", "computed_by", "empty_maps", "operator", "refuse_second_derivative"]
+__all__ = ["IMPLEMENTATIONS", "Operator", "computed_by", "empty_maps", "operator", "refuse_second_derivative"]
 
 Operator = Callable[..., Any]
+# Operator by its full name -> what computes it, for those who want to know what it allocates on its way.
+IMPLEMENTATIONS: dict[str, Operator] = {}
 
 
 def operator(name: str, schema: str) -> Callable[[Operator], Any]:
     """Decorator that makes a function the operator ``refiner_ds::name``; it must not mutate or return arguments."""
-    return torch.library.custom_op(f"refiner_ds::{name}", mutates_args=(), schema=schema)
+
+    def register(function: Operator) -> Any:
+        IMPLEMENTATIONS[f"refiner_ds::{name}"] = function
+        return torch.library.custom_op(f"refiner_ds::{name}", mutates_args=(), schema=schema)(function)
+
+    return register
 
 
 def computed_by(operation: str, module: str) -> Any:

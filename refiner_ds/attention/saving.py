@@ -6,16 +6,32 @@ Only a bottleneck in training has the choice. Its activations are the inputs of 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["SAVE_FOR_BACKWARD", "check_save_for_backward", "resolve_save_for_backward"]
+__all__ = ["SAVE_FOR_BACKWARD", "assumed_memory", "check_save_for_backward", "resolve_save_for_backward"]
 
 SAVE_FOR_BACKWARD = ("auto", "map", "activations")
 
 # A network holds up to this many bottlenecks during a forward pass; their activations may take a quarter of memory.
 ACTIVATIONS_SHARE = 1 / (4 * 16)
+
+
+_assumed_bytes: int | None = None
+
+
+@contextmanager
+def assumed_memory(total: int) -> Iterator[None]:
+    """Inside, every device is taken to have so many bytes: to decide as another machine would."""
+    global _assumed_bytes
+    before, _assumed_bytes = _assumed_bytes, total
+    try:
+        yield
+    finally:
+        _assumed_bytes = before
 
 
 def check_save_for_backward(save_for_backward: str) -> str:
@@ -49,6 +65,8 @@ def resolve_save_for_backward(save_for_backward: str, map_BHNN: Tensor, expanded
 
 @torch.compiler.assume_constant_result
 def _memory_bytes(device: torch.device) -> int:
+    if _assumed_bytes is not None:
+        return _assumed_bytes
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,6 +8,7 @@ must be honoured, so such a layer is called and the fast path left.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -17,7 +18,8 @@ from refiner_ds.models.sync_batch_norm import SyncBatchNorm, several_ranks
 __all__ = ["batch_norm_tensors", "can_read"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_TENSORS = (Tensor, nn.Parameter)  # a subclass (DTensor, a quantised weight) computes in ways of its own
+# Any other subclass (DTensor, a quantised weight) computes in ways of its own; a fake one stands for a plain tensor.
+_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
 def can_read(module: nn.Module, *kinds: type[nn.Module]) -> bool:

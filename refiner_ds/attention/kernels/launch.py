@@ -4,6 +4,7 @@ launch(kernel, grid, *args, **options)    runs it: on a GPU, or in Triton's inte
 with compile_only(90) as compiled:        inside, launches compile for that architecture and run nothing
     ...                                   compiled: registers, spilled bytes and shared memory of each
 with recording() as launched:             inside, the bytes, and on a GPU the time, of every launch are noted
+with shapes_only():                       inside, kernels run on any device, and do nothing
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "launch",
     "recording",
     "runs_on",
+    "shapes_only",
     "unsupported_kernel_size",
 ]
 
@@ -39,6 +41,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _compiled: dict[str, Compiled] | None = None
 _launched: list[Launch] | None = None
+_shapes_only = False
 
 
 class Compiled(NamedTuple):
@@ -75,7 +78,7 @@ class Launch(NamedTuple):
 
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of this device."""
-    return device.type == "cuda" or INTERPRETED or _compiled is not None
+    return device.type == "cuda" or INTERPRETED or _compiled is not None or _shapes_only
 
 
 def unsupported_kernel_size(local: LocalKernels) -> str | None:
@@ -86,6 +89,8 @@ def unsupported_kernel_size(local: LocalKernels) -> str | None:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run ``kernel`` once for every point of ``grid``; ``options`` are its constants and ``num_warps`` and the like."""
+    if _shapes_only:
+        return
     if _launched is not None:
         _launched.append(_noted(kernel, grid, args, options))
     else:
@@ -121,6 +126,17 @@ def _noted(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: d
     last.record()
     torch.cuda.synchronize()
     return Launch(kernel.__name__, sum(tensors.values()), first.elapsed_time(last))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, kernels are taken to run on any device and launches do nothing: for tensors that hold no numbers."""
+    global _shapes_only
+    _shapes_only = True
+    try:
+        yield
+    finally:
+        _shapes_only = False
 
 
 @contextmanager

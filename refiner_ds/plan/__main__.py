@@ -1,0 +1,103 @@
+"""Plan a run: memory a GPU by part, whether it fits, step time, communication, checkpoints, hours and money.
+
+    python -m refiner_ds.plan --config ds_configs/refiner_l.json --nodes 4 --gpus-per-node 8 --gpu h200 --price 3.50
+
+No GPU is needed. ``--gpu cpu`` plans for the CPUs of this machine. ``--json`` prints one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from refiner_ds.config import load
+from refiner_ds.errors import ConfigError, report_errors
+from refiner_ds.gpus import gpu
+from refiner_ds.training.logs import silence_libraries
+
+GIB = 2**30
+
+
+@report_errors
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, whether or not the run fits."""
+    silence_libraries()
+    lines = __doc__.split("\n")
+    parser = argparse.ArgumentParser(prog="python -m refiner_ds.plan", description=lines[0])
+    parser.add_argument("--config", metavar="FILE", help="run file (default: ds_configs/quickstart.json)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=1, help="processes a node")
+    parser.add_argument("--gpu", default="h100", help="name of the GPU, or cpu (default: h100)")
+    parser.add_argument("--network", type=float, default=50, metavar="GB/S", help="of a node, one way (default: 50)")
+    parser.add_argument("--disk", type=float, default=1, metavar="GB/S", help="to the run folder (default: 1)")
+    parser.add_argument("--price", type=float, metavar="MONEY", help="of a GPU-hour")
+    parser.add_argument("--step-seconds", type=float, metavar="S", help="a measured step, instead of the lower bound")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(argv)
+    for name in ("nodes", "gpus_per_node", "network", "disk", "price", "step_seconds"):
+        value = getattr(given, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
+    card = None if given.gpu.lower() == "cpu" else gpu(given.gpu)
+    run = load(given.config, given.set)
+
+    from refiner_ds.plan.checking import data_of
+    from refiner_ds.plan.planning import Machines, interpreter_bytes, make_plan
+
+    if card is None:
+        interpreter_bytes()  # imports what training imports before anything is traced
+    run.batch(given.nodes * given.gpus_per_node)
+    images, classes, _ = data_of(run)
+    machines = Machines(
+        card, given.nodes, given.gpus_per_node, given.network, given.disk, given.price, given.step_seconds
+    )
+    plan = make_plan(run, machines, classes, images)
+    print(json.dumps(plan) if given.json else text(plan))
+    return 0
+
+
+def text(plan: dict[str, Any]) -> str:
+    """The plan for a person."""
+    memory, step, cost, batch = plan["memory"], plan["step"], plan["cost"], plan["batch"]
+    lines = [
+        f"{plan['config']} on {plan['processes']} × {plan['gpu']}, {plan['precision']}, attention {plan['attention']}",
+        f"batch         {batch['global']} images = {plan['processes']} × {batch['micro']} × {batch['accumulation']}",
+        "memory of a process, GiB",
+    ]
+    for name, size in memory["parts"].items():
+        lines.append(f"  {name.replace('_', ' '):<30}{size / GIB:>9.2f}")
+        if name == "activations":
+            lines += [f"    {kind:<28}{part / GIB:>9.2f}" for kind, part in memory["activations"].items()]
+    verdict = "fits" if memory["fits"] else "does not fit"
+    lines.append(f"  {'needed':<30}{memory['needed'] / GIB:>9.2f} of {memory['capacity'] / GIB:.2f}: {verdict}")
+    lines.append(
+        f"  micro-batch: at most about {memory['largest_micro_batch']}; the largest that divides the batch is"
+        f" {memory['largest_dividing_micro_batch']}"
+    )
+    for remedy in memory["remedies"]:
+        enough = ", then it fits" if remedy["fits"] else ""
+        lines.append(f"  --set {remedy['set']} saves {remedy['saves'] / GIB:.2f} GiB{enough}")
+    if step["seconds"] is not None:
+        kind = "measured" if step["measured"] else "at least, at data-sheet rates"
+        parts = ", ".join(f"{name} {1000 * value:.1f}" for name, value in step.get("parts", {}).items())
+        lines.append(f"step          {1000 * step['seconds']:.1f} ms {kind}" + (f" ({parts})" if parts else ""))
+    if "sent" in step:
+        lines.append(f"sent          {step['sent'] / 1e9:.2f} GB a step by each process")
+    checkpoint = plan["checkpoint"]
+    lines.append(f"checkpoint    {checkpoint['bytes'] / 1e9:.2f} GB, {checkpoint['seconds']:.1f} s")
+    if cost["hours"] is not None:
+        money = "" if cost["money"] is None else f", {cost['money']:,.2f} at this price"
+        lines.append(
+            f"cost          {cost['steps']:,} steps, {cost['hours']:.1f} hours,"
+            f" {cost['gpu_hours']:.0f} GPU-hours{money}"
+        )
+    elif cost["steps"] is not None:
+        lines.append(f"cost          {cost['steps']:,} steps; give --step-seconds for hours")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
