@@ -1,0 +1,44 @@
+"""What the planner counts on fake tensors is what real tensors take."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plan.counting import counted, planned, run_file
+
+CASES = [
+    ("eager", "none", "activations", ()),
+    ("tiled", "none", "activations", ()),
+    ("tiled", "none", "map", ()),
+    ("tiled", "pair", "map", ()),
+    ("tiled", "refiner", "activations", ()),
+    ("tiled", "pair", "activations", ("refiner.model.cos_reg=0",)),
+]
+
+
+@pytest.mark.parametrize(("backend", "checkpointing", "save", "more"), CASES)
+def test_activations_are_planned_to_the_byte(
+    backend: str, checkpointing: str, save: str, more: tuple[str, ...]
+) -> None:
+    run = run_file("refiner_vit_s", 64, checkpointing, save, "refiner.model.depth=6", *more)
+    real = counted(run, 2, backend)
+    assert sum(planned(run, 2, backend).saved.values()) == real.saved
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "pair"])
+def test_the_peak_is_planned_within_5_percent(checkpointing: str) -> None:
+    """With enough tokens that activations and not one weight's gradient are the most."""
+    run = run_file("refiner_vit_s", 160, checkpointing, "activations")
+    real = counted(run, 2, "tiled")
+    assert planned(run, 2, "tiled").peak == pytest.approx(real.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled", "triton"])
+def test_every_backend_of_a_gpu_is_planned_in_bf16(backend: str) -> None:
+    from refiner_ds.plan.trace import trace
+
+    run = run_file("refiner_vit_l", 448, "none", "map")
+    small, large = (trace(run, 1000, images, True, backend, 80 << 30) for images in (1, 2))
+    assert 1.8 < sum(large.saved.values()) / sum(small.saved.values()) < 2.01
+    assert small.peak > sum(small.saved.values()) > 0
+    assert any(one.backward for one in small.operations)
