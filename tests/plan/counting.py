@@ -101,10 +101,10 @@ def counted(run: RunFile, images: int, backend: str) -> Counted:
 
 
 def main() -> int:
-    """Print the table, a line as soon as it is known."""
+    """Print the table, a line as soon as it is known; of the models that are named, or of all."""
     print("| model | px | checkpointing | save_for_backward | saved, MiB | planned | peak, MiB | planned |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for model in ("refiner_vit_s", "refiner_vit_m", "refiner_vit_l"):
+    for model in sys.argv[1:] or ("refiner_vit_s", "refiner_vit_m", "refiner_vit_l"):
         for img_size in (224, 384, 448):
             for checkpointing in ("none", "pair", "refiner"):
                 for save in ("map", "activations"):

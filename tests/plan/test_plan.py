@@ -37,8 +37,12 @@ def test_what_does_not_fit_comes_with_what_would_help_and_by_how_much(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REFINER_ATTENTION", "tiled")
-    given = (*L448, "--gpu", "rtx-4090", "--set", "refiner.model.checkpointing=none")
-    given = (*given, "--set", "train_micro_batch_size_per_gpu=24", "--set", "refiner.model.save_for_backward=map")
+    keys = (
+        "train_micro_batch_size_per_gpu=24",
+        "refiner.model.checkpointing=none",
+        "refiner.model.save_for_backward=map",
+    )
+    given = [*L448, "--gpu", "rtx-4090", *(word for key in keys for word in ("--set", key))]
     found = plan(capsys, *given)["memory"]
     assert not found["fits"] and found["largest_micro_batch"] < 24
     settings = {remedy["set"]: remedy for remedy in found["remedies"]}
