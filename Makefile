@@ -7,6 +7,7 @@
 # make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of their own
 # make lock          writes that environment's versions to constraints.txt
 # make drill         kills, stops, damages and poisons a run for an hour at most; writes docs/reliability.md
+# make drill-slurm   faults on a Slurm of its own while two nodes train, for ten minutes; prints a row a fault
 # make gpu           on a GPU: tests of its kernels, then what docs/benchmarks.md wants to know; kept in gpu.log
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ LOCKED ?= -c constraints.txt
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-isa test-newest lock lint docs drill gpu clean
+.PHONY: quickstart test test-fast test-isa test-newest lock lint docs drill drill-slurm gpu clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/deepspeed refiner_ds/train.py
@@ -48,6 +49,9 @@ docs: $(VENV)/installed
 
 drill: $(VENV)/installed-test
 	$(BIN)/python -m tests.drill --events 100 --minutes 60 --report docs/reliability.md
+
+drill-slurm: $(VENV)/installed-test
+	$(BIN)/python -m tests.launch.drills
 
 BENCHMARK := $(BIN)/python -m refiner_ds.benchmark
 

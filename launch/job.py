@@ -36,6 +36,7 @@ from .cluster import ClusterProfile
 from .diagnosis import UNHEALTHY
 from .environment import node_faults
 from .snapshot import RUN_FILE, check_code
+from .standby import standby
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -58,7 +59,10 @@ class TrainJob:
     profile: ClusterProfile
 
     def __call__(self) -> None:
-        task = submitit.JobEnvironment()
+        with standby(RunFolder(self.run_folder)):
+            self._run(submitit.JobEnvironment())
+
+    def _run(self, task: submitit.JobEnvironment) -> None:
         for early in SIGNALS:
             signal.signal(early, _before_training)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes before every TERM, and means nothing here

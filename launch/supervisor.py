@@ -4,8 +4,9 @@
                                   │
                   tasks end ─▶ diagnosis ─▶ policy ─▶ requeue, requeue without a node, or end with an exit code
 
-It runs on the first node of a Slurm job, outlives tasks that are killed, and needs nothing from them. The controller of
-a job on one machine (launch/local.py) is another ``Supervisor``, with processes where this one has srun.
+It runs on the first node of a Slurm job, outlives tasks that are killed, and needs nothing from them; launch/standby.py
+acts where it is killed itself. The controller of a job on one machine (launch/local.py) is another ``Supervisor``, with
+processes where this one has srun.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .cost import cost_line
 from .diagnosis import Diagnosis, TaskEnd, diagnose, last_lines, task_ends, verdict_since
 from .elastic import step_size, usable_nodes, watch_for_nodes
 from .environment import capture, free_port, master_address
+from .health.node import host_name
 from .policy import Action, Cause, Decision, Limits
 from .snapshot import JOB_FILE, RUN_FILE, check_code
 
@@ -44,6 +46,7 @@ REFUSED_SECONDS = 120.0  # how long it may answer and refuse
 NOTIFY_SECONDS = 15.0
 EXCLUDE_SECONDS = 20.0  # how long it may refuse to leave a node out
 EXCLUDE_TRIES = 3  # how often a node is asked to be left out, where the job comes back to it all the same
+PLACE = "REFINER_SUPERVISOR"  # the variable that tells tasks where it runs: host:process
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)  # meant for the tasks, which get them too
 
 
@@ -261,6 +264,7 @@ class SlurmSupervisor(Supervisor):
         command = [*self._command]
         if self.job.elastic:
             command[1:1] = self._fit()
+        variables = variables | {PLACE: f"{host_name()}:{os.getpid()}"}
         with subprocess.Popen(
             command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as tasks:

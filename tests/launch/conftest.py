@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ class Clone:
             known = ClusterProfile(gpus_per_node=gpus, cpus_per_task=1, **profile)
             allocation = Allocation(run, known, nodes, gpus, cpus_per_task=1, min_nodes=least)
             return submission.submit(allocation, dependency=dependency).job_id
+
+
+def processes(*words: str) -> list[int]:
+    """Process ids on this machine, nodes included, of commands that have these words or words that hold them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if all(any(word in part for part in command) for word in words) and command[0] != "srun":
+                found.append(int(process.name))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The fault table of docs/cluster.md: faults on a real Slurm while the quickstart trains on two nodes.
 
-    python -m tests.launch.drills              prints a row a fault; some minutes
+    python -m tests.launch.drills [WORD …]     prints a row for each fault that has one of the words; some minutes
 
 Seconds are those from the fault to the next logged step; steps lost are those that were logged and done again.
 """
@@ -22,7 +22,7 @@ from launch.attempts import Attempts
 from refiner_ds.run_folder import RunFolder
 from tests.slurm.cluster import SlurmCluster
 
-from .conftest import ROOT, Clone
+from .conftest import ROOT, Clone, processes
 
 SMALL = (
     *(
@@ -129,6 +129,11 @@ def controller_away(drill: Drill) -> None:
     drill.slurm.controller_up()
 
 
+def kill_supervisor(drill: Drill) -> None:
+    for process in processes("launch.supervisor", str(drill.folder)):
+        os.kill(process, signal.SIGKILL)
+
+
 FAULTS: dict[str, Callable[[Drill], None]] = {
     "a rank is killed (signal 9)": kill(1, signal.SIGKILL),
     "rank 0 is killed (signal 9)": kill(0, signal.SIGKILL),
@@ -137,20 +142,22 @@ FAULTS: dict[str, Callable[[Drill], None]] = {
     "scontrol requeue": client("scontrol", "requeue", "JOB"),
     "preemption with a grace time": preempt,
     "the controller is away for 15 s at the requeue": controller_away,
+    "the supervisor is killed (signal 9)": kill_supervisor,
     "a node is lost": lose_node,
 }
 
 
-def main() -> int:
-    """Print the table."""
+def main(words: list[str]) -> int:
+    """Print the table, of those faults alone that are named."""
+    faults = {name: fault for name, fault in FAULTS.items() if not words or any(word in name for word in words)}
     print("| fault | seconds to the next step | steps lost | reported as |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory(prefix="drills-") as folder, SlurmCluster(nodes=4) as slurm:
         base = Clone(ROOT, Path(folder) / "runs", Path(folder) / "cache")
-        for number, (name, fault) in enumerate(FAULTS.items()):
+        for number, (name, fault) in enumerate(faults.items()):
             row = Drill(base.another(f"drill{number}"), slurm).disturb(fault)
             print(f"| {name} | {row} |", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

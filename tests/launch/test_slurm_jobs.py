@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from launch.attempts import Attempts, Record
 from refiner_ds.run_folder import RunFolder
 from tests.slurm.cluster import SlurmCluster
 
-from .conftest import Clone, Done
+from .conftest import Clone, Done, processes
 
 pytestmark = pytest.mark.slurm
 CPU = ("--gpus-per-node", "0")
@@ -164,6 +165,24 @@ def test_a_node_with_a_fault_is_left_out_before_anything_is_trained(clone: Clone
     assert "-15" not in clone.logs() and "did not requeue" not in clone.logs()  # no command was ended half-way
     assert {clone.seen()[who]["host"] for who in (f"0.{last.number}", f"1.{last.number}")} == {"node2"}
     assert "0.0" not in clone.seen() and "0.1" not in clone.seen()
+
+
+def test_a_killed_supervisor_brings_the_job_back(clone: Clone, slurm: SlurmCluster) -> None:
+    """It is the batch script itself, without which Slurm ends a job."""
+    clone.behave(r0=["saved"], r1=["hang"])
+    job = clone.submit_here(slurm, nodes=2)
+    clone.wait_for("0.0", "1.0")
+    (supervisor,) = processes("launch.supervisor", str(clone.run_folder))
+    os.kill(supervisor, signal.SIGKILL)
+    clone.wait_for("0.1", "1.1", seconds=90)
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    first, last = records(clone, job)
+    assert (first.cause, first.symptom, first.action) == ("crashed", "supervisor killed", "requeue")
+    assert last.cause == "finished"
+    end = time.monotonic() + 30
+    while processes("launch.standby", str(clone.run_folder)):  # one whose task has left leaves too
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_job_that_gets_no_further_ends_with_the_exit_code_of_what_failed(clone: Clone, slurm: SlurmCluster) -> None:

@@ -1,0 +1,113 @@
+"""Takes the supervisor's place when it has been killed, by a person or for want of memory.
+
+Slurm ends a job whose batch script is killed, and requeues it for nobody: a signal is no exit code that RequeueExit
+knows. But it takes a requeue from a process of the job, while the job runs or is being cleared away. So the first task
+on the supervisor's node keeps a small process beside it, that does nothing but wait for one of two to end:
+
+    the task              nothing to do: the supervisor acts
+    the supervisor        nothing to do where it has decided; else this decides by the same policy, and requeues
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from refiner_ds.run_folder import RunFolder
+
+from . import slurm
+from .attempts import Attempts, Record
+from .diagnosis import Diagnosis
+from .health.node import host_name
+from .policy import Cause, Limits
+from .supervisor import PLACE, SlurmSupervisor
+
+KILLED = 128 + signal.SIGKILL
+MEANT_FOR_THE_TASK = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
+REQUEUE_SECONDS = 60.0  # how long a task that leaves waits for its standby to have requeued the job
+
+
+class Standby(SlurmSupervisor):
+    """What decides and requeues in the place of a supervisor that was killed."""
+
+    def take_over(self) -> int:
+        """Requeue the job where the policy says so. Returns the exit code."""
+        self.attempts = Attempts.of(self.run_folder, self.job_id)
+        record = self.attempts.records[-1] if self.attempts.records else None
+        if record is None or record.action:
+            return 0  # it had decided
+        advice = "raise mem_gb if memory was short"
+        evidence = f"the supervisor on {host_name()} was killed, and with it the batch script"
+        return self._end(record, Diagnosis(Cause.CRASHED, KILLED, None, "", "supervisor killed", evidence, advice))
+
+    def _limits(self, state: slurm.JobState, record: Record) -> Limits:
+        # Slurm is clearing the job away, because its batch script has ended: not on account of scancel.
+        profile = self.job.profile
+        return Limits(profile.requeue, profile.requeues, state.state == "CANCELLED", self._requeued(state))
+
+
+@contextmanager
+def standby(run_folder: RunFolder) -> Iterator[None]:
+    """Keep a standby beside this task while it runs, if it is the one to have it."""
+    host, _, process = os.environ.get(PLACE, "").partition(":")
+    if host != host_name() or os.environ.get("SLURM_LOCALID") != "0" or not _supervises(process):
+        yield
+        return
+    log = run_folder.jobs / f"{os.environ['SLURM_JOB_ID']}_0_log.out"
+    command = (sys.executable, "-u", "-m", __name__, str(run_folder), process, str(os.getpid()))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, MEANT_FOR_THE_TASK)  # until it has handlers
+    with log.open("ab") as out:
+        beside = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        yield
+    finally:  # Slurm would end it with this task
+        if not _supervises(process):
+            with suppress(subprocess.TimeoutExpired):
+                beside.wait(REQUEUE_SECONDS)
+
+
+def _supervises(process: str) -> bool:
+    try:
+        return b".supervisor" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def main(argv: list[str]) -> int:
+    """``standby RUN_FOLDER SUPERVISOR TASK``, the latter two by their process ids."""
+    told: list[int] = []
+    for number in MEANT_FOR_THE_TASK:
+        signal.signal(number, lambda number, frame: told.append(number))
+    place = Standby(RunFolder(argv[0]), ())
+    supervisor, task = map(_opened, argv[1:])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_THE_TASK)
+    if supervisor is None:
+        return place.take_over()
+    if task is None:
+        return 0
+    ending = select.poll()
+    ending.register(supervisor, select.POLLIN)
+    ending.register(task, select.POLLIN)
+    ended = {descriptor for descriptor, _ in ending.poll()}
+    if task in ended or signal.SIGTERM in told:
+        return 0  # the supervisor acts; or Slurm is ending the whole job, and has told us first
+    return place.take_over()
+
+
+def _opened(process: str) -> int | None:
+    """A descriptor that becomes readable when a process ends; None where it has ended."""
+    try:
+        return os.pidfd_open(int(process))
+    except ProcessLookupError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
