@@ -90,7 +90,7 @@ FAILURES = {
     "stopped_unsaved": Staged({"r0": ["hang"]}, ("it was cancelled",)),
     "purged": Staged({}, ("purged in part", "submit"), {"sbatch": {"begin": "now+5"}}),
     "invisible": Staged({}, ("could not open its log", "every node sees it"), {"sbatch": {"begin": "now+5"}}),
-    "supervisor": Staged({"r0": ["hang"]}, ("supervisor on the first node of node", "killed", "submit the run again")),
+    "supervisor": Staged({"r0": ["hang"]}, ("supervisor on node", "killed", "requeue: false")),
     "owner": Staged({}, ("belongs to job 999999 now",), {"sbatch": {"begin": "now+5"}}),
 }
 WAITING = {
