@@ -122,6 +122,10 @@ def test_a_compiled_training_step_equals_the_eager_one_without_a_break(backend, 
         norms = weights.norm1_E, weights.adapt_H
         statistics = [y for norm in norms for y in (norm.running_mean, norm.running_var, norm.batches.float())]
         results.append([out.detach(), *grads, *statistics])
+    for kind, found in zip(("eager", "compiled"), results, strict=True):
+        assert all(x.isfinite().all() for x in found), (
+            f"{kind}: {[int((~x.isfinite()).sum()) for x in found]} not finite"
+        )
     for ours, truth in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
     assert results[1][-1] == 1
