@@ -4,8 +4,11 @@
     ----------------  -----------------------------------  ----------------  ---------------------------------
     initial weights   (seed)                               `derived_seed`    training/loop.py
     mixing, dropout   (seed, step, micro-batch, rank)      `derived_seed`    training/step.py
-    training views    (seed, epoch, sample)                `view_seed`       data/augment.py
+    training views    (seed, view, sample)                 `view_seed`       data/augment.py
     order of samples  (count, seed, epoch)                 `order_keys`      data/permutation.py, with `hash_below`
+
+A view's number is the epoch. With repeated augmentation by R it is R · epoch + the copy's number, and an order lasts
+for R epochs.
 
 No stream keeps a state, so that a run resumed at any step draws what it would have drawn. The derivations differ in
 cost: a step can afford a cryptographic hash, a view takes a microsecond, and an order hashes whole arrays. Each keeps

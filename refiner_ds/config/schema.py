@@ -258,6 +258,12 @@ class MixKeys(Section):
 class RecipeKeys(MixKeys, AugmentKeys, OptimizerKeys):
     """``refiner.recipe``: optimisation, augmentation and labels. Defaults are the released recipe."""
 
+    aug_repeats: int = Field(
+        1,
+        gt=0,
+        description="repeated augmentation: views of an image that a batch holds (DeiT: 3); an epoch then sees only so"
+        " many times fewer images; 1: off",
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="y·(1−ε+ε/C)+ε/C on dense targets, timm's on labels"
     )

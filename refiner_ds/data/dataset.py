@@ -149,7 +149,7 @@ class BatchDataset(Dataset[Any]):
         bad = 0
         for row in np.flatnonzero(indices.valid_B).tolist():
             try:
-                self._load_row(int(indices.samples_B[row]), indices.epoch, row, arrays)
+                self._load_row(int(indices.samples_B[row]), int(indices.views_B[row]), row, arrays)
             except DataError:
                 if self.on_bad_sample == "error":
                     raise
@@ -165,14 +165,14 @@ class BatchDataset(Dataset[Any]):
             maps=arrays.maps.batch() if arrays.maps else None,
         )
 
-    def _load_row(self, sample: int, epoch: int, row: int, arrays: _Arrays) -> None:
-        """Read one sample and put its view in its row."""
+    def _load_row(self, sample: int, number: int, row: int, arrays: _Arrays) -> None:
+        """Read one sample and put the view of this number in its row."""
         raw = self.reader.read(sample)
         arrays.labels_B[row] = raw.label
         if self.train_view is None:
             arrays.pixels_BHWC[row] = self.settings(decode_image(raw, self.decode), sample)  # type: ignore[operator]
         else:
-            seed_sample(self.sampler.seed, epoch, sample)  # type: ignore[union-attr]
+            seed_sample(self.sampler.seed, number, sample)  # type: ignore[union-attr]
             view = self.train_view(self.open_picture(raw, self.decode))
             arrays.pixels_BHWC[row] = view.pixels_SS3
             if arrays.maps is not None:

@@ -124,6 +124,7 @@ def train_batches(
     on_bad_sample: str = "error",
     maps: ShardIndex | None = None,
     decode: DecodeKeys = AS_STORED,
+    repeats: int = 1,
 ) -> Batches:
     """Training batches of one rank, endless over epochs.
 
@@ -138,6 +139,7 @@ def train_batches(
         on_bad_sample: "error" raises when a damaged sample is met, "skip" fills its place and counts it.
         maps: where score maps come from: ``index`` itself, or the set that `find_maps` returns; None: no maps.
         decode: the run file's keys about decoding.
+        repeats: views of a sample that are drawn together (repeated augmentation).
     Raises:
         ConfigError: the batch does not divide.
         DataError: the position is not at a step, the maps are not those of the set, or
@@ -145,7 +147,7 @@ def train_batches(
     """
     if position % global_batch:
         raise DataError(f"position {position} is not at a step of a global batch of {global_batch}")
-    sampler = TrainSampler(index.count, global_batch, micro_batch, rank, world_size, seed)
+    sampler = TrainSampler(index.count, global_batch, micro_batch, rank, world_size, seed, repeats)
     first = position // global_batch * sampler.micro_batches_per_step
     return Batches(BatchDataset(index, sampler, augment, on_bad_sample, maps, decode), sampler, first, workers)
 

@@ -2,6 +2,11 @@
 
 step s of an epoch    positions [s·G, (s+1)·G) of the epoch's permutation    G global batch
 rank r of W           the slice [r·G/W, (r+1)·G/W) of those, cut into micro-batches in order
+
+With repeated augmentation (Hoffer et al., 2020) each sample comes R times in a row, in R views, and one permutation
+lasts for R epochs. A step takes the first of each, then the second, and so on, so that they lie far apart:
+
+positions of a step   a a a b b b c c  ─▶  a b c  a b c  a b        R = 3, G = 8; the last c begins the next step
 """
 
 from __future__ import annotations
@@ -23,19 +28,22 @@ class BatchIndices:
         samples_B: [B] int64 sample numbers.
         valid_B: [B] bool; False where a place holds no sample.
         padded: how many places repeat the epoch's beginning (training) or hold no sample (evaluation).
-        epoch: counted from 0.
+        views_B: [B] int64 numbers of the views that training draws: the epoch, where an epoch has one view of a sample.
     """
 
     samples_B: np.ndarray
     valid_B: np.ndarray
     padded: int
-    epoch: int
+    views_B: np.ndarray
 
 
 @dataclass(frozen=True)
 class TrainSampler:
     """The micro-batches of one rank in training, endless over epochs.
 
+    Attributes:
+        repeats: R, views of a sample that are drawn together. An epoch still has ``count`` views, so that R epochs
+            have R of each sample.
     Raises:
         DataError: the set is empty.
         ConfigError: the batch does not divide over ranks and micro-batches.
@@ -47,6 +55,7 @@ class TrainSampler:
     rank: int
     world_size: int
     seed: int
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if not self.count:
@@ -67,11 +76,20 @@ class TrainSampler:
         """The ``number``-th micro-batch of this rank, counted from the beginning of the run."""
         step, micro = divmod(number, self.micro_batches_per_step)
         epoch, step = divmod(step, self.steps_per_epoch)
-        start = step * self.global_batch + (self.rank * self.micro_batches_per_step + micro) * self.micro_batch
-        positions = np.arange(start, start + self.micro_batch)
+        first = (self.rank * self.micro_batches_per_step + micro) * self.micro_batch
+        positions = step * self.global_batch + self._dealt(np.arange(first, first + self.micro_batch))
         padded = int((positions >= self.count).sum())
-        samples = samples_at(positions % self.count, count=self.count, seed=self.seed, epoch=epoch)
-        return BatchIndices(samples, np.ones(self.micro_batch, bool), padded, epoch)
+        order, part = divmod(epoch, self.repeats)
+        drawn, copies = np.divmod(part * self.count + positions % self.count, self.repeats)
+        samples = samples_at(drawn, count=self.count, seed=self.seed, epoch=order)
+        return BatchIndices(samples, np.ones(self.micro_batch, bool), padded, epoch * self.repeats + copies)
+
+    def _dealt(self, places: np.ndarray) -> np.ndarray:
+        """Positions within a step at its places: those divisible by R in order, then those with remainder 1, …"""
+        sizes = [len(range(copy, self.global_batch, self.repeats)) for copy in range(self.repeats)]
+        starts = np.cumsum([0, *sizes[:-1]])
+        copies = np.searchsorted(starts, places, side="right") - 1
+        return (places - starts[copies]) * self.repeats + copies
 
 
 @dataclass(frozen=True)
@@ -105,4 +123,4 @@ class EvalSampler:
         samples = np.where(valid, samples, 0)
         if self.chosen is not None and self.count:
             samples = self.chosen[samples]
-        return BatchIndices(samples, valid, int((~valid).sum()), 0)
+        return BatchIndices(samples, valid, int((~valid).sum()), np.zeros(self.batch, np.int64))

@@ -28,6 +28,7 @@ def train_batches_of(ready: Preparation, world: World, step: int) -> Iterator[Ba
             on_bad_sample=keys.data.on_bad_sample,
             maps=ready.maps,
             decode=keys.data,
+            repeats=keys.recipe.aug_repeats,
         )
     )
 
