@@ -42,6 +42,7 @@ from refiner_ds.attention.weights import (
     LinearWeights,
     LocalKernels,
     RefinerWeights,
+    expanded_maps,
     kernel_shapes,
 )
 
@@ -64,6 +65,7 @@ __all__ = [
     "choose_backend",
     "batch_norm",
     "describe_backend",
+    "expanded_maps",
     "first_order",
     "fold_refiner",
     "frozen_statistics",

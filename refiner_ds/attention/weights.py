@@ -27,6 +27,7 @@ __all__ = [
     "LinearWeights",
     "LocalKernels",
     "RefinerWeights",
+    "expanded_maps",
     "kernel_shapes",
 ]
 
@@ -172,3 +173,16 @@ def kernel_shapes(constraint: str, kernel_size: int) -> dict[str, tuple[int, int
     if constraint not in shapes:
         raise ValueError(f"constraint is {constraint!r}; it must be one of {', '.join(CONSTRAINTS)}")
     return shapes[constraint]
+
+
+def expanded_maps(num_heads: int, expansion_ratio: float) -> int:
+    """How many maps expansion makes of ``num_heads``.
+
+    Raises:
+        ValueError: the ratio is below 1, or makes no whole number of maps.
+    """
+    if expansion_ratio < 1:
+        raise ValueError(f"expansion_ratio is {expansion_ratio}; it must be 1 or more")
+    if (maps := num_heads * expansion_ratio) != int(maps):
+        raise ValueError(f"expansion_ratio {expansion_ratio} makes {maps:g} maps of {num_heads} heads, no whole number")
+    return int(maps)

@@ -23,25 +23,13 @@ from refiner_ds.attention import (
     FoldedWeights,
     LinearWeights,
     LocalKernels,
+    expanded_maps,
     kernel_shapes,
     refined_map,
 )
 from refiner_ds.models.direct import batch_norm_tensors, can_read
 
-__all__ = ["DLA", "FoldedDLA", "LocalConv", "MapRefiner", "expanded_maps"]
-
-
-def expanded_maps(num_heads: int, expansion_ratio: float) -> int:
-    """How many maps expansion makes of ``num_heads``.
-
-    Raises:
-        ValueError: the ratio is below 1, or makes no whole number of maps.
-    """
-    if expansion_ratio < 1:
-        raise ValueError(f"expansion_ratio is {expansion_ratio}; it must be 1 or more")
-    if (maps := num_heads * expansion_ratio) != int(maps):
-        raise ValueError(f"expansion_ratio {expansion_ratio} makes {maps:g} maps of {num_heads} heads, no whole number")
-    return int(maps)
+__all__ = ["DLA", "FoldedDLA", "LocalConv", "MapRefiner"]
 
 
 class LocalConv(nn.Module):

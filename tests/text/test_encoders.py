@@ -1,0 +1,157 @@
+"""Unmodified encoders of transformers are refined, padding or none, and are what they were where nothing is refined."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from refiner_ds import attention
+from refiner_ds.attention.dispatch import EAGER
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from refiner_ds.text import add_refiner
+from refiner_ds.text.refiners import BottleneckRefiner, TextRefiner
+from tests.text.encoders import CONFIGS, HEADS, LAYERS, LENGTHS, encoder, inputs, move_weights, padded, tokens_of
+
+KINDS = ("linear", "bottleneck")
+
+
+def refiners_of(model) -> list[TextRefiner]:
+    return [module for module in model.modules() if isinstance(module, TextRefiner)]
+
+
+def refined(kind: str = "linear", base: str = "bert", **more):
+    model = add_refiner(encoder(base, **more), kind, 2, 3, "fresh")
+    move_weights(model, 0.02)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_refined_encoder_begins_as_the_plain_one(kind):
+    model = encoder(kind)
+    given, mask = inputs(kind)
+    plain = tokens_of(model, given, mask)
+    assert add_refiner(model) is model and len(refiners_of(model)) == LAYERS
+    assert (tokens_of(model, given, mask) - plain).abs().max() < 1e-12
+    fresh = add_refiner(encoder(kind), init="fresh")
+    assert (tokens_of(fresh, given, mask) - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_map_of_an_identity_has_gradients_from_the_second_step_on(kind):
+    model = add_refiner(encoder(kind))
+    given, mask = inputs(kind)
+    rates = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        rates.zero_grad()
+        tokens_of(model, given, mask).pow(3).sum().backward()
+        rates.step()
+    for refiner in refiners_of(model):
+        assert (refiner.expand.grad.abs().sum(1) > 0).all() and (refiner.reduce.grad.abs().sum(0) > 0).all()
+        assert (refiner.kernel.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+@pytest.mark.parametrize("refiner", KINDS)
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_a_sequence_alone_equals_itself_padded(kind, refiner, backend):
+    model = refined(refiner, kind)
+    words, mask = padded()
+    with attention.attention_backend(backend):
+        together = model(input_ids=words, attention_mask=mask.long()).last_hidden_state
+        for row, length in enumerate(LENGTHS):
+            alone = model(input_ids=words[row : row + 1, :length]).last_hidden_state[0]
+            assert (together[row, :length] - alone).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("refiner", KINDS)
+def test_transformers_builds_saves_and_loads_refined_models(refiner, tmp_path):
+    model = add_refiner(encoder("bert", AutoModelForSequenceClassification), refiner, 2, 5).train()
+    given, mask = inputs("bert")
+    model(**given).logits.sum().backward()  # norms have counted
+    move_weights(model)
+    model.eval().save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(again(**given).logits, model(**given).logits)
+    assert again.config.refiner == model.config.refiner and again.config.refiner["kernel_size"] == 5
+    base = AutoModel.from_pretrained(tmp_path).eval()  # without the classifier
+    assert torch.equal(tokens_of(base, given, mask), tokens_of(again.bert, given, mask))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_attention_implementation_refines_a_plain_checkpoint(kind, tmp_path):
+    plain = encoder(kind)
+    plain.save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation="refiner").eval()
+    given, mask = inputs(kind)
+    assert len(refiners_of(model)) == LAYERS
+    assert (tokens_of(model, given, mask) - tokens_of(plain, given, mask)).abs().max() < 1e-12
+    assert AutoModel.from_pretrained(tmp_path).config._attn_implementation != "refiner"
+
+
+def test_a_refined_model_is_built_from_its_config():
+    keys = {"kind": "bottleneck", "expansion_ratio": 1}
+    model = encoder("bert", dtype=torch.float32, refiner=keys)
+    assert all(isinstance(one, BottleneckRefiner) and one.norm1.weight.eq(1).all() for one in refiners_of(model))
+    assert len(refiners_of(model)) == LAYERS
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("refiner", KINDS)
+def test_gradient_checkpointing_changes_no_gradient_and_counts_norms_once(refiner, reentrant):
+    model = refined(refiner, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    given, mask = inputs("bert")
+    for one in (model, twin):
+        one.enable_input_require_grads()  # reentrant checkpoints need it
+        tokens_of(one, given, mask).pow(2).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert ours.grad is None or (ours.grad - theirs.grad).abs().max() < 1e-12, name
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    if refiner == "bottleneck":
+        assert {int(one.norm1.num_batches_tracked) for one in refiners_of(twin)} == {1}
+
+
+@pytest.mark.parametrize("refiner", KINDS)
+def test_autocast_stays_close_and_keeps_weights_in_fp32(refiner):
+    model = refined(refiner, dtype=torch.float32)
+    given, mask = inputs("bert", torch.float32)
+    exact = tokens_of(model, given, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = tokens_of(model, given, mask)
+    assert (rounded - exact).norm() / exact.norm() < 0.05
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_compiling_leaves_one_graph_and_the_same_numbers():
+    model = refined(num_hidden_layers=1)
+    given, mask = inputs("bert")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(tokens_of(compiled, given, mask), tokens_of(model, given, mask), rtol=1e-9, atol=1e-9)
+
+
+def test_maps_are_returned_where_they_are_asked_for():
+    model = refined(attention_probs_dropout_prob=0.0)
+    words, mask = padded()
+    maps = model(input_ids=words, attention_mask=mask.long(), output_attentions=True).attentions
+    assert [tuple(one.shape) for one in maps] == [(len(LENGTHS), HEADS, max(LENGTHS), max(LENGTHS))] * LAYERS
+    assert not maps[0].movedim(1, 3)[~(mask[:, :, None] & mask[:, None])].any()
+    assert model(input_ids=words, attention_mask=mask.long()).attentions is None
+
+
+def test_the_operator_computes_it(monkeypatch):
+    calls = []
+    computed = EAGER.refine
+    monkeypatch.setattr(EAGER, "refine", lambda *call: calls.append(call) or computed(*call))
+    with attention.attention_backend("eager"):
+        refined()(**inputs("bert")[0])
+    assert len(calls) == LAYERS and all(case.mask_BN is not None for case, *_ in calls)
