@@ -24,6 +24,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from refiner_ds.errors import ConfigError, DataError, report_errors
+from refiner_ds.evaluation.options import add_model_options, check_crop_ratio, check_model_options
 from refiner_ds.training.logs import silence_libraries
 
 if TYPE_CHECKING:
@@ -58,18 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that shows a model a set of images."""
-    parser.add_argument("place", metavar="MODEL", help="run folder, checkpoint in it, export, or timm:NAME=WEIGHTS")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the last ones")
-    parser.add_argument("--test-size", type=int, metavar="PX", help="side of the images (default: as trained)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each, where unknown")
-    parser.add_argument("--batch", type=int, metavar="N", help="images a process computes at once")
-    parser.add_argument("--workers", type=int, metavar="N", help="loader processes a rank")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: the run folder)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-
-
 def evaluate_model(options: argparse.Namespace) -> int:
     """Load what the options name, evaluate it on all processes of the group, print and keep the results."""
     from refiner_ds.evaluation.command import Evaluator, load_for
@@ -100,11 +89,9 @@ def evaluate_model(options: argparse.Namespace) -> int:
 
 
 def _refuse_options(options: argparse.Namespace) -> None:
-    if options.crop_ratio is not None and not 0.1 <= options.crop_ratio <= 4:
-        raise ConfigError(f"--crop-ratio {options.crop_ratio:g}: must lie between 0.1 and 4")
-    for flag in ("batch", "test_size"):
-        if (number := getattr(options, flag)) is not None and number < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} {number}: must be 1 or more")
+    check_model_options(options)
+    if options.crop_ratio is not None:
+        check_crop_ratio("--crop-ratio", options.crop_ratio)
     if not set(options.severities) <= set(range(1, 6)):
         raise ConfigError(f"--severities {' '.join(map(str, options.severities))}: must be from 1 to 5")
 

@@ -14,7 +14,7 @@
       heartbeats/  lock           which processes train here, and that they still do
       profiles/step_00000100/     traces of profiled steps; a file named profile asks a live run for one
       jobs/  code/                submitted runs: submitit's files, and the source they run
-      evaluation/                 what refiner_ds/evaluate.py found, a folder a checkpoint and way of looking
+      evaluation/                 what evaluate.py and calibrate.py found, a folder a checkpoint and way of looking
       export/                     model.safetensors, config.json, model card
 
 Nothing here imports torch.
@@ -31,6 +31,7 @@ from pathlib import Path
 from refiner_ds.errors import ConfigError
 
 STATE = "state.json"  # in a checkpoint
+CALIBRATION = "calibration.json"  # in a folder of evaluation results
 STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -112,6 +113,10 @@ class RunFolder:
     def profile(self, step: int) -> Path:
         """Where the traces of profiled steps are, by the first of them."""
         return self.profiles / f"step_{step:08d}"
+
+    def results(self, step: int, weights: str) -> Path:
+        """Where results of the weights ("ema" or "model") of an optimizer step are."""
+        return self.evaluation / f"step_{step:08d}_{weights}"
 
     def saved_checkpoints(self) -> list[Path]:
         """Every checkpoint of the run, unchecked, oldest first."""

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "train": LIBRARY | {"plan"},
     "evaluation": LIBRARY | {"analysis"},
     "evaluate": LIBRARY | {"analysis", "evaluation"},
+    "calibrate": LIBRARY | {"analysis", "evaluation"},
     "export": LIBRARY,
     "restart": {"ground", "config", "training"},
     "launch": {"ground", "config", "data", "train"},  # train: what a task of a job runs

@@ -168,7 +168,7 @@ class Evaluator:
             note = f"{note or 'its classes are those of the run'}; guesses are among these alone"
         elif data.among is not None:
             note = f"{note}; guesses are among all the run's classes"
-        result = self._about(data, found.bad) | figures(main) | {"classes": note}
+        result = self.about(data, found.bad) | figures(main) | {"classes": note}
         result["confusions"] = confusions(main, self._names)
         if data.among is not None:
             result["all_classes" if restricted else "restricted"] = figures(answers[0 if restricted else 1])
@@ -190,7 +190,7 @@ class Evaluator:
             errors = {"top1_err": 100 - one["top1"], "top5_err": 100 - one["top5"]}
             by_severity[name][str(severity)] = {"top1": one["top1"], "top5": one["top5"]} | errors
         errors = {name: [row["top1_err"] for row in rows.values()] for name, rows in by_severity.items()}
-        result = self._about(data, found.bad) | {key: clean[key] for key in ("top1", "top1_interval", "top5", "images")}
+        result = self.about(data, found.bad) | {key: clean[key] for key in ("top1", "top1_interval", "top5", "images")}
         return result | corruption_figures(errors, severities, data.whole) | {"by_severity": by_severity}
 
     def _of_all(self, found: Predictions, data: EvaluationSet) -> list[list[Any]]:
@@ -198,7 +198,8 @@ class Evaluator:
             raise DataError(f"{data.index.folder}: none of its {data.index.count} images can be read")
         return found.answers
 
-    def _about(self, data: EvaluationSet, bad: int) -> dict[str, Any]:
+    def about(self, data: EvaluationSet, bad: int) -> dict[str, Any]:
+        """Which model was evaluated on which set, and how."""
         loaded = self.loaded
         return {
             "set": data.name,

@@ -44,12 +44,13 @@ def results_folder(loaded: LoadedModel, weights: str, crop_ratio: float | None, 
     run = RunFolder(loaded.checkpoint.parents[1])
     if run.checkpoint(loaded.step) != loaded.checkpoint or not run.config.is_file():
         return None
-    name = f"step_{loaded.step:08d}_{weights}"
+    folder = run.results(loaded.step, weights)
+    name = folder.name
     if test_size is not None and test_size != loaded.run.refiner.model.img_size:
         name += f"_{test_size}px"
     if crop_ratio is not None and crop_ratio != loaded.run.refiner.data.eval_crop_ratio:
         name += f"_crop{crop_ratio:g}"
-    return run.evaluation / name
+    return folder.with_name(name)
 
 
 def make_folder(folder: Path) -> None:
