@@ -3,6 +3,7 @@
     <output>/<name>/
       config.json                 resolved run file
       history.jsonl               one line a start: when, where, by what, with which keys changed
+      attention.json              which backend computes which attention, on which machine
       data.json                   what the run is trained on, by place and content
       metrics.jsonl               one line a log interval or evaluation
       divergence.json             steps that went wrong, and what was done about them
@@ -72,6 +73,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.history = self.path / "history.jsonl"
+        self.attention = self.path / "attention.json"
         self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.divergence = self.path / "divergence.json"

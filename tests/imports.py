@@ -14,7 +14,17 @@ GROUND = {
     "refiner_ds",
     *(
         f"refiner_ds.{name}"
-        for name in ("errors", "exit_codes", "files", "gpus", "run_folder", "seeds", "subcommands", "versions")
+        for name in (
+            "errors",
+            "exit_codes",
+            "files",
+            "gpus",
+            "memory",
+            "run_folder",
+            "seeds",
+            "subcommands",
+            "versions",
+        )
     ),
 }
 

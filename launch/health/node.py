@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from refiner_ds.memory import free_memory
+
 GIB, MIB = 2**30, 2**20
 PACKAGES = ("torch", "deepspeed", "timm", "numpy", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 SMI_FIELDS = (
@@ -111,17 +113,6 @@ def measure(rank: int, folder: Path, data: str) -> Node:
         versions=versions(),
         data_error=data_error(data),
     )
-
-
-def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this task can still use: what the machine has available, or what its control group leaves."""
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _free_bytes(path: Path) -> int:

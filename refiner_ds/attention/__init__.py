@@ -4,6 +4,7 @@
     weights.py     the arguments          refiners.py   a row for each kind of refiner
     equations.py   the paper's, with which tests compare    norms.py   batch norm in fp32, counted once a step
     moments.py     its mean and variance, from those of parts
+    choice.py      which backend is the fastest here: counted, then timed      live_bytes.py   memory, on fake tensors
     backends/      eager, tiled, triton, and the check of kernels before they become the default
 
 By operation, with every backend's implementation side by side:
@@ -24,10 +25,13 @@ from refiner_ds.attention.dispatch import (
     choose_backend,
     describe_backend,
     is_traced,
+    kernels_verified,
+    kind_of,
     plain_attention,
     refine,
     resolve_backend,
     set_save_for_backward,
+    use_backends,
 )
 from refiner_ds.attention.first_order import first_order
 from refiner_ds.attention.map.eager import make_map
@@ -70,6 +74,8 @@ __all__ = [
     "fold_refiner",
     "frozen_statistics",
     "is_traced",
+    "kernels_verified",
+    "kind_of",
     "kernel_shapes",
     "make_map",
     "plain_attention",
@@ -80,4 +86,5 @@ __all__ = [
     "running_affine",
     "scaled",
     "set_save_for_backward",
+    "use_backends",
 ]

@@ -4,8 +4,9 @@
     refine            A, or q and k, and v ──> refined A·V        a block that refines one
     plain_attention   q, k, v ──> A·V                             a block of a plain ViT
 
-REFINER_ATTENTION, or ``backend``, requests a backend; the default is "triton" on a GPU and "tiled" elsewhere. What
-triton does not support is computed by tiled, and what tiled does not support by eager; a log line says what and why.
+REFINER_ATTENTION, or ``backend``, requests a backend; else one may have been chosen for the kind of operation
+(choice.py); else it is "triton" on a GPU and "tiled" elsewhere. What triton does not support is computed by tiled, and
+what tiled does not support by eager; a log line says what and why.
 On CPU tiled saves a quarter to a fiftieth of eager's bytes for backward; docs/benchmarks.md has its times.
 """
 
@@ -39,10 +40,13 @@ __all__ = [
     "choose_backend",
     "describe_backend",
     "is_traced",
+    "kernels_verified",
+    "kind_of",
     "plain_attention",
     "refine",
     "resolve_backend",
     "set_save_for_backward",
+    "use_backends",
 ]
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,8 @@ CANDIDATES: dict[str, tuple[Backend, ...]] = {
 }
 
 _save_for_backward = "auto"
+# Kind of operation ("map", or a refiner's name) -> the backend chosen for it in training.
+_chosen: dict[str, str] = {}
 # Requested backend -> kind of operation -> what stands in for it, and why.
 _fallbacks: dict[str, dict[str, str]] = {}
 
@@ -82,8 +88,8 @@ def _is_decomposed() -> bool:
 
 
 @cache
-def _verified(device: torch.device) -> bool:
-    """Whether triton is chosen by default: on a GPU where its kernels agree with tiled."""
+def kernels_verified(device: torch.device) -> bool:
+    """Whether triton is the default: on a GPU where its kernels agree with tiled."""
     if device.type != "cuda" or TRITON.runs_on(device) is not None:
         return False
     from refiner_ds.attention.backends.selfcheck import mismatch
@@ -93,23 +99,47 @@ def _verified(device: torch.device) -> bool:
     return found is None
 
 
-def resolve_backend(backend: str | None = None, device: torch.device | None = None) -> str:
-    """The name of the backend that is requested: ``backend``, else REFINER_ATTENTION, else the device's default.
+def resolve_backend(backend: str | None = None, device: torch.device | None = None, kind: str | None = None) -> str:
+    """The name of the backend that is requested: ``backend``, else REFINER_ATTENTION, else the one chosen, else the
+    device's default.
 
     Args:
         backend: a key of :data:`BACKENDS`, or ``None``.
         device: where the tensors are; ``None`` is the CPU.
+        kind: of operation, "map" or a refiner's name; ``None`` asks for no choice.
     Raises:
         ValueError: there is no such backend, or the device cannot run it.
     """
     device = device or torch.device("cpu")
-    name = backend or os.environ.get("REFINER_ATTENTION", "") or ("triton" if _verified(device) else "tiled")
+    name = backend or os.environ.get("REFINER_ATTENTION", "") or _chosen_for(kind)
+    name = name or ("triton" if kernels_verified(device) else "tiled")
     if name not in BACKENDS:
         raise ValueError(f"REFINER_ATTENTION is {name!r}; it must be one of {', '.join(BACKENDS)}")
     if (reason := BACKENDS[name].runs_on(device)) is not None:
         able = " or ".join(one.name for one in CANDIDATES[name] if one.runs_on(device) is None)
         raise ValueError(f"REFINER_ATTENTION is {name!r}, but {reason}; take {able}")
     return name
+
+
+def _chosen_for(kind: str | None) -> str:
+    """What is chosen for a kind of operation; nothing in inference mode, since training was timed."""
+    return "" if kind is None or torch.is_inference_mode_enabled() else _chosen.get(kind, "")
+
+
+def use_backends(chosen: dict[str, str]) -> None:
+    """From now on, in this process, kinds of operation are computed in training by these backends, unless another is
+    asked for.
+
+    Args:
+        chosen: "map" or a refiner's name -> a key of :data:`BACKENDS`; the default computes what is missing.
+    """
+    _chosen.clear()
+    _chosen.update(chosen)
+
+
+def kind_of(case: Case) -> str:
+    """ "map", or the refiner's name."""
+    return "map" if case.weights is None else refiner_of(case.weights).name
 
 
 @contextmanager
@@ -130,12 +160,12 @@ def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None =
     if _is_decomposed():
         return EAGER
     if torch.compiler.is_compiling():
-        name = _compiled_backend(backend, case.value_BHNd.device.type)
+        name = _compiled_backend(backend, case.value_BHNd.device.type, kind_of(case))
         return next(one for one in CANDIDATES[name] if one.supports(case) is None)
     _check(case, residual_BHNN)
-    requested = resolve_backend(backend, case.value_BHNd.device)
+    kind = kind_of(case)
+    requested = resolve_backend(backend, case.value_BHNd.device, kind)
     candidate, reasons = _first_able(requested, case)
-    kind = "map" if case.weights is None else refiner_of(case.weights).name
     _report(requested, kind, f"{kind}: {candidate.name}, because {reasons[0]}" if reasons else "")
     return candidate
 
@@ -157,14 +187,14 @@ def choose_backend(case: Case, device: torch.device) -> tuple[str, str | None]:
         TypeError: the case's weights are of no known kind.
         ValueError: there is no such backend, or the device cannot run it.
     """
-    candidate, reasons = _first_able(resolve_backend(device=device), case)
+    candidate, reasons = _first_able(resolve_backend(device=device, kind=kind_of(case)), case)
     return candidate.name, reasons[0] if reasons else None
 
 
 @torch.compiler.assume_constant_result
-def _compiled_backend(backend: str | None, device: str) -> str:
+def _compiled_backend(backend: str | None, device: str, kind: str) -> str:
     """:func:`resolve_backend` as the compiler calls it, while it traces."""
-    name = resolve_backend(backend, torch.device(device))
+    name = resolve_backend(backend, torch.device(device), kind)
     for candidate in CANDIDATES[name]:
         if candidate is not EAGER:
             load_implementations(candidate.name)

@@ -8,12 +8,13 @@ peak_bytes    highest use above where the step began: CUDA's allocator, or the p
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from refiner_ds.attention.timing import seconds_of
 
 __all__ = ["best_seconds", "saved_bytes", "peak_bytes"]
 
@@ -31,21 +32,8 @@ def best_seconds(steps: Sequence[Step], rounds: int, device: torch.device) -> li
     best = [float("inf")] * len(steps)
     for _ in range(rounds):
         for index, step in enumerate(steps):
-            best[index] = min(best[index], _seconds(step, device))
+            best[index] = min(best[index], seconds_of(step, device))
     return best
-
-
-def _seconds(step: Step, device: torch.device) -> float:
-    if device.type != "cuda":
-        begin = time.process_time()
-        step()
-        return time.process_time() - begin
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    step()
-    last.record()
-    torch.cuda.synchronize(device)
-    return first.elapsed_time(last) / 1000
 
 
 def saved_bytes(forward: Step, model: nn.Module) -> int:

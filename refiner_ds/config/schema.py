@@ -112,9 +112,10 @@ class ModelKeys(Section):
     cos_reg_pairs: int | None = Field(
         None, gt=0, description="neighbouring pairs of blocks that cos_reg compares, from the first on; null: all"
     )
-    attention: Literal["eager", "tiled", "triton"] | None = Field(
-        None,
-        description="backend of refined attention; $REFINER_ATTENTION overrides it; null: triton on a GPU, else tiled",
+    attention: Literal["auto", "eager", "tiled", "triton"] | None = Field(
+        "auto",
+        description="backend of refined attention; $REFINER_ATTENTION overrides it; auto: the fastest on the run's"
+        " shapes, timed when the run begins; null: triton on a GPU, else tiled, and nothing is timed",
     )
     save_for_backward: Literal["auto", "map", "activations"] = Field(
         "auto",

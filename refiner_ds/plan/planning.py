@@ -110,7 +110,8 @@ class _Sized:
         self.run, self.machines, self.classes = run, machines, classes
         asked, on_gpu = run.keys.bf16.enabled, machines.gpu is not None
         self.bf16 = (on_gpu and machines.gpu.bf16_tflops is not None) if asked == "auto" else bool(asked)  # type: ignore[union-attr]
-        given = os.environ.get("REFINER_ATTENTION") or run.refiner.model.attention
+        asked_backend = run.refiner.model.attention
+        given = os.environ.get("REFINER_ATTENTION") or (None if asked_backend == "auto" else asked_backend)
         try:
             self.backend = given or ("triton" if on_gpu else resolve_backend())
         except ValueError as refusal:

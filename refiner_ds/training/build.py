@@ -29,7 +29,7 @@ def choose_attention(run: RunFile, device: torch.device) -> None:
         ConfigError: there is no such backend, or it does not run on this device.
     """
     keys = run.refiner.model
-    if keys.attention is not None:
+    if keys.attention not in (None, "auto"):
         os.environ.setdefault("REFINER_ATTENTION", keys.attention)
     try:
         resolve_backend(device=device)

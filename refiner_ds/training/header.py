@@ -10,11 +10,12 @@ from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.world import World
 
 
-def header(ready: Preparation, world: World, bf16: bool) -> dict[str, str]:
+def header(ready: Preparation, world: World, bf16: bool, chosen: str = "") -> dict[str, str]:
     """Lines by what they are about.
 
     Args:
         bf16: whether the engine trains in bf16.
+        chosen: why these backends compute attention, where they were chosen.
     """
     run, keys, schedule = ready.run, ready.run.refiner, ready.schedule
     with torch.device("meta"):
@@ -29,7 +30,7 @@ def header(ready: Preparation, world: World, bf16: bool) -> dict[str, str]:
         "batch": str(ready.batch),
         "engine": f"{processes}, {'bf16' if bf16 else 'fp32'}, ZeRO stage {run.keys.zero_optimization.stage},"
         f" recomputing {recomputed[keys.model.checkpointing]}",
-        "attention": attention_line(run, model, world, torch.bfloat16 if bf16 else torch.float32),
+        "attention": attention_line(run, model, world, torch.bfloat16 if bf16 else torch.float32, chosen),
         "training": ready.train.describe(),
     }
     if ready.val is not None:

@@ -17,6 +17,7 @@ from refiner_ds.errors import LaunchError, report_rank_errors
 from refiner_ds.exit_codes import FINISHED, REFUSED
 from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.attention_choice import choose_backends
 from refiner_ds.training.build import choose_attention
 from refiner_ds.training.console import Console, log
 from refiner_ds.training.data_identity import record_data
@@ -54,8 +55,9 @@ def run_training(ready: Preparation) -> int:
             choose_attention(ready.run, world.device)
             write_logs(folder, world.rank)
             log.info("rank %d of %d is process %d on %s", world.rank, world.size, os.getpid(), os.uname().nodename)
-            _print_header(ready, world)
             before = config_before(folder)
+            chosen = choose_backends(ready, world, computes_in_bf16(ready.run, world), before)
+            _print_header(ready, world, chosen)
             with _watched(ready, world) as heartbeat:
                 trainer = Trainer(ready, world, stop, heartbeat)
                 _record_start(ready, world, trainer, before)
@@ -124,10 +126,10 @@ def _watched(ready: Preparation, world: World) -> Iterator[Heartbeat]:
         watchdog.close()
 
 
-def _print_header(ready: Preparation, world: World) -> None:
+def _print_header(ready: Preparation, world: World, chosen: str) -> None:
     if world.is_main:
         console = Console(prints=True)
-        for about, line in header(ready, world, computes_in_bf16(ready.run, world)).items():
+        for about, line in header(ready, world, computes_in_bf16(ready.run, world), chosen).items():
             console.print(f"{about:<12} {line}")
 
 

@@ -15,8 +15,9 @@ import pytest
 from launch import doctor
 from launch.health.findings import Finding, Requirements, examine
 from launch.health.gather import Reports, run_tasks
-from launch.health.node import GIB, MIB, Folder, Gpu, Node, free_memory, nvidia_gpus
+from launch.health.node import GIB, MIB, Folder, Gpu, Node, nvidia_gpus
 from launch.health.shared import Shared
+from refiner_ds.memory import free_memory
 from tests.slurm.cluster import SlurmCluster
 
 NEEDS = Requirements(gpus=2, workers=3, images_per_second=1000)

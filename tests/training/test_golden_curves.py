@@ -52,7 +52,7 @@ def run_file(case: str, data: Path, output: Path) -> dict[str, Any]:
     mixing = {"mixup": 0, "cutmix": 0, "mix_token": True} if released else {"mixup": 0.8, "cutmix": 1.0}
     return {
         "refiner": {
-            "model": {**TINY_MODEL, **layout, "drop_path": 0.1},
+            "model": {**TINY_MODEL, **layout, "drop_path": 0.1, "attention": "tiled"},
             "data": {"train": str(data), "val": str(data), "score_maps": released, "workers": 0, "eval_crop_ratio": 1},
             "recipe": {**PLAIN_RECIPE, **mixing, "epochs": 4, "cooldown_epochs": 1},
             "run": {**EVERY_STEP, "output": str(output), "name": case},

@@ -55,7 +55,7 @@ def test_the_header_says_what_computes_each_kind_of_attention(
 ) -> None:
     run = load(None, [f"refiner.model.{key}" for key in keys])
     monkeypatch.delenv("REFINER_ATTENTION", raising=False)
-    if run.refiner.model.attention:
+    if run.refiner.model.attention != "auto":
         monkeypatch.setenv("REFINER_ATTENTION", run.refiner.model.attention)
     with torch.device("meta"):
         model = build_model(run, 10)

@@ -115,7 +115,7 @@ def test_the_selfcheck_names_what_is_wrong():
 
 def test_a_mismatch_is_warned_about_and_leaves_tiled_the_default(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(dispatch, "_verified", dispatch._verified.__wrapped__)
+    monkeypatch.setattr(dispatch, "kernels_verified", dispatch.kernels_verified.__wrapped__)
     monkeypatch.delenv("REFINER_ATTENTION", raising=False)
     monkeypatch.setattr(selfcheck, "mismatch", lambda *_: "fail")
     with pytest.warns(UserWarning, match="^attention: tiled on cuda, because the Triton kernels fail$"):

@@ -1,0 +1,145 @@
+"""Bytes alive at once and operations, counted on fake tensors: what a computation would take before it is run.
+
+with FakeTensorMode(), LiveBytes(gpu=False) as live:
+    ...                              live.now, live.peak: bytes, workspace of this project's operators included
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from refiner_ds.attention.operators import IMPLEMENTATIONS
+from refiner_ds.attention.tiling import tiles as tiling
+from refiner_ds.attention.tiling.tiles import GPU_TILE_BYTES
+
+__all__ = ["LiveBytes", "Operation"]
+
+# Arguments of the operators that have an entry for every image.
+PER_IMAGE = {"map", "q", "k", "value", "residual", "grad", "map_grad", "lse", "source", "activations"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: whether backward runs it, its floating-point operations, and the bytes of its tensors."""
+
+    backward: bool
+    flops: int
+    bytes: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages from their first use to their end."""
+
+    def __init__(self, gpu: bool, look_inside: bool = True) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.backward = False
+        self.operations: list[Operation] = []
+        self._gpu, self._look_inside = gpu, look_inside
+        self._known: weakref.WeakKeyDictionary[Any, weakref.finalize[..., Any] | None] = weakref.WeakKeyDictionary()
+        self._workspaces: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            self.add(tensor)
+        if not self._look_inside:
+            return out
+        if func.namespace == "refiner_ds":
+            self.peak = max(self.peak, self.now + self._workspace(func, args, kwargs))
+        if not func.is_view and "empty" not in func.__name__ and not func.__name__.startswith("detach"):
+            count = flop_registry.get(func._overloadpacket)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + made
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=out)
+            self.operations.append(Operation(self.backward, flops, moved))
+        return out
+
+    def know(self, tensor: Tensor) -> None:
+        """Take a tensor for one that was there before."""
+        self._known[tensor.untyped_storage()] = None
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            size = storage.nbytes()
+            self._known[storage] = weakref.finalize(storage, self._end, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor no longer, though it lives."""
+        end = self._known.get(tensor.untyped_storage())
+        if end is not None:
+            end()
+
+    def _end(self, size: int) -> None:
+        self.now -= size
+
+    def _workspace(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Bytes that an operator of this project allocates on its way, beyond what it returns.
+
+        Its own code runs on fake tensors of one and of two images, and what two add is added for every further one.
+        """
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        leaves = tree_leaves(given)
+        key = f"{func} {[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves]}"
+        if key not in self._workspaces:
+            batch = next(len(x) for x in tree_leaves([given.get(n) for n in ("map", "q", "value")]) if x is not None)
+            function = IMPLEMENTATIONS[func._schema.name]
+            one, two = (self._inside(function, given, few) for few in (1, 2))
+            self._workspaces[key] = one + (two - one) * (batch - 1)
+        return self._workspaces[key]
+
+    def _inside(self, function: Callable[..., Any], given: dict[str, Any], few: int) -> int:
+        def cut(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dim() < 3:
+                return x
+            if "triton" in given.values() and x.dim() == 4 and x.shape[-1] == x.shape[-2]:
+                from refiner_ds.attention.kernels.padded import empty_padded
+
+                return empty_padded(x[:few])
+            return torch.empty_strided((few, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
+
+        inner = LiveBytes(self._gpu, look_inside=False)
+        fewer = {name: tree_map(cut, value) if name in PER_IMAGE else value for name, value in given.items()}
+        for tensor in tree_leaves(fewer):
+            if isinstance(tensor, Tensor):
+                inner.know(tensor)
+        with inner, torch.no_grad(), _tiles_of(GPU_TILE_BYTES if self._gpu else tiling.CPU_TILE_BYTES):
+            out = [x for x in tree_leaves(function(**_by_position(function, fewer))) if isinstance(x, Tensor)]
+        return max(
+            0, inner.peak - sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in out}.values())
+        )
+
+
+@contextmanager
+def _tiles_of(size: int) -> Iterator[None]:
+    """Inside, tiles of CPU tensors, as fake ones are, are cut to so many bytes."""
+    before, tiling.CPU_TILE_BYTES = tiling.CPU_TILE_BYTES, size
+    try:
+        yield
+    finally:
+        tiling.CPU_TILE_BYTES = before
+
+
+def _by_position(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the function's own names, which carry axes where the operator's schema does not."""
+    return dict(zip(inspect.signature(function).parameters, given.values(), strict=True))
