@@ -55,24 +55,42 @@ class SmallDisk:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def on_small_disk(folder: Path, test: Callable[[SmallDisk], None]) -> None:
-    """Run ``test`` in a process that has a small disk at ``folder``; skips where the machine does not allow one."""
+def run_on_small_disk(folder: Path, does: Callable[[SmallDisk | None], int], needed: bool = False) -> int:
+    """Run ``does`` in a process that has a small disk at ``folder``; returns its exit code, 1 where it raised.
+
+    Args:
+        needed: `NOT_PERMITTED` is returned where the machine does not allow one; else ``does`` is given None then.
+    """
     process = os.fork()
     if process == 0:
         code = 1
+        disk = None
         try:
             disk = SmallDisk(folder)
         except OSError:
-            os._exit(NOT_PERMITTED)
+            if needed:
+                os._exit(NOT_PERMITTED)
         gc.freeze()  # what is there already need not be looked through when a test collects what it left open
         try:
-            test(disk)
-            code = 0
+            code = does(disk)
         except BaseException:
             traceback.print_exc(file=sys.__stderr__)
         finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def on_small_disk(folder: Path, test: Callable[[SmallDisk], None]) -> None:
+    """Run ``test`` in a process that has a small disk at ``folder``; skips where the machine does not allow one."""
+
+    def does(disk: SmallDisk | None) -> int:
+        assert disk is not None
+        test(disk)
+        return 0
+
+    code = run_on_small_disk(folder, does, needed=True)
     if code == NOT_PERMITTED:
         pytest.skip("this machine lets a test have no mount namespace, and so no disk that is really full")
     assert code == 0, "the test failed on the small disk; its traceback is on stderr"

@@ -82,7 +82,12 @@ def become(job: dict[str, Any], rank: dict[str, Any]) -> None:
             sys.path.insert(1, folder)
             if (custom := Path(folder, "sitecustomize.py")).exists():  # as Python does when it starts
                 runpy.run_path(str(custom))
-    sys.argv = list(job["argv"])
+    run_program(list(job["argv"]))
+
+
+def run_program(words: list[str]) -> None:
+    """Run a script, or ``-m`` and a module, with its arguments, as Python would."""
+    sys.argv = words
     if sys.argv[0] == "-m":
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -91,11 +96,16 @@ def become(job: dict[str, Any], rank: dict[str, Any]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-if __name__ == "__main__":
+def preload() -> None:
+    """Import what every rank will."""
     from refiner_ds.training.logs import silence_libraries
 
     silence_libraries()
     for package in PACKAGES:
         importlib.import_module(package)
     _ = importlib.import_module("deepspeed.ops").__compatible_ops__  # runs compilers, once
+
+
+if __name__ == "__main__":
+    preload()
     serve()

@@ -1,34 +1,50 @@
-"""Poisons a rank's loss, for tests and drills: on PYTHONPATH, every Python process reads this when it starts.
+"""Poisons a rank's loss, and logs samples, for tests and drills: on PYTHONPATH, every Python process reads this.
 
 REFINER_POISON=once:FILE      the rank whose number is in FILE gets one loss of nan, and takes FILE away
 REFINER_POISON=sample:N       every micro-batch that holds sample N has a loss of nan
+REFINER_SAMPLES=DIR           each rank writes to a file there which samples its micro-batches hold, by step from 0
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 HOW, _, WHAT = os.environ.get("REFINER_POISON", "").partition(":")
+SAMPLES = os.environ.get("REFINER_SAMPLES")
 
 
-def _poisoned(self, batch, *arguments):
+def _take(self, step, *arguments, **more):
+    self._noted_step, self._noted_micro = step, 0
+    return self._clean_call(step, *arguments, **more)
+
+
+def _forward(self, batch, *arguments):
     losses = self._clean_forward(batch, *arguments)
+    rank = os.environ.get("RANK", "0")
+    if SAMPLES:
+        line = {"time": time.time(), "launcher": os.getppid(), "rank": int(rank), "step": self._noted_step}
+        line |= {"micro": self._noted_micro, "samples": batch.sample_B.tolist()}
+        with open(Path(SAMPLES, f"{os.getpid()}.jsonl"), "a") as log:
+            log.write(json.dumps(line) + "\n")
+        self._noted_micro += 1
     if HOW == "sample":
         poisoned = int(WHAT) in batch.sample_B.tolist()
     else:
         file = Path(WHAT)
-        poisoned = file.exists() and file.read_text() == os.environ.get("RANK", "0")
+        poisoned = HOW == "once" and file.exists() and file.read_text() == rank
         if poisoned:
             file.unlink()
     return losses._replace(total=losses.total * float("nan")) if poisoned else losses
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the module be found as ever, and changes one method once it is loaded."""
+    """Lets the module be found as ever, and changes two methods once it is loaded."""
 
     def find_spec(self, name, path, target=None):
         if name != "refiner_ds.training.step":
@@ -40,12 +56,13 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            module.OptimizerStep._clean_forward = module.OptimizerStep._forward
-            module.OptimizerStep._forward = _poisoned
+            step = module.OptimizerStep
+            step._clean_forward, step._forward = step._forward, _forward
+            step._clean_call, step.__call__ = step.__call__, _take
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if HOW:
+if HOW or SAMPLES:
     sys.meta_path.insert(0, _Finder())
