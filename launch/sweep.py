@@ -28,10 +28,11 @@ if not __package__:  # started as a file: its packages are those of the clone it
 
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.sweep_table import SweepRun, read_table, table_from_flags
 
 from . import slurm, submission, submit
 from .cluster import load_profile
-from .sweep_table import SweepRun, collect, read_table, table_from_flags
+from .sweep_results import collect
 
 
 @report_errors

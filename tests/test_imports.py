@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "calibrate": LIBRARY | {"analysis", "evaluation"},
     "export": LIBRARY,
     "restart": {"ground", "config", "training"},
-    "launch": {"ground", "config", "data", "train"},  # train: what a task of a job runs
+    "sweep_table": {"ground", "config"},
+    "launch": {"ground", "config", "data", "train", "sweep_table"},  # train: what a task of a job runs
     "data_tools": {"ground", "config", "data"},
 }
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.sweep_table import SweepRun, collect, read_table, table_from_flags
+from launch.sweep_results import collect
 from refiner_ds.errors import ConfigError
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.sweep_table import SweepRun, read_table, table_from_flags
 from refiner_ds.training.build import build_model
 from tests.slurm.cluster import SlurmCluster
 

@@ -1,29 +1,42 @@
-"""The runs of a sweep, and what they have reached: pure reading of files, no Slurm.
+"""The runs of a table, and where each of them stands: pure reading of files. Submitting and reporting both read it.
+
+    {"config": "refiner_s.json",                                     run file of every row, beside the table
+     "rows": [{"label": "plain", "set": {"refiner.model.refiner": "none"}, "paper": 78.9, "note": "…"}, …],
+     "grid": {"refiner.run.seed": [0, 1, 2]},                        every row is run with every combination
+     "about": "…", "name": "…"}                                      a heading; the folder of its runs
 
 table.json or --grid ─▶ rows × grid ─▶ SweepRun: run file, overrides, a name that is a function of what differs
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from refiner_ds.config import RunFile, load
 from refiner_ds.errors import ConfigError
-from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
 
+__all__ = [
+    "SEED",
+    "Row",
+    "SweepRun",
+    "Table",
+    "last_evaluations",
+    "read_table",
+    "setting",
+    "table_from_flags",
+    "word_of",
+]
+
 KEYS = {"about", "config", "grid", "rows", "name"}
-ROW_KEYS = {"label", "config", "set", "paper"}
+ROW_KEYS = {"label", "config", "set", "paper", "note"}
 SEED = "refiner.run.seed"
 
 
@@ -36,6 +49,7 @@ class SweepRun:
         differs: run-file keys in which it differs from the others' run file.
         overrides: ``key=value``, as ``--set`` takes them, output folder and name included.
         paper: top-1 in percent that the paper gives for the row.
+        note: what is to be known about that value.
     """
 
     name: str
@@ -45,6 +59,7 @@ class SweepRun:
     overrides: list[str]
     run: RunFile
     paper: float | None = None
+    note: str = ""
 
     @property
     def folder(self) -> Path:
@@ -59,12 +74,13 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its label, run file, the keys it sets, and the paper's top-1 for it."""
+    """One row of a table: its label, run file, the keys it sets, and the paper's top-1 for it with a note on it."""
 
     label: str
     config: Path
     keys: dict[str, Any]
     paper: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,7 @@ class Table:
 
     Attributes:
         name: folder that its runs are put in.
+        about: what it is, in a sentence or two.
         grid: values of each key; every row is run with every combination.
     """
 
@@ -80,6 +97,7 @@ class Table:
     name: str
     rows: list[Row]
     grid: dict[str, list[Any]]
+    about: str = ""
 
     def runs(self, overrides: list[str]) -> list[SweepRun]:
         """Every run of the table, each checked against the schema.
@@ -116,17 +134,18 @@ class Table:
         known = json.dumps({"config": config.name, **differs}, sort_keys=True)
         signature = hashlib.sha256(known.encode()).hexdigest()[:8]
         parts = [label] if label else []
-        parts += [f"{key.rpartition('.')[2]}-{_word(differs[key])}" for key in self.grid]
+        parts += [f"{key.rpartition('.')[2]}-{word_of(differs[key])}" for key in self.grid]
         readable = re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join(parts))[:80].strip("-_.") or config.stem
         sets = [f"{key}={json.dumps(value)}" for key, value in differs.items()]
         shared = load(config, overrides)
         output = Path(shared.refiner.run.output) / self.name
         name = f"{readable}_{signature}"
         sets = [*overrides, *sets, f"refiner.run.output={json.dumps(str(output))}", f"refiner.run.name={name}"]
-        return SweepRun(name, label, config, differs, sets, load(config, sets), row.paper)
+        return SweepRun(name, label, config, differs, sets, load(config, sets), row.paper, row.note)
 
 
-def _word(value: Any) -> str:
+def word_of(value: Any) -> str:
+    """A value of the run file as text."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -158,8 +177,8 @@ def read_table(file: Path) -> Table:
         paper = row.get("paper")
         if paper is not None and not isinstance(paper, int | float):
             raise ConfigError(f"{file}: rows[{number}].paper must be the paper's top-1, a number in percent")
-        read.append(Row(str(row.get("label", "")), file.parent / config, keys, paper))
-    return Table(str(file), str(given.get("name", file.stem)), read, grid)
+        read.append(Row(str(row.get("label", "")), file.parent / config, keys, paper, str(row.get("note", ""))))
+    return Table(str(file), str(given.get("name", file.stem)), read, grid, str(given.get("about", "")))
 
 
 def _refuse_unknown(file: Path, where: str, given: Any, known: set[str]) -> None:
@@ -199,43 +218,15 @@ def _parsed(word: str) -> Any:
         return word
 
 
-def collect(runs: list[SweepRun], file: Path | None = None) -> str:
-    """What the runs have reached, one line a run, and where they differ by seed a line with mean and deviation.
-
-    Args:
-        file: where to write the runs' lines as CSV too.
-    """
-    keys = list(dict.fromkeys(key for run in runs for key in run.differs))
-    header = ["run", *(key.rpartition(".")[2] for key in keys), "paper", "state", "step", "top1", "ema_top1"]
-    rows = [
-        [run.name, *(_shown(run.differs.get(key)) for key in keys), _shown(run.paper), *_reached(run)] for run in runs
-    ]
-    if file is not None:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-        write_atomically(file, buffer.getvalue())
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, *_over_seeds(runs)])
+def setting(run: SweepRun) -> str:
+    """What a run is among the others of its table, its seed aside: its label and the keys in which it differs."""
+    words = [run.label] if run.label else []
+    words += [f"{key.rpartition('.')[2]} {word_of(value)}" for key, value in run.differs.items() if key != SEED]
+    return ", ".join(words) or "all"
 
 
-def _shown(value: Any) -> str:
-    return "" if value is None else _word(value)
-
-
-def _reached(run: SweepRun) -> list[str]:
-    folder = RunFolder(run.folder)
-    evaluated = _evaluations(folder)
-    newest = folder.latest_checkpoint()
-    state = "finished" if run.finished else "begun" if newest else "missing"
-    step = str(int(newest.name.removeprefix("step_"))) if newest else ""
-    found = (evaluated.get(weights) for weights in ("model", "ema"))
-    return [state, step, *(f"{line['top1']:.2f}" if line else "" for line in found)]
-
-
-def _evaluations(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """The last evaluation of each kind of weights."""
+def last_evaluations(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """The last evaluation of each kind of weights, "model" and "ema", in ``metrics.jsonl``."""
     last: dict[str, dict[str, Any]] = {}
     with suppress(OSError):
         for text in folder.metrics.read_text().splitlines():
@@ -244,22 +235,3 @@ def _evaluations(folder: RunFolder) -> dict[str, dict[str, Any]]:
                 if line.get("kind") == "eval":
                     last[line["weights"]] = line
     return last
-
-
-def _over_seeds(runs: list[SweepRun]) -> list[str]:
-    if not any(SEED in run.differs for run in runs):
-        return []
-    groups: dict[str, list[SweepRun]] = {}
-    for run in runs:
-        words = [run.label] if run.label else []
-        words += [f"{key.rpartition('.')[2]} {_word(value)}" for key, value in run.differs.items() if key != SEED]
-        groups.setdefault(", ".join(words) or "all", []).append(run)
-    lines = ["", "EMA top-1 over seeds, finished runs: mean ± standard deviation (n)"]
-    for name, members in groups.items():
-        reached = [
-            line["top1"] for run in members if run.finished and (line := _evaluations(RunFolder(run.folder)).get("ema"))
-        ]
-        spread = f" ± {stdev(reached):.2f}" if len(reached) > 1 else ""
-        figure = f"{mean(reached):.2f}{spread}" if reached else "missing"
-        lines.append(f"  {name}: {figure} ({len(reached)} of {len(members)})")
-    return lines
