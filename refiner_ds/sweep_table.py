@@ -3,7 +3,7 @@
     {"config": "refiner_s.json",                                     run file of every row, beside the table
      "rows": [{"label": "plain", "set": {"refiner.model.refiner": "none"}, "paper": 78.9, "note": "…"}, …],
      "grid": {"refiner.run.seed": [0, 1, 2]},                        every row is run with every combination
-     "about": "…", "name": "…"}                                      a heading; the folder of its runs
+     "about": "…", "name": "…", "baseline": "plain"}                 heading, folder, and what rows are compared with
 
 table.json or --grid ─▶ rows × grid ─▶ SweepRun: run file, overrides, a name that is a function of what differs
 """
@@ -35,7 +35,7 @@ __all__ = [
     "word_of",
 ]
 
-KEYS = {"about", "config", "grid", "rows", "name"}
+KEYS = {"about", "baseline", "config", "grid", "rows", "name"}
 ROW_KEYS = {"label", "config", "set", "paper", "note"}
 SEED = "refiner.run.seed"
 
@@ -90,6 +90,7 @@ class Table:
     Attributes:
         name: folder that its runs are put in.
         about: what it is, in a sentence or two.
+        baseline: label of the row that the others are compared with; empty: none.
         grid: values of each key; every row is run with every combination.
     """
 
@@ -98,6 +99,7 @@ class Table:
     rows: list[Row]
     grid: dict[str, list[Any]]
     about: str = ""
+    baseline: str = ""
 
     def runs(self, overrides: list[str]) -> list[SweepRun]:
         """Every run of the table, each checked against the schema.
@@ -178,7 +180,11 @@ def read_table(file: Path) -> Table:
         if paper is not None and not isinstance(paper, int | float):
             raise ConfigError(f"{file}: rows[{number}].paper must be the paper's top-1, a number in percent")
         read.append(Row(str(row.get("label", "")), file.parent / config, keys, paper, str(row.get("note", ""))))
-    return Table(str(file), str(given.get("name", file.stem)), read, grid, str(given.get("about", "")))
+    baseline = str(given.get("baseline", ""))
+    if baseline and baseline not in [row.label for row in read]:
+        raise ConfigError(f"{file}: baseline {baseline} is no row's label")
+    name, about = str(given.get("name", file.stem)), str(given.get("about", ""))
+    return Table(str(file), name, read, grid, about, baseline)
 
 
 def _refuse_unknown(file: Path, where: str, given: Any, known: set[str]) -> None:

@@ -19,6 +19,7 @@ GROUND = {
             "exit_codes",
             "files",
             "gpus",
+            "page",
             "memory",
             "run_folder",
             "seeds",

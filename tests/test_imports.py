@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "export": LIBRARY,
     "restart": {"ground", "config", "training"},
     "sweep_table": {"ground", "config"},
+    "report": {"ground", "config", "sweep_table"},
     "launch": {"ground", "config", "data", "train", "sweep_table"},  # train: what a task of a job runs
     "data_tools": {"ground", "config", "data"},
 }
@@ -57,8 +58,8 @@ def test_no_import_goes_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     "modules",
-    [", ".join(sorted(GROUND)), "refiner_ds.config", "launch.submit"],
-    ids=["ground", "config", "launch"],
+    [", ".join(sorted(GROUND)), "refiner_ds.config", "launch.submit", "refiner_ds.report.__main__"],
+    ids=["ground", "config", "launch", "report"],
 )
 def test_what_knows_no_tensor_imports_no_torch(modules: str) -> None:
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

@@ -10,11 +10,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from refiner_ds.config import RunFile
+from refiner_ds.config.differences import changes
 from refiner_ds.files import append_line
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.world import World
@@ -50,16 +50,6 @@ def record_start(run: RunFile, world: World, step: int, bf16: bool, before: dict
         }
         append_line(RunFolder(run.folder).history, json.dumps(line))
     return changed
-
-
-def changes(before: Any, now: Any, at: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Dotted paths of the keys that differ between two resolved run files, with both values."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        if before != now:
-            yield at, [before, now]
-        return
-    for key in [*before, *(key for key in now if key not in before)]:
-        yield from changes(before.get(key), now.get(key), f"{at}.{key}" if at else key)
 
 
 def _versions() -> dict[str, str]:
