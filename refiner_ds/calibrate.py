@@ -100,6 +100,8 @@ def _sentences(result: dict[str, Any], folder: Path | None) -> str:
         f" {own['crop_ratio']:g}",
         f"  difference {result['difference']:+.3f} points (95 %, matched pairs: {low:+.2f} to {high:+.2f})",
     ]
+    if result["crop_ratio"] == result["own_crop_ratio"]:
+        lines.append("  no other ratio was better than its own by more than a standard error on the held-out images")
     if result["bad_samples"]:
         lines.append(f"{result['bad_samples']} damaged images were skipped and are not counted")
     if folder is not None:

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "evaluation": LIBRARY | {"analysis"},
     "evaluate": LIBRARY | {"analysis", "evaluation"},
     "calibrate": LIBRARY | {"analysis", "evaluation"},
+    "classify": LIBRARY | {"analysis"},
     "export": LIBRARY,
     "restart": {"ground", "config", "training"},
     "sweep_table": {"ground", "config"},

@@ -99,7 +99,9 @@ def paired_difference(one_N: np.ndarray, other_N: np.ndarray) -> tuple[float, tu
 def calibrate(found: Sweep, view_side: int, share: float, seed: int) -> dict[str, Any]:
     """Choose a ratio on the held-out part and say what it does on the rest.
 
-    The one with most images right; of several, the one with the lowest loss, then the one nearest the model's own.
+    The one with most images right; of several, the one with the lowest loss, then the one nearest the model's own. It
+    has to be better than the model's own by more than one standard error of the difference, or that one stands: the
+    best of many ratios on few images is mostly luck.
 
     Raises:
         DataError: either part would be empty.
@@ -125,11 +127,14 @@ def calibrate(found: Sweep, view_side: int, share: float, seed: int) -> dict[str
         range(len(rows)),
         key=lambda n: (-rows[n]["held_out_top1"], rows[n]["held_out_loss"], abs(found.ratios[n] - found.own)),
     )
-    own = found.ratios.index(found.own)
+    own, leading = found.ratios.index(found.own), found.ratios[best]
+    tuned, before = (hits(found.answers[number][chosen_N])[0] for number in (best, own))
+    if int(tuned.sum()) - int(before.sum()) <= math.sqrt(int((tuned != before).sum())):
+        best = own
     right = [hits(found.answers[number][~chosen_N])[0] for number in (best, own)]
     difference, interval = paired_difference(*right)
     return {
-        "crop_ratio": found.ratios[best], "own_crop_ratio": found.own,
+        "crop_ratio": found.ratios[best], "own_crop_ratio": found.own, "best_held_out": leading,
         "held_out_images": int(chosen_N.sum()), "images": int((~chosen_N).sum()), "bad_samples": found.bad,
         "chosen": rows[best], "own": rows[own], "difference": difference, "difference_interval": interval,
         "held_out_share": share, "seed": seed, "ratios": rows,
