@@ -10,7 +10,9 @@ It prints milliseconds an image, MiB saved for backward by one more image, bytes
 H maps, and the error against float64 on the same inputs, with ratios to the eager backend. ``--plot`` also draws memory
 and time against the number of tokens. Bytes moved are "uncached" where they go to or from a tensor that does not fit
 into cache (above 4 MiB on CPU, the second-level cache on a GPU), on enough images that no tensor of maps fits;
-``traffic.py`` says how they are counted. The triton backend appears where it supports the case.
+``traffic.py`` says how they are counted. The triton backend appears where it supports the case. A row "auto" repeats
+the one that a run would choose for training (``attention/choice.py``, which measures for itself); evaluation is always
+by the default.
 """
 
 from __future__ import annotations
@@ -28,11 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds import attention
-from refiner_ds.attention import BottleneckWeights, DeferredMap, LinearWeights, LocalKernels, Norm, RefinerWeights
+from refiner_ds.attention import (
+    BottleneckWeights,
+    DeferredMap,
+    LinearWeights,
+    LocalKernels,
+    Norm,
+    RefinerWeights,
+    choice,
+)
 from refiner_ds.attention.tiling.tiles import CPU_TILE_BYTES
 from refiner_ds.benchmark.measure import best_seconds, saved_bytes
 from refiner_ds.benchmark.traffic import moved_bytes
 from refiner_ds.errors import ConfigError
+from refiner_ds.memory import free_memory
 
 __all__ = ["Row", "Setting", "main", "measure"]
 
@@ -52,6 +63,7 @@ CASES: dict[str, list[tuple[str, str, str]]] = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 MOST_IMAGES = 256
+CHOICE_SECONDS = 1.5  # for timing the candidates of one case: what a run takes for two kinds of attention is twice that
 
 
 @dataclass
@@ -233,7 +245,26 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
         output, *gradients = errors[case, label]
         times, saved = (training * per_image, evaluation * per_image), (two - one) / MIB
         rows.append(Row(tokens, case, label, *times, saved, moved_entry, uncached_entry, output, max(gradients)))
-    return rows
+    return rows + [_chosen(layer, case, rows) for case in ("linear", "bottleneck")]
+
+
+def _chosen(layer: Layer, case: str, rows: list[Row]) -> Row:
+    """The row that a run would choose for training; evaluation is the default's."""
+    q_BHNd, k_BHNd, v_BHNd = layer.leaves("linear", 1)
+    layer.train()
+    device = v_BHNd.device
+    kernels = device.type == "cuda" and attention.kernels_verified(device)
+    asked = choice.Layer(
+        case, DeferredMap(q_BHNd, k_BHNd, layer.scale), v_BHNd, layer.refiner(case), layer.scale, case == "bottleneck",
+        layer.setting.batch, 1, "activations",
+    )  # fmt: skip
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    with layer.setting.precision():
+        measured = choice.measure(asked, free, CHOICE_SECONDS, kernels)
+    mine = [row for row in rows if row.case == case]
+    taken = next(row for row in mine if row.backend.startswith(choice.best_of(measured)))
+    default = next(row for row in mine if row.backend.startswith(measured.candidates[0].backend))
+    return replace(taken, backend=f"auto: {taken.backend}", evaluation_ms=default.evaluation_ms)
 
 
 def table(rows: list[Row]) -> str:
@@ -244,14 +275,14 @@ def table(rows: list[Row]) -> str:
         "saved MiB/image": "saved_mib_image",
         "moved B/entry": "moved_entry",
     }
-    header = f"{'tokens':>6}  {'case':<11}{'backend':<20}" + "".join(f"{title:>24}" for title in columns)
+    header = f"{'tokens':>6}  {'case':<11}{'backend':<25}" + "".join(f"{title:>24}" for title in columns)
     lines = [header + f"{'uncached':>11}{'output error':>14}{'gradients':>11}"]
     for row in rows:
         unit = next((one for one in rows if (one.tokens, one.case) == (row.tokens, row.case)), row)
         cells = [(getattr(row, field), getattr(row, field) / getattr(unit, field)) for field in columns.values()]
         figures = "".join(f"{value:>14.2f} ({ratio:>5.2f} x)" for value, ratio in cells)
         errors = f"{row.uncached_entry:>11.1f}{row.output_error:>14.1e}{row.gradient_error:>11.1e}"
-        lines.append(f"{row.tokens:>6}  {row.case:<11}{row.backend:<20}{figures}{errors}")
+        lines.append(f"{row.tokens:>6}  {row.case:<11}{row.backend:<25}{figures}{errors}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
     python -m refiner_ds.benchmark kernels [--batch 64] [--tokens 197] [--heads 12] [--width 32]
 
 On a GPU: bytes an entry of the H maps, time, and the share of the bandwidth that a plain copy reaches in the same run.
-Without one the kernels are compiled, not run: registers, spilled bytes and shared memory for ``--architecture``.
+Without one the kernels are compiled, not run: registers, spilled bytes and shared memory for ``--architecture``. Either
+way a column says what the compiled code takes at least, and by what it is bound (``predicted.py``), on ``--gpu``.
 
 Bytes are those of the tensors that a kernel is given, each moved once: the least possible. A share of bandwidth is what
 the whole kernel achieves; traffic that the cache did not save counts against it.
@@ -16,6 +17,7 @@ import json
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +25,10 @@ from refiner_ds import attention
 from refiner_ds.attention import DeferredMap
 from refiner_ds.benchmark.attention import Layer, Setting
 from refiner_ds.errors import ConfigError
+from refiner_ds.gpus import Gpu, gpu, recognise
+
+if TYPE_CHECKING:
+    from refiner_ds.attention.kernels.launch import Launch
 
 __all__ = ["Row", "main", "measure"]
 
@@ -32,7 +38,7 @@ class Row:
     """One kernel in one step.
 
     ``bytes_entry`` is bytes moved by all its launches for each entry of the H maps. Time is 0 where nothing ran, the
-    compiler's figures are ``None`` where nothing was compiled.
+    compiler's figures are ``None`` where nothing was compiled. ``predicted`` is milliseconds, ``warps`` those on an SM.
     """
 
     step: str
@@ -44,6 +50,9 @@ class Row:
     registers: int | None = None
     spilled: int | None = None
     shared: int | None = None
+    warps: int | None = None
+    predicted: float | None = None
+    bound: str = ""
 
 
 def run_step(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
@@ -65,11 +74,12 @@ def run_step(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> Non
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
-def measure(setting: Setting, tokens: int, architecture: int | None) -> list[Row]:
+def measure(setting: Setting, tokens: int, architecture: int | None, card: Gpu | None) -> list[Row]:
     """A row for every kernel of every step, training and evaluation.
 
     Args:
         architecture: compile for this one, run nothing; ``None`` runs on the device.
+        card: whose time is predicted; ``None`` predicts none.
     """
     from refiner_ds.attention.kernels.launch import compile_only, recording
 
@@ -80,20 +90,49 @@ def measure(setting: Setting, tokens: int, architecture: int | None) -> list[Row
     for name in ("map", "bottleneck", "linear"):
         for training in (True, False):
             with ExitStack() as stack:
-                compiled = {} if architecture is None else stack.enter_context(compile_only(architecture))
+                if architecture is not None:
+                    stack.enter_context(compile_only(architecture))
                 launched = stack.enter_context(recording())
                 run_step(layer, name, dtype, training)
             step = f"{name}, {'training' if training else 'evaluation'}"
             for kernel in dict.fromkeys(launch.name for launch in launched):
                 mine = [launch for launch in launched if launch.name == kernel]
-                moved, time = sum(one.bytes for one in mine), sum(one.milliseconds for one in mine)
-                row = Row(step, kernel.lstrip("_"), len(mine), moved / entries, time)
-                row.share = moved / (time / 1000) / bandwidth if bandwidth and time else 0.0
-                for made in compiled.values():
-                    if made.name.split()[0] == kernel:
-                        row.registers, row.spilled, row.shared = made.registers, made.spilled, made.shared
+                row = _row(step, mine, entries, card, architecture or _capability())
+                row.share = moved_share(row, entries, bandwidth)
                 rows.append(row)
     return rows
+
+
+def moved_share(row: Row, entries: int, bandwidth: float | None) -> float:
+    """The share of a copy's bandwidth that was reached; 0 where nothing ran."""
+    if not bandwidth or not row.milliseconds:
+        return 0.0
+    return row.bytes_entry * entries / (row.milliseconds / 1000) / bandwidth
+
+
+def _row(step: str, launched: list[Launch], entries: int, card: Gpu | None, architecture: int) -> Row:
+    """All launches of one kernel; the compiler's figures are the largest."""
+    from refiner_ds.benchmark.predicted import LIMITS, predict, warps_an_sm
+
+    moved, time = sum(one.bytes for one in launched), sum(one.milliseconds for one in launched)
+    row = Row(step, launched[0].name.lstrip("_"), len(launched), moved / entries, time)
+    if compiled := [one.compiled for one in launched if one.compiled is not None]:
+        row.registers, row.spilled, row.shared = (
+            max(getattr(one, field) for one in compiled) for field in ("registers", "spilled", "shared")
+        )
+        if architecture in LIMITS:
+            row.warps = min(warps_an_sm(one, architecture) for one in compiled)
+    found = [None if card is None else predict(one, card, architecture) for one in launched]
+    known = [one for one in found if one is not None]
+    if known and len(known) == len(found):
+        row.predicted = sum(one.milliseconds for one in known)
+        row.bound = max(known, key=lambda one: one.milliseconds).bound
+    return row
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _bandwidth() -> float:
@@ -113,24 +152,43 @@ def _bandwidth() -> float:
 def table(rows: list[Row]) -> str:
     """The rows as text, with the sums of each step."""
     lines = [
-        f"{'step':<24}{'kernel':<24}{'launches':>9}{'B/entry':>9}{'ms':>9}{'of copy':>9}"
-        f"{'registers':>11}{'spilled':>9}{'shared':>9}"
+        f"{'step':<24}{'kernel':<22}{'launches':>9}{'B/entry':>9}{'ms':>9}{'of copy':>9}"
+        f"{'registers':>11}{'spilled':>9}{'shared':>9}{'warps/SM':>10}{'predicted':>11}  bound by"
     ]
     for step in dict.fromkeys(row.step for row in rows):
         mine = [row for row in rows if row.step == step]
         for row in mine:
             timed = f"{row.milliseconds:>9.3f}{row.share:>8.0%} " if row.milliseconds else f"{'':>18}"
-            resources = "".join(
-                f"{'' if x is None else x:>{w}}" for x, w in ((row.registers, 11), (row.spilled, 9), (row.shared, 9))
-            )
+            figures = ((row.registers, 11), (row.spilled, 9), (row.shared, 9), (row.warps, 10))
+            resources = "".join(f"{'' if x is None else x:>{width}}" for x, width in figures)
+            predicted = "" if row.predicted is None else f"{row.predicted:>11.3f}  {row.bound}"
             lines.append(
-                f"{step:<24}{row.kernel:<24}{row.launches:>9}{row.bytes_entry:>9.1f}{timed}{resources}".rstrip()
+                f"{step:<24}{row.kernel:<22}{row.launches:>9}{row.bytes_entry:>9.1f}{timed}{resources}"
+                f"{predicted}".rstrip()
             )
-        total = sum(row.milliseconds for row in mine)
+        total, predicted_total = sum(row.milliseconds for row in mine), predicted_sum(mine)
         moved = sum(row.bytes_entry for row in mine)
-        lines.append(f"{'':<24}{'total':<24}{sum(row.launches for row in mine):>9}{moved:>9.1f}".rstrip())
-        lines[-1] += f"{total:>9.3f}" if total else ""
+        shown = (f"{total:>9.3f}" if total else f"{'':>9}") + f"{'':>48}"
+        shown += "" if predicted_total is None else f"{predicted_total:>11.3f}"
+        lines.append(f"{'':<24}{'total':<22}{sum(row.launches for row in mine):>9}{moved:>9.1f}{shown}".rstrip())
     return "\n".join(lines)
+
+
+def predicted_sum(rows: list[Row]) -> float | None:
+    """Milliseconds; ``None`` where one of them is not known."""
+    known = [row.predicted for row in rows if row.predicted is not None]
+    return sum(known) if len(known) == len(rows) else None
+
+
+def pair_line(rows: list[Row], pairs: int, images: int, card: Gpu) -> str:
+    """Training the attention of a whole network of pairs of blocks, an image."""
+    mine = [row for row in rows if row.step in ("map, training", "bottleneck, training")]
+    parts = []
+    for what, total in (("predicted", predicted_sum(mine)), ("measured", sum(row.milliseconds for row in mine))):
+        if total:
+            parts.append(f"{what} {pairs * total / images:.3f} ms an image")
+    least = sum(row.bytes_entry for row in mine)
+    return f"{pairs} pairs of blocks, training, kernels alone, on {card.name}: {', '.join(parts)}; {least:.0f} B/entry"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ratio", type=int, default=3, help="expanded maps a head")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of maps, queries, keys and values")
     parser.add_argument("--architecture", type=int, help="compile for it and run nothing; 90 where there is no GPU")
+    parser.add_argument("--gpu", help="whose time is predicted; by default this one, or one of the architecture")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of blocks of a network: 8 of S, 16 of M and L")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(argv)
     if min(given.batch, given.heads, given.width, given.ratio) < 1 or given.tokens < 2:
@@ -161,7 +221,11 @@ def main(argv: list[str] | None = None) -> int:
     setting = Setting(
         given.batch, given.heads, given.width, given.ratio, "cpu" if architecture else "cuda", given.dtype
     )
-    rows = measure(setting, given.tokens, architecture)
+    from refiner_ds.benchmark.predicted import gpu_of
+
+    here = gpu_of(architecture) if architecture else recognise(torch.cuda.get_device_name())
+    card = gpu(given.gpu) if given.gpu else here
+    rows = measure(setting, given.tokens, architecture, card)
     if given.json:
         print(json.dumps({"setting": asdict(setting), "tokens": given.tokens, "rows": [asdict(row) for row in rows]}))
         return 0
@@ -171,4 +235,6 @@ def main(argv: list[str] | None = None) -> int:
         f"r = {setting.ratio}, {setting.dtype}, {where}"
     )
     print(table(rows))
+    if card is not None:
+        print(pair_line(rows, given.pairs, setting.batch, card))
     return 0

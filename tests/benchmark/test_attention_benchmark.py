@@ -18,7 +18,15 @@ SMALL = ["attention", "--tokens", "9", "17", "--batch", "2", "--heads", "2", "--
 def test_every_backend_gets_every_figure_and_a_picture(dtype, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention_benchmark, "_kernels_support", lambda layer, case: False)
     assert main([*SMALL, "--dtype", dtype, "--device", "cpu", "--plot", str(tmp_path / "a.png"), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    every = json.loads(capsys.readouterr().out)["rows"]
+    rows = [row for row in every if not row["backend"].startswith("auto: ")]
+    chosen = [row for row in every if row["backend"].startswith("auto: ")]
+    assert [(row["tokens"], row["case"]) for row in chosen] == [
+        (n, c) for n in (9, 17) for c in ("linear", "bottleneck")
+    ]
+    for row in chosen:  # it is one of the others
+        same = [one for one in rows if "auto: " + one["backend"] == row["backend"] and one["case"] == row["case"]]
+        assert row["training_ms"] in [one["training_ms"] for one in same]
     backends = [
         (case, label) for case, backends in CASES.items() for label, backend, _ in backends if backend != "triton"
     ]

@@ -9,12 +9,9 @@ with shapes_only():                       inside, kernels run on any device, and
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from refiner_ds.attention.kernels.machine_code import Executed, amd_resources, executed, resources
 from refiner_ds.attention.weights import LocalKernels
 
 __all__ = [
@@ -53,6 +51,7 @@ class Compiled(NamedTuple):
         spilled: bytes of a thread's plane; 0 where everything fits into registers.
         shared: bytes of shared memory a program takes.
         warps: of a program.
+        executed: by a warp; ``None`` where it cannot be told.
     """
 
     name: str
@@ -60,6 +59,7 @@ class Compiled(NamedTuple):
     spilled: int
     shared: int
     warps: int
+    executed: Executed | None
 
 
 class Launch(NamedTuple):
@@ -69,11 +69,15 @@ class Launch(NamedTuple):
         name: the kernel's.
         bytes: of all tensors it was given, each read or written at least once: no kernel moves less.
         milliseconds: elapsed on the GPU; 0 elsewhere.
+        programs: points of the grid.
+        compiled: what was launched; ``None`` in the interpreter.
     """
 
     name: str
     bytes: int
     milliseconds: float
+    programs: int
+    compiled: Compiled | None
 
 
 def runs_on(device: torch.device) -> bool:
@@ -97,35 +101,48 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         _run(kernel, grid, args, options)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What Triton compiled, launched unless that is all that is wanted."""
     # Explicit, since Triton announces another default, and the measured registers are of this one.
     options = {"enable_fp_fusion": True, **options}
     if _compiled is None:
         device = next(x.device for x in args if isinstance(x, torch.Tensor))
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](*args, **options)
-        return
+            return kernel[grid](*args, **options)
     made = kernel.warmup(*args, grid=grid, **options)
+    found = _examined(made, kernel, args, options)
+    _compiled.setdefault(found.name, found)
+    return made
+
+
+def _examined(made: Any, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Compiled:
+    """The figures of a compiled kernel, launched with these arguments."""
     constants = {name: value for name, value in options.items() if name not in ("num_warps", "enable_fp_fusion")}
-    name = f"{made.metadata.name} {' '.join(f'{key}={value}' for key, value in constants.items())}"
-    if name not in _compiled:
-        registers, spilled = _resources(made.asm["cubin"])
-        _compiled[name] = Compiled(name, registers, spilled, made.metadata.shared, made.metadata.num_warps)
+    numbers = {n: x for n, x in zip(kernel.arg_names, args, strict=False) if isinstance(x, int)}
+    name = " ".join([made.metadata.name, *(f"{key}={value}" for key, value in {**constants, **numbers}.items())])
+    if _compiled is not None and name in _compiled:
+        return _compiled[name]
+    shared, warps = made.metadata.shared, made.metadata.num_warps
+    if "amdgcn" in made.asm:
+        return Compiled(name, *amd_resources(made.asm["amdgcn"]), shared, warps, None)
+    ran = executed(made.asm["cubin"], made.asm["ttgir"], {**constants, **numbers})
+    return Compiled(name, *resources(made.asm["cubin"]), shared, warps, ran)
 
 
 def _noted(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     tensors = {x.data_ptr(): x.numel() * x.element_size() for x in args if isinstance(x, torch.Tensor)}
+    moved, programs = sum(tensors.values()), math.prod(grid)
+    made = _run(kernel, grid, args, options)  # compiles, and warms up
+    compiled = _examined(made, kernel, args, options) if hasattr(made, "asm") else None
     if _compiled is not None or not torch.cuda.is_available():
-        _run(kernel, grid, args, options)
-        return Launch(kernel.__name__, sum(tensors.values()), 0.0)
-    _run(kernel, grid, args, options)  # compiles, and warms up
+        return Launch(kernel.__name__, moved, 0.0, programs, compiled)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     _run(kernel, grid, args, options)
     last.record()
     torch.cuda.synchronize()
-    return Launch(kernel.__name__, sum(tensors.values()), first.elapsed_time(last))
+    return Launch(kernel.__name__, moved, first.elapsed_time(last), programs, compiled)
 
 
 @contextmanager
@@ -153,13 +170,14 @@ def recording() -> Iterator[list[Launch]]:
 class _AbsentGPU:
     """As much of a Triton driver as compiling asks for."""
 
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, 32)
+    def __init__(self, architecture: int | str) -> None:
+        nvidia = isinstance(architecture, int)
+        self.target = GPUTarget("cuda" if nvidia else "hip", architecture, 32 if nvidia else 64)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         # Triton caches compiled kernels by device: another architecture must be another device.
         return self.target.arch
 
@@ -168,8 +186,9 @@ class _AbsentGPU:
 
 
 @contextmanager
-def compile_only(architecture: int) -> Iterator[dict[str, Compiled]]:
-    """Inside, :func:`launch` compiles for an Nvidia architecture (90 is Hopper) and runs nothing; no GPU is needed.
+def compile_only(architecture: int | str) -> Iterator[dict[str, Compiled]]:
+    """Inside, :func:`launch` compiles for an architecture (90 is Hopper, "gfx942" an MI300) and runs nothing; no GPU is
+    needed.
 
     Results of kernels are left as they were allocated.
 
@@ -186,15 +205,3 @@ def compile_only(architecture: int) -> Iterator[dict[str, Compiled]]:
     finally:
         _compiled = None
         driver._active = before
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of plane, of the one kernel in a binary."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
-    assert found, printed
-    return int(found[1]), int(found[2])
