@@ -10,6 +10,7 @@ from refiner_ds.subcommands import run_subcommand
 BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
     "checkpoint": "refiner_ds.benchmark.checkpoint",
+    "compiled": "refiner_ds.benchmark.compiled",
     "kernels": "refiner_ds.benchmark.kernels",
     "launch": "refiner_ds.benchmark.launch",
     "loader": "refiner_ds.benchmark.loader",

@@ -31,6 +31,7 @@ __all__ = [
     "recording",
     "runs_on",
     "shapes_only",
+    "shared_memory",
     "unsupported_kernel_size",
 ]
 
@@ -83,6 +84,15 @@ class Launch(NamedTuple):
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of this device."""
     return device.type == "cuda" or INTERPRETED or _compiled is not None or _shapes_only
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take on a device, or on the one that is compiled for."""
+    if _compiled is not None:
+        return (99 << 10) if driver._active.get_current_target().arch in (86, 89, 120) else 160 << 10
+    if device.type != "cuda" or _shapes_only:
+        return 160 << 10
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 160 << 10))
 
 
 def unsupported_kernel_size(local: LocalKernels) -> str | None:

@@ -1,0 +1,132 @@
+"""Which kernels compile without spilling a register, for cards that are not here: registers, plane, shared memory.
+
+    python -m refiner_ds.benchmark compiled [--architectures 80 90 gfx942] [--models S L] [--sizes 224]
+
+Every kernel is compiled for every card, model and image size, in several processes, and nothing is run. A row is a
+kernel on a card: the most of all models and sizes, and how many of these spill. Triton keeps what it has compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+
+from refiner_ds.errors import ConfigError
+
+__all__ = ["MODELS", "SHARED", "Row", "compile_all", "main"]
+
+# Model -> heads and their width.
+MODELS = {"S": (12, 32), "M": (12, 35), "L": (16, 32)}
+SIZES = (224, 384, 448)
+# Architecture -> bytes of shared memory that a program may take: A100, L4 and L40S, H100, B200, MI300X.
+SHARED = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
+
+
+@dataclass
+class Row:
+    """One kernel on one card, over all shapes: the most of each, and the shapes that spill or do not compile."""
+
+    architecture: str
+    kernel: str
+    shapes: int = 0
+    registers: int = 0
+    shared: int = 0
+    spilled: int = 0
+    spilling: int = 0
+    too_large: int = 0
+
+
+Found = list[tuple[str, int, int, int]]
+
+
+def compile_shape(architecture: str, heads: int, width: int, tokens: int) -> Found:
+    """Every kernel of a shape: name, registers, bytes of plane, and of shared memory."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+
+    from refiner_ds.attention.kernels.launch import compile_only
+    from refiner_ds.benchmark.attention import Layer, Setting
+    from refiner_ds.benchmark.kernels import run_step
+
+    torch.set_num_threads(1)
+    layer = Layer(Setting(1, heads, width, dtype="bf16"), tokens)
+    target = int(architecture) if architecture.isdigit() else architecture
+    with compile_only(target) as compiled:
+        for name, training in product(("map", "bottleneck", "linear"), (True, False)):
+            run_step(layer, name, torch.bfloat16, training)
+    return [(one.name.split()[0].lstrip("_"), one.registers, one.spilled, one.shared) for one in compiled.values()]
+
+
+def compile_all(architectures: Sequence[str], models: Sequence[str], sizes: Sequence[int], processes: int) -> list[Row]:
+    """A row for each kernel and architecture."""
+    shapes = list(product(architectures, models, sizes))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2)
+            for architecture, model, size in shapes
+        ]
+        rows: dict[tuple[str, str], Row] = {}
+        for (architecture, _, _), job in zip(shapes, jobs, strict=True):
+            for kernel, registers, spilled, shared in job.result():
+                row = rows.setdefault((architecture, kernel), Row(architecture, kernel))
+                row.shapes += 1
+                row.registers, row.shared = max(row.registers, registers), max(row.shared, shared)
+                row.spilled = max(row.spilled, spilled)
+                row.spilling += spilled > 0
+                row.too_large += shared > SHARED[architecture]
+    return list(rows.values())
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each kernel, three figures for each architecture: registers, bytes spilled, KiB of shared memory."""
+    architectures = list(dict.fromkeys(row.architecture for row in rows))
+    lines = [f"{'kernel':<20}" + "".join(f"{_named(one):>22}" for one in architectures)]
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        cells = {row.architecture: row for row in rows if row.kernel == kernel}
+        lines.append(f"{kernel:<20}" + "".join(f"{_cell(cells.get(one)):>22}" for one in architectures))
+    return "\n".join(lines)
+
+
+def _named(architecture: str) -> str:
+    return f"sm_{architecture}" if architecture.isdigit() else architecture
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    spilled = f"{row.spilled} ({row.spilling}/{row.shapes})" if row.spilled else "0"
+    return f"{row.registers} / {spilled} / {-(-row.shared // 1024)}{' !' if row.too_large else ''}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile and print; returns 0.
+
+    Raises:
+        ConfigError: there is no Triton to compile with.
+    """
+    parser = argparse.ArgumentParser(prog="python -m refiner_ds.benchmark compiled", description=__doc__.split("\n")[0])
+    parser.add_argument("--architectures", nargs="+", choices=SHARED, default=list(SHARED), metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="S, M, L; M has heads of 35")
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of images, pixels")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    given = parser.parse_args(argv)
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise ConfigError("kernels are Triton's, which is not installed; pip install triton") from None
+    if given.processes < 1 or min(given.sizes) < 16:
+        raise ConfigError("--processes must be 1 or more, --sizes 16")
+    rows = compile_all(given.architectures, given.models, given.sizes, given.processes)
+    if given.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return 0
+    print("registers / bytes spilled (shapes that spill) / KiB of shared memory; ! more than the card has")
+    print(table(rows))
+    return 0

@@ -1,0 +1,29 @@
+"""Kernels are compiled for cards that are not here, and stay within their shared memory."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from refiner_ds.benchmark import compiled
+from refiner_ds.benchmark.compiled import SHARED, compile_all, table
+
+
+@pytest.mark.slow
+def test_the_linear_kernels_fit_into_the_shared_memory_of_a_card_with_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in processes of their own, for one shape: an L40S has 99 KiB where an A100 has 163."""
+    rows = {row.kernel: row for row in compile_all(["89"], ["S"], [112], processes=1)}
+    assert {"softmax_map", "expand_local", "bwd_expand_local", "mix_and_shift"} <= rows.keys()
+    for row in rows.values():
+        assert 0 < row.registers <= 255 and row.shared <= SHARED["89"] and row.too_large == 0, row
+
+
+def test_the_table_names_what_spills_and_what_is_too_large() -> None:
+    rows = [
+        compiled.Row("80", "one", 9, 255, 2048, 24, 3, 0),
+        compiled.Row("gfx942", "one", 9, 100, 70 << 10, 0, 0, 1),
+    ]
+    heading, line = table(rows).splitlines()
+    assert heading.split() == ["kernel", "sm_80", "gfx942"]
+    assert "255 / 24 (3/9) / 2" in line and "100 / 0 / 70 !" in line
