@@ -21,7 +21,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from refiner_ds.checkpoint.files import CONFIG, find_checkpoint, read_classes, read_weights
+from refiner_ds.checkpoint.files import CONFIG, find_checkpoint, integrity_errors, read_classes, read_weights
 from refiner_ds.config import RunFile, load
 from refiner_ds.data.augment import EvalSettings
 from refiner_ds.data.index import ShardIndex
@@ -31,10 +31,10 @@ from refiner_ds.data.normalize import normalize
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
 from refiner_ds.models import RefinedViT, load_released_weights
 from refiner_ds.models.released import read_weight_file, unwrap
-from refiner_ds.run_folder import STATE, read_state
+from refiner_ds.run_folder import STATE, RunFolder, read_state
 from refiner_ds.training.build import build_model
 
-__all__ = ["LoadedModel", "load_model", "open_set"]
+__all__ = ["LoadedModel", "every_checkpoint", "load_model", "open_set"]
 
 TIMM = "timm:"
 
@@ -93,6 +93,15 @@ def load_model(spec: str, weights: str = "ema", test_size: int | None = None) ->
     place = Path(spec)
     loaded = _from_export(place) if _is_export(place) else _from_run(place, weights)
     return loaded if test_size is None else _resized(loaded, test_size)
+
+
+def every_checkpoint(spec: str) -> list[str]:
+    """The undamaged checkpoints of the run that ``spec`` names, oldest first; what names no run stands for itself."""
+    if spec.startswith(TIMM) or _is_export(Path(spec)):
+        return [spec]
+    newest = find_checkpoint(Path(spec))
+    saved = RunFolder(newest.parents[1]).saved_checkpoints()
+    return [str(folder) for folder in saved if folder == newest or not integrity_errors(folder)] or [str(newest)]
 
 
 def open_set(model: LoadedModel, place: str | None) -> ShardIndex:

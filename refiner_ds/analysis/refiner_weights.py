@@ -4,7 +4,8 @@
     python -m refiner_ds.analysis weights runs/mine --all-steps       every checkpoint kept: how they came to be
 
 Writes refiner_weights.csv (a row a checkpoint and block), refiner_weights.png (the numbers through depth, a line a
-checkpoint) and kernels.png (the newest checkpoint's kernels and mixing matrices).
+checkpoint), kernels.png (the newest checkpoint's kernels and mixing matrices) and, of several checkpoints,
+kernels_by_step.png (the same of the first and the last refining block, step by step).
 Axes: H heads, E expanded maps, k×k a kernel.
 """
 
@@ -52,18 +53,25 @@ def main(argv: list[str]) -> int:
     newest = find_checkpoint(options.run)
     saved = RunFolder(newest.parents[1]).saved_checkpoints() if options.all_steps else [newest]
     rows: list[dict[str, Any]] = []
+    by_step: dict[int, list[BlockWeights]] = {}
     for checkpoint in saved:
         if checkpoint != newest and integrity_errors(checkpoint):
             continue
         weights = refiner_weights(read_weights(checkpoint, options.weights))
         if not weights:
             raise CheckpointError(f"{checkpoint}: its model has no refiner with one kernel over the whole map")
-        rows += summaries(weights, read_state(checkpoint).step)
+        by_step[step := read_state(checkpoint).step] = weights
+        rows += summaries(weights, step)
     options.out.mkdir(parents=True, exist_ok=True)
     write_table(rows, COLUMNS, options.out / "refiner_weights.csv")
     draw_summaries(rows, options.out / "refiner_weights.png")
     draw_weights(weights, options.out / "kernels.png")
-    print(f"{options.out}/refiner_weights.csv, refiner_weights.png and kernels.png: {len(weights)} refining blocks")
+    if len(by_step) > 1:
+        draw_training(by_step, options.out / "kernels_by_step.png")
+    print(
+        f"{options.out}/refiner_weights.csv, refiner_weights.png and kernels.png: {len(weights)} refining blocks,"
+        f" checkpoints of {len(by_step)} steps"
+    )
     return 0
 
 
@@ -93,7 +101,7 @@ def summaries(weights: list[BlockWeights], step: int) -> list[dict[str, Any]]:
     rows = []
     for block, expand_EH, kernel_Ekk, reduce_HE in weights:
         size, k = kernel_Ekk.abs(), kernel_Ekk.shape[-1]
-        composed_HH = compose_kernel(expand_EH, kernel_Ekk[:, None], reduce_HE).abs().sum((2, 3))
+        composed_HH = composed(BlockWeights(block, expand_EH, kernel_Ekk, reduce_HE))
         # Without reduction there are r maps a head, one head's after the other's.
         heads = composed_HH.shape[1]
         same = composed_HH.unflatten(0, (heads, -1)).diagonal(dim1=0, dim2=2).sum()
@@ -107,6 +115,11 @@ def summaries(weights: list[BlockWeights], step: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def composed(weights: BlockWeights) -> Tensor:
+    """How much of head i goes into refined map o: magnitude of the composed kernel over its taps, [H or E, H]."""
+    return compose_kernel(weights.expand_EH, weights.kernel_Ekk[:, None], weights.reduce_HE).abs().sum((2, 3))
 
 
 def draw_summaries(rows: list[dict[str, Any]], file: Path) -> None:
@@ -126,21 +139,44 @@ def draw_summaries(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def draw_weights(weights: list[BlockWeights], file: Path) -> None:
-    """A row a block: its kernels side by side, expansion and reduction matrix; red is positive, blue negative."""
+    """A row a block: kernels side by side, expansion, reduction and how heads mix; red is positive, blue negative."""
     places = np.linspace(0, len(weights) - 1, min(len(weights), MOST_BLOCKS))
     chosen = [weights[index] for index in sorted({round(place) for place in places})]
-    figure, axes = new_figure(len(chosen), 3, width=3.6, height=2.6)
-    for row, (block, expand_EH, kernel_Ekk, reduce_HE) in zip(axes, chosen, strict=True):
-        panels = {f"block {block}: kernels": _tiled(kernel_Ekk), "expand [E, H]": expand_EH, "reduce [H, E]": reduce_HE}
+    figure, axes = new_figure(len(chosen), 4, width=3.4, height=2.6)
+    for row, one in zip(axes, chosen, strict=True):
+        panels = {
+            f"block {one.block}: kernels": _tiled(one.kernel_Ekk), "expand [E, H]": one.expand_EH,
+            "reduce [H, E]": one.reduce_HE, "head mixing [H, H]": composed(one),
+        }  # fmt: skip
         for axis, (title, values) in zip(row, panels.items(), strict=True):
-            limit = float(np.nanmax(np.abs(np.asarray(values)))) or 1.0
-            shape = "auto" if "[" in title else "equal"
-            picture = axis.imshow(np.asarray(values), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect=shape)
-            axis.set_title(title, fontsize=8)
-            axis.tick_params(labelsize=6)
-            figure.colorbar(picture, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
+            _draw_matrix(figure, axis, np.asarray(values), title)
         row[0].set_axis_off()
     write_figure(figure, file)
+
+
+def draw_training(by_step: dict[int, list[BlockWeights]], file: Path) -> None:
+    """Kernels and head mixing of the first and the last refining block, a column a checkpoint (eight at most)."""
+    steps = sorted(by_step)
+    steps = [steps[index] for index in sorted({round(p) for p in np.linspace(0, len(steps) - 1, min(len(steps), 8))})]
+    ends = sorted({0, len(by_step[steps[0]]) - 1})
+    figure, axes = new_figure(2 * len(ends), len(steps), width=2.6, height=2.4)
+    for column, step in enumerate(steps):
+        for row, end in enumerate(ends):
+            one = by_step[step][end]
+            kernels, mixing = axes[2 * row : 2 * row + 2, column]
+            _draw_matrix(figure, kernels, _tiled(one.kernel_Ekk), f"step {step}, block {one.block}: kernels")
+            kernels.set_axis_off()
+            _draw_matrix(figure, mixing, np.asarray(composed(one)), "head mixing [H, H]")
+    write_figure(figure, file)
+
+
+def _draw_matrix(figure: Any, axis: Any, values: np.ndarray, title: str) -> None:
+    limit = float(np.nanmax(np.abs(values))) or 1.0
+    shape = "auto" if "[" in title else "equal"
+    picture = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect=shape)
+    axis.set_title(title, fontsize=7)
+    axis.tick_params(labelsize=6)
+    figure.colorbar(picture, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
 
 
 def _tiled(kernel_Ekk: Tensor) -> np.ndarray:

@@ -26,6 +26,21 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: floa
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def line_colors(labels: Sequence[str]) -> dict[str, Any]:
+    """A colour a model; the checkpoints of one run, ``run/step_…``, share a hue and darken with training."""
+    from matplotlib import colormaps
+
+    hues = ("Blues", "Oranges", "Greens", "Reds", "Purples", "Greys")
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(label.partition("/step_")[0], []).append(label)
+    return {
+        label: colormaps[hues[number % len(hues)]](0.9 if len(family) == 1 else 0.35 + 0.6 * place / (len(family) - 1))
+        for number, family in enumerate(families.values())
+        for place, label in enumerate(family)
+    }
+
+
 def write_figure(figure: Figure, file: Path) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -79,6 +79,8 @@ def find_checkpoint(place: Path) -> Path:
         folder = named
     elif not place.exists():
         raise CheckpointError(f"{place}: does not exist; give a run folder or a checkpoint folder in it")
+    elif RunFolder(place).config.is_file():
+        raise CheckpointError(f"{place}: the run has no checkpoint yet; let it train to its first, or give another run")
     else:
         raise CheckpointError(f"{place}: holds no checkpoint; give a run folder or a checkpoint folder in it")
     if wrong := integrity_errors(folder):

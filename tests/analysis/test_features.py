@@ -11,8 +11,9 @@ import torch
 import refiner_ds.models  # noqa: F401  registers the names
 from refiner_ds.analysis.__main__ import main
 from refiner_ds.analysis.cka import linear_cka
-from refiner_ds.analysis.features import block_features, draw, feature_evolution
+from refiner_ds.analysis.features import block_tokens, draw, feature_evolution
 from refiner_ds.analysis.loading import LoadedModel
+from refiner_ds.analysis.map_statistics import token_similarity
 from refiner_ds.data.augment import EvalSettings
 
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -38,9 +39,12 @@ def test_every_block_is_compared_whatever_the_model(name: str, options: dict, bl
     assert [row["block"] for row in rows] == list(range(blocks))
     assert rows[-1]["cka_last"] == pytest.approx(1) and rows[-1]["images"] == 12
     with torch.inference_mode():
-        first, outputs = block_features(one.model, images)
-    assert rows[0]["cka_input"] == pytest.approx(linear_cka(outputs[0], first), abs=1e-6)
-    assert rows[0]["cka_last"] == pytest.approx(linear_cka(outputs[0], outputs[-1]), abs=1e-6)
+        first, outputs = block_tokens(one.model, images)
+    means = [output.mean(1) for output in outputs]
+    assert rows[0]["cka_input"] == pytest.approx(linear_cka(means[0], first.mean(1)), abs=1e-6)
+    assert rows[0]["cka_last"] == pytest.approx(linear_cka(means[0], means[-1]), abs=1e-6)
+    for row, output in zip(rows, outputs, strict=True):
+        assert row["token_similarity"] == pytest.approx(token_similarity(output), rel=1e-5) and output.shape[0] == 12
     draw(rows, tmp_path / "features.png")
     assert (tmp_path / "features.png").read_bytes().startswith(b"\x89PNG")
 
@@ -49,9 +53,9 @@ def test_class_tokens_are_no_patches() -> None:
     model = timm.create_model("refined_vit", **SMALL_VIT).eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
-        _, outputs = block_features(model, images)
+        _, outputs = block_tokens(model, images)
         last = model.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)[0]
-    torch.testing.assert_close(outputs[-1], last.mean(1))
+    torch.testing.assert_close(outputs[-1], last)
 
 
 def test_models_that_cannot_be_looked_into_are_refused_in_one_sentence(

@@ -38,6 +38,7 @@ def write_run(output: Path, name: str = "tiny", steps: tuple[int, ...] = (10,), 
         listed = {file.name: (file.stat().st_size, sha256_of(file)) for file in folder.iterdir()}
         (folder / MANIFEST).write_text(json.dumps(listed))
         run.latest_file.write_text(folder.name)
+    run.path.mkdir(parents=True, exist_ok=True)
     run.config.write_text(json.dumps(run_file.resolved()))
     return run.path
 
