@@ -22,7 +22,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { fo
 p { max-width: 60rem; white-space: pre-line; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; } tbody tr:nth-child(even) { background: var(--band); }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; } tbody tr:nth-child(even) { background: var(--band); }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: 0.9rem; }
 img, svg { max-width: 100%; height: auto; }
 .on-white { background: #fff; }

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "restart": {"ground", "config", "training"},
     "sweep_table": {"ground", "config"},
     "report": {"ground", "config", "sweep_table"},
+    "gallery": LIBRARY | {"analysis", "evaluation", "report"},
     "launch": {"ground", "config", "data", "train", "sweep_table"},  # train: what a task of a job runs
     "data_tools": {"ground", "config", "data"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from refiner_ds import gallery
+from refiner_ds.analysis.loading import load_model
 from refiner_ds.config import load
+from refiner_ds.page import Picture, Text
+from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import training_flops
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.peak import TFLOPS, peak_flops_of
@@ -129,3 +134,39 @@ def test_patches_of_views_have_the_colours_of_their_classes() -> None:
     assert (rows * red).sum() / red.sum() != (rows * blue).sum() / blue.sum()
     label_alone = Views(views.pixels_BHWC, views.target_BC, target_BPC[:, :1], (0, 0, 0, 0))
     assert views_picture(label_alone, ["cat"], (4, 4)).std() > 20
+
+
+def test_a_gallery_shows_the_run_and_is_named_in_the_text_tab(run: Path) -> None:
+    assert gallery.main([str(run), "--images", "8"]) == 0
+    page = (run / "gallery.html").read_text()
+    for heading in (
+        "Training views",
+        "Learning curves",
+        "Attention maps",
+        "Learned kernels",
+        "Feature evolution",
+        "What is",
+    ):
+        assert f"<h2>{heading}" in page
+    assert page.count("<img") == 8 and page.count("<svg") == 2 and "Not shown" not in page
+    assert "gallery/text_summary" in EventAccumulator(str(run / "tensorboard")).Reload().Tags()["tensors"]
+
+
+def test_a_gallery_says_what_it_cannot_show_and_shows_the_rest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded, folder = load_model(str(run)), RunFolder(run)
+    assert loaded.run is not None
+    for changed, said in (
+        (replace(loaded, data=None), "Not shown: the run has no validation set"),
+        (replace(loaded, classes=["cat", "dog"]), "is past the run's 2 classes"),
+    ):
+        parts = gallery.gallery_parts(changed, loaded.run, folder, 8, "ema")
+        told = [part.text for part in parts if isinstance(part, Text)]
+        assert sum(said in text for text in told) == 3
+        assert sum(isinstance(part, Picture) for part in parts) == 6
+    for words, said in (
+        ([str(run / "tensorboard")], "holds no checkpoint"),
+        ([str(run), "--images", "3"], "takes at least 4"),
+        ([str(run), "--out", "page.txt"], "ends in .html"),
+    ):
+        assert gallery.main(words) == 2
+        assert said in capsys.readouterr().err
