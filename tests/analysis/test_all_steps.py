@@ -66,6 +66,8 @@ def test_weights_of_every_checkpoint_share_a_picture(place: Path, tmp_path: Path
 def test_checkpoints_of_a_run_share_a_hue_and_darken() -> None:
     colors = line_colors(["a/step_1", "a/step_2", "b"])
     assert len(set(colors.values())) == 3 and sum(colors["a/step_1"][:3]) > sum(colors["a/step_2"][:3])
+    assert all(colors[label][2] > colors[label][0] for label in ("a/step_1", "a/step_2"))  # both are blue
+    assert colors["b"][2] < colors["b"][0]
 
 
 def test_a_run_without_checkpoints_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
