@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -25,6 +27,7 @@ from refiner_ds.attention.tiling.tiles import GPU_TILE_BYTES
 
 __all__ = ["LiveBytes", "Operation"]
 
+SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset
 # Arguments of the operators that have an entry for every image.
 PER_IMAGE = {"map", "q", "k", "value", "residual", "grad", "map_grad", "lse", "source", "activations"}
 
@@ -54,13 +57,15 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        ours = func.namespace == "refiner_ds"
+        with _cache_off() if ours or func is SET_STORAGE else nullcontext():
+            out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in made:
             self.add(tensor)
         if not self._look_inside:
             return out
-        if func.namespace == "refiner_ds":
+        if ours:
             self.peak = max(self.peak, self.now + self._workspace(func, args, kwargs))
         if not func.is_view and "empty" not in func.__name__ and not func.__name__.startswith("detach"):
             count = flop_registry.get(func._overloadpacket)
@@ -128,6 +133,14 @@ class LiveBytes(TorchDispatchMode):
         return max(
             0, inner.peak - sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in out}.values())
         )
+
+
+@contextmanager
+def _cache_off() -> Iterator[None]:
+    """Inside, the cache of fake results is not used: its keys would keep alive a storage that is an argument."""
+    fake = active_fake_mode()
+    with disable_fake_tensor_cache(fake) if fake is not None else nullcontext():
+        yield
 
 
 @contextmanager

@@ -42,3 +42,13 @@ def test_every_backend_of_a_gpu_is_planned_in_bf16(backend: str) -> None:
     assert 1.8 < sum(large.saved.values()) / sum(small.saved.values()) < 2.01
     assert small.peak > sum(small.saved.values()) > 0
     assert any(one.backward for one in small.operations)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_a_recomputed_block_leaves_nothing_behind(backend: str) -> None:
+    """The peak grows with depth by what blocks save, and not by the maps that recomputing them makes."""
+    from refiner_ds.plan.trace import trace
+
+    runs = (run_file("refiner_vit_s", 384, "pair", "map", f"refiner.model.depth={depth}") for depth in (6, 12))
+    few, many = (trace(run, 1000, 2, True, backend, 80 << 30) for run in runs)
+    assert many.peak - few.peak == pytest.approx(sum(many.saved.values()) - sum(few.saved.values()), rel=0.05)
