@@ -3,6 +3,7 @@
     submit.py        the command              jobs.py         looks after submitted runs
     cluster.py       a site's profile (YAML)  flags.py        sbatch's and srun's flags in one
     allocation.py    a run and its machines   checks.py       everything checked beforehand
+    planned.py       whether it fits, how long it takes      slurm_time.py   times as Slurm writes them
     submission.py    one at a time a run      snapshot.py     the code a job will run
     batch.py         the batch script         slurm.py        Slurm's commands
     supervisor.py    starts tasks and acts    local.py        the same on this machine

@@ -23,6 +23,7 @@ class Allocation:
         cpus_per_task: cores a process; None leaves it to Slurm.
         mem_mb: memory a node, MB; 0 all of it; None leaves it to Slurm.
         min_nodes: nodes it can do with when there are no more; None: ``nodes``.
+        has: what the partition's nodes have; None where it was not asked.
     """
 
     run: RunFile
@@ -33,6 +34,7 @@ class Allocation:
     cpus_per_task: int | None = None
     mem_mb: int | None = None
     min_nodes: int | None = None
+    has: Nodes | None = None
 
     @property
     def tasks(self) -> int:
@@ -75,13 +77,18 @@ class Allocation:
 
     def warnings(self) -> list[str]:
         """What can be asked for but will be slow."""
-        workers = self.run.refiner.data.workers
+        workers, said = self.run.refiner.data.workers, []
         if self.cpus_per_task is not None and self.cpus_per_task < workers + 1:
-            return [
+            said.append(
                 f"{_count(self.cpus_per_task, 'core')} a process for {_count(workers, 'loader worker')} and training;"
                 f" raise cpus_per_task to {workers + 1}, or lower refiner.data.workers"
-            ]
-        return []
+            )
+        if self.has and self.has.limit and (asked := self.profile.minutes or 0) > self.has.limit:
+            said.append(
+                f"the time limit of {asked / 60:.3g} hours is more than the {self.has.limit / 60:.3g} that"
+                f" {self.has.partition} allows: such a job waits for ever"
+            )
+        return said
 
 
 def on_slurm(run: RunFile, profile: ClusterProfile, nodes: int, has: Nodes, min_nodes: int | None = None) -> Allocation:
@@ -98,7 +105,7 @@ def on_slurm(run: RunFile, profile: ClusterProfile, nodes: int, has: Nodes, min_
         cpus = max(1, int(has.cpus * share) // tasks)
     if memory is None and has.mem_mb > 1:  # 1 where a site does not tell Slurm its nodes' memory
         memory = int(has.mem_mb * share) if share < 1 else 0
-    return Allocation(run, profile, nodes, gpus, False, cpus, memory, min_nodes)
+    return Allocation(run, profile, nodes, gpus, False, cpus, memory, min_nodes, has)
 
 
 def _gpus(profile: ClusterProfile, has: Nodes) -> int:

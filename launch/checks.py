@@ -12,14 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from refiner_ds.config.addresses import has_secrets, is_address, redacted
 from refiner_ds.errors import LaunchError
 from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
 
-from . import local, slurm
+from . import local, planned, slurm
 from .allocation import Allocation
 from .registry import cache_folder
 from .snapshot import ROOT, sources
@@ -48,13 +50,21 @@ def refuse_unfinished(run_folder: RunFolder) -> None:
         raise LaunchError(f"{run_folder}: belongs to job {active}; wait for it, or end it with scancel {number}")
 
 
-def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT) -> bool:
+@dataclass(frozen=True)
+class Ready:
+    """A run that passed: whether it was checked just now, and its plan where one could be made."""
+
+    checked: bool
+    plan: dict[str, Any] | None
+
+
+def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT) -> Ready:
     """Refuse what the job itself would refuse when it starts: ``refiner_ds/train.py --ready``, by this clone's code.
 
     That is: code that does not import, a model that does not build, data that is missing, a run folder that cannot be
     written or has no room, holds another run, or a complete one. Packaged sets are made if they are not there. With
-    data on a server it is ``--check``: only the nodes can say whether they reach it. Returns False where nothing that
-    it depends on has changed since it last passed, and it was not asked again.
+    data on a server it is ``--check``: only the nodes can say whether they reach it. The same process makes the plan.
+    Nothing is checked again where nothing that it depends on has changed since it last passed.
     """
     data = allocation.run.refiner.data
     for key, place in (("train", data.train), ("maps", data.maps), ("val", data.val)):
@@ -65,12 +75,14 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
             )
     remote = any(is_address(place) for place in _data_places(allocation))
     RunFolder(allocation.run.folder).refuse_unwritable()
-    if Passed(signature(allocation, root)):
-        return False
+    if (passed := Passed(signature(allocation, root))).known:
+        return Ready(False, passed.plan)
+    machines = planned.machines(allocation)
     sets = [word for override in overrides for word in ("--set", override)]
     command = (
         *(sys.executable, str(root / "refiner_ds" / "train.py"), "--check" if remote else "--ready"),
         *("--world-size", str(allocation.world_size), "--config", str(allocation.run.path.absolute()), *sets),
+        *(("--plan-for", json.dumps(machines)) if machines else ()),
     )
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -84,9 +96,10 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
         if said.startswith("error: "):
             raise LaunchError(said.removeprefix("error: "))
         raise LaunchError(f"{root}: the code does not run: {said}")
+    plan = planned.read(done.stdout)
     if not remote:
-        Passed(signature(allocation, root)).note()  # made anew: the check may have made a packaged set
-    return True
+        Passed(signature(allocation, root)).note(plan)  # made anew: the check may have made a packaged set
+    return Ready(True, plan)
 
 
 def signature(allocation: Allocation, root: Path) -> str:
@@ -108,6 +121,7 @@ def signature(allocation: Allocation, root: Path) -> str:
         "run": run,
         "done": [_text(file) for file in (folder.config, folder.complete, folder.latest_file)],
         "world": allocation.world_size,
+        "machines": planned.machines(allocation),
         "python": sys.executable,
         "files": [_stamp(file) for file in watched],
     }
@@ -150,23 +164,31 @@ def _stamp(file: Path) -> tuple[str, int, int]:
 
 
 class Passed:
-    """Signatures of checks that passed, newest last, in the cache folder."""
+    """Plans of what passed its checks, by signature, newest last, in the cache folder."""
 
     def __init__(self, signature: str) -> None:
         self._signature = signature
         self._file = cache_folder() / "checks.json"
 
-    def _known(self) -> list[str]:
+    def _all(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
-            return list(json.loads(self._file.read_text()))
-        return []
+            kept = json.loads(self._file.read_text())
+            return kept if isinstance(kept, dict) else {}
+        return {}
 
-    def __bool__(self) -> bool:
-        return self._signature in self._known()
+    @property
+    def known(self) -> bool:
+        """Whether what has this signature passed."""
+        return self._signature in self._all()
 
-    def note(self) -> None:
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """Its plan."""
+        return self._all().get(self._signature)
+
+    def note(self, plan: dict[str, Any] | None) -> None:
         """Remember it; where that cannot be, the check runs again."""
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            known = [*self._known(), self._signature][-KEPT_SIGNATURES:]
-            write_atomically(self._file, json.dumps(known), writer=str(os.getpid()))
+            kept = list({**self._all(), self._signature: plan}.items())[-KEPT_SIGNATURES:]
+            write_atomically(self._file, json.dumps(dict(kept)), writer=str(os.getpid()))

@@ -18,11 +18,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from refiner_ds.errors import ConfigError
+from refiner_ds.gpus import gpu
 
 from .flags import Flags, refuse_sbatch_flags, refuse_srun_flags
+from .slurm_time import minutes_of
 
 GPU_COUNT = re.compile(r"(?:([A-Za-z][\w.+-]*):)?(\d+)")  # 8, or h100:8 where a cluster has several types
-SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
 class ClusterProfile(BaseModel):
@@ -45,6 +46,7 @@ class ClusterProfile(BaseModel):
     gpus_per_node: int | str | None = Field(
         None, description="GPUs, and so processes, a node; h100:8 names a type; 0: train on CPU; null: what nodes have"
     )
+    gpu: str | None = Field(None, description="name of the GPU, for the plan, such as h200; null: the type Slurm names")
     tasks_per_node: int = Field(1, ge=1, description="processes a node where there are no GPUs")
     cpus_per_task: int | None = Field(None, gt=0, description="cores a process; null: its share of a node's")
     mem_gb: float | None = Field(None, gt=0, description="memory a node, GB; null: the share of its GPUs")
@@ -78,10 +80,20 @@ class ClusterProfile(BaseModel):
             raise ValueError(f"is {value!r}; it must be a number, or a type and a number such as h100:8")
         return int(str(value)) if str(value).isdigit() else value
 
+    @field_validator("gpu")
+    @classmethod
+    def _known_gpu(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                gpu(value)
+            except ConfigError as error:
+                raise ValueError(f"is {value!r}: {error}") from None
+        return value
+
     @field_validator("time")
     @classmethod
     def _slurm_time(cls, value: str | int | None) -> str | None:
-        if value is not None and (not SLURM_TIME.fullmatch(str(value)) or not _minutes(str(value))):
+        if value is not None and not minutes_of(str(value)):
             raise ValueError(f"is {value!r}; it must be a time as Slurm writes it, such as 1-00:00:00, 12:30:00 or 90")
         return None if value is None else str(value)
 
@@ -105,7 +117,7 @@ class ClusterProfile(BaseModel):
     def minutes(self) -> int | None:
         """The time limit in whole minutes, as Slurm takes it."""
         if self.time is not None:
-            return _minutes(str(self.time))
+            return minutes_of(str(self.time))
         return None if self.hours is None else max(1, round(self.hours * 60))
 
     @property
@@ -118,21 +130,6 @@ class ClusterProfile(BaseModel):
         """The further environment variables of a node."""
         matching = [given for pattern, given in self.node_environment.items() if fnmatch(host, pattern)]
         return {name: value for given in matching for name, value in given.items()}
-
-
-def _minutes(text: str) -> int:
-    """Whole minutes, rounded up, of a time as Slurm writes it."""
-    found = SLURM_TIME.fullmatch(text)
-    assert found is not None
-    parts = [int(part) for part in found["clock"].split(":")]
-    if found["days"]:  # days-hours[:minutes[:seconds]]
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-        hours += 24 * int(found["days"])
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:  # minutes[:seconds]
-        hours, minutes, seconds = 0, *(*parts, 0)[:2]
-    return hours * 60 + minutes + (seconds + 59) // 60
 
 
 def load_profile(file: Path | None, overrides: dict[str, Any]) -> ClusterProfile:

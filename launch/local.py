@@ -156,6 +156,15 @@ def visible_devices() -> list[str]:
     return [str(i) for i, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU "))]
 
 
+def gpu_name() -> str:
+    """What the driver calls this machine's first GPU; empty where there is none."""
+    try:
+        listed = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return listed.stdout.partition("GPU 0: ")[2].partition(" (UUID")[0]
+
+
 if __name__ == "__main__":
     try:
         sys.exit(Controller(RunFolder(sys.argv[1])).lead())

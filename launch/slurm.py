@@ -15,9 +15,12 @@ from pathlib import Path
 
 from refiner_ds.errors import LaunchError
 
+from .slurm_time import minutes_of
+
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
+GRES = re.compile(r"\bgpu(?::([^:,(]+))?:(\d+)")  # gpu:8, gpu:h100:8(S:0-1)
 ANSWER_SECONDS = 60  # a submission can wait so long for Slurm
 TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
 
@@ -49,12 +52,17 @@ class Nodes:
         partition: as a sentence names it.
         gpus: GPUs of each kind of node, fewest first; of the wanted type alone, where one is wanted.
         cpus, mem_mb: of the smallest node that has the GPUs.
+        gpu_type: of the GPUs, in Slurm's words, where it names one for all; else "".
+        limit, default_limit: minutes that a job may take, and those of a job that does not say; None: any.
     """
 
     partition: str
     gpus: tuple[int, ...]
     cpus: int
     mem_mb: int
+    gpu_type: str = ""
+    limit: int | None = None
+    default_limit: int | None = None
 
 
 def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
@@ -64,11 +72,11 @@ def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
         LaunchError: Slurm knows no node of it, or none with that type of GPU.
     """
     which = (f"--partition={partition}",) if partition else ()
-    answer = ask("sinfo", "--noheader", "--format=%P|%G|%c|%m", *which)
+    answer = ask("sinfo", "--noheader", "--format=%P|%G|%c|%m|%l|%L", *which)
     if answer.returncode:
         raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}; add --local to run on this machine")
     rows = [line.split("|") for line in answer.stdout.splitlines()]
-    rows = [row for row in rows if len(row) == 4 and (partition or row[0].endswith("*"))]  # the default has an asterisk
+    rows = [row for row in rows if len(row) == 6 and (partition or row[0].endswith("*"))]  # the default has an asterisk
     named = f"partition {partition}" if partition else "the default partition"
     if not rows:
         raise LaunchError(f"Slurm knows no node of {named}; say which with --partition")
@@ -77,17 +85,20 @@ def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
         counted = [row for row in counted if row[0]]
         if not counted:
             raise LaunchError(f"no node of {named} has GPUs of type {gpu_type}; sinfo --format='%P %G' lists them")
+    types = {gpu_type} if gpu_type else {kind for row in rows for kind, _ in GRES.findall(row[1])}
     return Nodes(
         named,
         tuple(sorted({gpus for gpus, _, _ in counted})),
         min(cpus for _, cpus, _ in counted),
         min(memory for _, _, memory in counted),
+        types.pop() if len(types) == 1 else "",
+        minutes_of(rows[0][4]),
+        minutes_of(rows[0][5]),
     )
 
 
 def _gpus(gres: str, gpu_type: str | None) -> int:
-    found = re.findall(r"\bgpu(?::([^:,(]+))?:(\d+)", gres)
-    return sum(int(count) for kind, count in found if gpu_type in (None, kind))
+    return sum(int(count) for kind, count in GRES.findall(gres) if gpu_type in (None, kind))
 
 
 def spare_nodes(partition: str | None, without: Iterable[str]) -> int:

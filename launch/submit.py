@@ -29,7 +29,7 @@ from refiner_ds.config import RunFile, load
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder
 
-from . import chain, checks, local, slurm, submission
+from . import chain, checks, local, planned, slurm, submission
 from .allocation import Allocation, on_slurm
 from .attempts import Attempts
 from .batch import Executor, submission_environment
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
             print(line, file=sys.stderr)
     watch.lap("run file and cluster")
-    starts = [check(stage.allocation, stage.check) for stage in runs]
+    starts = [check(stage.allocation, stage.check, args.ignore_plan, tell=True) for stage in runs]
     watch.lap("checks")
     if args.dry_run:
         return [_dry_run(stage.allocation, start) for stage, start in zip(runs, starts, strict=True)][0]
@@ -86,7 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local", action="store_true", help="run on this machine, all nodes' processes, and wait")
     parser.add_argument("--wait", action="store_true", help="show the log until the job ends; leave with its exit code")
     parser.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
+    add_plan_flag(parser)
     return parser
+
+
+def add_plan_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag that overrules the planner."""
+    parser.add_argument("--ignore-plan", action="store_true", help="submit a run that the plan says does not fit")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,11 +135,14 @@ def allocate(args: argparse.Namespace, profile: ClusterProfile, run: RunFile) ->
     return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type), least)
 
 
-def check(allocation: Allocation, overrides: list[str]) -> str:
+def check(allocation: Allocation, overrides: list[str], ignore_plan: bool, tell: bool = False) -> str:
     """Every check that needs more than the run file, side by side. Returns when Slurm would start the job.
 
+    Args:
+        ignore_plan: let pass what does not fit.
+        tell: print what the plan says.
     Raises:
-        ConfigError, LaunchError: the first refusal, Slurm's before the code's.
+        ConfigError, LaunchError: the first refusal, Slurm's before the code's, and the planner's last.
     """
     checks.check_resources(allocation)
     script = None if allocation.local else Executor(allocation).script()
@@ -142,8 +151,13 @@ def check(allocation: Allocation, overrides: list[str]) -> str:
         start = pool.submit(slurm.expected_start, script, submission_environment(script)) if script else None
         print("checking the code and the data …", file=sys.stderr)
         expected = start.result() if start else "now"
-        if not ready.result():
-            print("nothing has changed since they last passed", file=sys.stderr)
+        passed = ready.result()
+    if not passed.checked:
+        print("nothing has changed since they last passed", file=sys.stderr)
+    if tell:
+        print("\n".join(planned.summary(passed.plan, allocation)), file=sys.stderr)
+    if not ignore_plan:
+        planned.refuse_too_large(passed.plan, allocation)
     return expected
 
 

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--collect", action="store_true", help="print what the runs have reached")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="with --collect: write the table here too")
     submit.add_machine_flags(parser)
+    submit.add_plan_flag(parser)
     return parser
 
 
@@ -82,7 +83,7 @@ def _submit(runs: list[SweepRun], args: argparse.Namespace) -> int:
             allocations.append((run, submit.make_allocation(args, profile)))
     # All are checked before any is submitted: half a table in the queue is worse than none.
     for run, allocation in allocations:
-        submit.check(allocation, run.overrides)
+        submit.check(allocation, run.overrides, args.ignore_plan)
     if args.dry_run:
         for run, _ in allocations:
             print(f"{run.name}: would be submitted")
@@ -108,7 +109,7 @@ def _run_here(runs: list[SweepRun], args: argparse.Namespace) -> int:
         if run.finished:
             continue
         sets = [word for override in run.overrides for word in ("--set", override)]
-        dry = ["--dry-run"] if args.dry_run else []
+        dry = [flag for flag, given in (("--dry-run", args.dry_run), ("--ignore-plan", args.ignore_plan)) if given]
         if code := submit.main(["--config", str(run.config), *sets, "--local", *machine, *dry]):
             return code
     return 0

@@ -2,5 +2,5 @@
 
 planning.py     the plan as one JSON object
 trace.py        a micro-batch on fake tensors
-checking.py     what a run file comes to, for ``train.py --check``
+checking.py     the plan with what a run file comes to, for ``train.py --check`` and ``launch/submit.py``
 """

@@ -44,29 +44,34 @@ def main(argv: list[str] | None = None) -> int:
     card = None if given.gpu.lower() == "cpu" else gpu(given.gpu)
     run = load(given.config, given.set)
 
-    from refiner_ds.plan.checking import data_of
-    from refiner_ds.plan.planning import Machines, interpreter_bytes, make_plan
+    from refiner_ds.plan.checking import full_plan
+    from refiner_ds.plan.planning import Machines
 
-    if card is None:
-        interpreter_bytes()  # imports what training imports before anything is traced
-    run.batch(given.nodes * given.gpus_per_node)
-    images, classes, _ = data_of(run)
     machines = Machines(
         card, given.nodes, given.gpus_per_node, given.network, given.disk, given.price, given.step_seconds
     )
-    plan = make_plan(run, machines, classes, images)
+    plan = full_plan(run, machines)
     print(json.dumps(plan) if given.json else text(plan))
     return 0
 
 
 def text(plan: dict[str, Any]) -> str:
     """The plan for a person."""
-    memory, step, cost, batch = plan["memory"], plan["step"], plan["cost"], plan["batch"]
+    memory, step, cost, run = plan["memory"], plan["step"], plan["cost"], plan["run"]
     lines = [
         f"{plan['config']} on {plan['processes']} × {plan['gpu']}, {plan['precision']}, attention {plan['attention']}",
-        f"batch         {batch['global']} images = {plan['processes']} × {batch['micro']} × {batch['accumulation']}",
-        "memory of a process, GiB",
+        f"model         {run['model']} at {run['img_size']} px, {plan['parameters']:,} parameters",
+        f"              {run['flops_an_image'] / 1e9:.1f} GFLOP an image, forward and backward",
+        f"batch         {run['batch']}",
     ]
+    if run["images"] is not None:
+        lines += [
+            f"steps         {run['steps_an_epoch']:,} an epoch of {run['images']:,} images, {cost['steps']:,} in all",
+            f"lr            {run['lr']:.3g} at its peak",
+        ]
+    else:
+        lines.append("steps         unknown: set refiner.data.images, or put the shards where refiner.data.train says")
+    lines += [f"data          {run['data']}", f"run folder    {run['folder']}", "memory of a process, GiB"]
     for name, size in memory["parts"].items():
         lines.append(f"  {name.replace('_', ' '):<30}{size / GIB:>9.2f}")
         if name == "activations":

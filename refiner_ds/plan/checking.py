@@ -1,24 +1,55 @@
-"""What a run file comes to, without GPU, and without data where the file says how much there is."""
+"""The plan of a run file with what it comes to: model, steps and data, without data where the file says how much."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from refiner_ds.config import RunFile
 from refiner_ds.errors import DataError
-from refiner_ds.training.build import build_model, parameter_count, training_flops
+from refiner_ds.gpus import gpu
+from refiner_ds.plan.planning import Machines, interpreter_bytes, make_plan
+from refiner_ds.training.build import training_flops
 from refiner_ds.training.preparation import load_index
 from refiner_ds.training.schedule import Schedule
 
-__all__ = ["check", "data_of"]
+__all__ = ["full_plan", "plan_for"]
 
 
-def data_of(run: RunFile) -> tuple[int | None, int, str]:
-    """Images, classes and description of the training set, from its index or from the run file.
+def full_plan(run: RunFile, machines: Machines) -> dict[str, Any]:
+    """The plan, and under "run" what the run file comes to.
 
     Raises:
-        DataError: the number of classes is known to neither.
+        ConfigError: the batch does not divide over the processes.
+        DataError: the number of classes is known to neither run file nor index.
     """
+    if machines.gpu is None:
+        interpreter_bytes()  # imports what training imports before anything is traced
+    batch = run.batch(machines.processes)
+    images, classes, data = _data_of(run)
+    schedule = None if images is None else Schedule(run.refiner.recipe, batch, images)
+    plan = make_plan(run, machines, classes, images)
+    plan["run"] = {
+        "model": run.refiner.model.name,
+        "img_size": run.refiner.model.img_size,
+        "flops_an_image": training_flops(run, classes),
+        "batch": str(batch),
+        "images": images,
+        "steps_an_epoch": schedule and schedule.steps_an_epoch,
+        "lr": schedule and schedule.peak,
+        "data": data,
+        "folder": str(run.folder),
+    }
+    return plan
+
+
+def plan_for(run: RunFile, machines: dict[str, Any]) -> dict[str, Any]:
+    """The same for machines that a launcher describes: the fields of `Machines`, the GPU by name."""
+    card = None if machines["gpu"] is None else gpu(machines["gpu"])
+    return full_plan(run, Machines(**{**machines, "gpu": card}))
+
+
+def _data_of(run: RunFile) -> tuple[int | None, int, str]:
+    """Images, classes and description of the training set, from its index or from the run file."""
     images, classes = run.refiner.data.images, run.refiner.model.num_classes
     try:
         index = load_index(run.refiner.data.train, run)
@@ -28,24 +59,3 @@ def data_of(run: RunFile) -> tuple[int | None, int, str]:
     if classes is None:
         raise DataError(f"{run.path}: set refiner.model.num_classes, since the training data is {data}")
     return images, classes, data
-
-
-def check(run: RunFile, world_size: int) -> int:
-    """Print parameters, batch, steps, and where the data would be; returns 0."""
-    batch = run.batch(world_size)
-    images, classes, data = data_of(run)
-    with torch.device("meta"):
-        parameters = parameter_count(build_model(run, classes))
-    print(f"{run.path}: fine")
-    print(f"model       {run.refiner.model.name} at {run.refiner.model.img_size} px, {parameters:,} parameters")
-    print(f"            {training_flops(run, classes) / 1e9:.1f} GFLOP an image, forward and backward")
-    print(f"batch       {batch}")
-    if images is not None:
-        schedule = Schedule(run.refiner.recipe, batch, images)
-        print(f"steps       {schedule.steps_an_epoch:,} an epoch of {images:,} images, {schedule.total_steps:,} in all")
-        print(f"lr          {schedule.peak:.3g} at its peak")
-    else:
-        print("steps       unknown: set refiner.data.images, or put the shards where refiner.data.train says")
-    print(f"data        {data}")
-    print(f"run folder  {run.folder}")
-    return 0

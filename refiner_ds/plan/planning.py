@@ -39,6 +39,7 @@ class Machines:
         disk: to the run folder, GB/s.
         price: of a GPU-hour; None: not asked.
         step_seconds: measured, in place of the lower bound.
+        memory_gib: of a process on CPUs; None: its share of this machine's.
     """
 
     gpu: Gpu | None
@@ -48,6 +49,7 @@ class Machines:
     disk: float = 1.0
     price: float | None = None
     step_seconds: float | None = None
+    memory_gib: float | None = None
 
     @property
     def processes(self) -> int:
@@ -79,6 +81,7 @@ def make_plan(run: RunFile, machines: Machines, classes: int, images: int | None
         "processes": machines.processes,
         "precision": "bf16" if sized.bf16 else "fp32",
         "attention": sized.backend,
+        "parameters": sized.trained + sized.frozen,
         "batch": {"global": batch.global_batch, "micro": micro, "accumulation": batch.accumulation},
         "memory": {
             "parts": parts,
@@ -121,6 +124,8 @@ class _Sized:
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.frozen = sum(p.numel() for p in parameters) - self.trained
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if machines.memory_gib is not None:
+            ram = int(machines.memory_gib * GIB) * machines.per_node
         self.capacity = int(machines.gpu.memory_gib * GIB) if machines.gpu else ram // machines.per_node
         self._memory = self.capacity if machines.gpu else ram
         self._traces: dict[int, Trace] = {}

@@ -62,15 +62,20 @@ def test_the_batch_script_is_the_recorded_one(name: str, run: RunFile) -> None:
 @pytest.mark.parametrize(
     ("partition", "gpu_type", "listed", "found"),
     [
-        (None, None, "main*|gpu:8|96|1000\nbig|gpu:16|8|8\n", ((8,), 96, 1000)),
-        ("big", None, "big|gpu:a100:4(S:0-1)|64+|512000+\n", ((4,), 64, 512000)),
-        ("mixed", None, "mixed|gpu:a100:4,gpu:t4:2,shard:16|8|8\n", ((6,), 8, 8)),
-        ("mixed", "a100", "mixed|gpu:a100:4,gpu:t4:2,shard:16|8|8\nmixed|gpu:t4:8|4|4\n", ((4,), 8, 8)),
-        ("cpu", None, "cpu|(null)|8|8\n", ((0,), 8, 8)),
-        ("low", None, "low|gpu:2|8|8\nlow|gpu:4|4|16\n", ((2, 4), 4, 8)),
-        ("mixed", "h100", "mixed|gpu:a100:4|8|8\n", "no node of partition mixed has GPUs of type h100"),
+        (None, None, "main*|gpu:8|96|1000|infinite|n/a\nbig|gpu:16|8|8|infinite|n/a\n", ((8,), 96, 1000)),
+        ("big", None, "big|gpu:a100:4(S:0-1)|64+|512000+|infinite|n/a\n", ((4,), 64, 512000)),
+        ("mixed", None, "mixed|gpu:a100:4,gpu:t4:2,shard:16|8|8|infinite|n/a\n", ((6,), 8, 8)),
+        (
+            "mixed",
+            "a100",
+            "mixed|gpu:a100:4,gpu:t4:2,shard:16|8|8|infinite|n/a\nmixed|gpu:t4:8|4|4|infinite|n/a\n",
+            ((4,), 8, 8),
+        ),
+        ("cpu", None, "cpu|(null)|8|8|infinite|n/a\n", ((0,), 8, 8)),
+        ("low", None, "low|gpu:2|8|8|infinite|n/a\nlow|gpu:4|4|16|infinite|n/a\n", ((2, 4), 4, 8)),
+        ("mixed", "h100", "mixed|gpu:a100:4|8|8|infinite|n/a\n", "no node of partition mixed has GPUs of type h100"),
         ("none", None, "", "Slurm knows no node of partition none"),
-        (None, None, "big|gpu:8|8|8\n", "Slurm knows no node of the default partition"),
+        (None, None, "big|gpu:8|8|8|infinite|n/a\n", "Slurm knows no node of the default partition"),
     ],
 )
 def test_what_a_node_has_is_what_slurm_counts(
@@ -83,6 +88,22 @@ def test_what_a_node_has_is_what_slurm_counts(
     else:
         with pytest.raises(slurm.LaunchError, match=str(found)):
             slurm.nodes_of(partition, gpu_type)
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpu_type", "limit", "default"),
+    [
+        ("p|gpu:h100:8(S:0-1)|8|8|1-00:00:00|2:00:00\n", "h100", 1440, 120),
+        ("p|gpu:a100:4|8|8|30:00|n/a\np|gpu:t4:2|8|8|30:00|n/a\n", "", 30, None),
+        ("p|gpu:8|8|8|infinite|n/a\n", "", None, None),
+    ],
+)
+def test_a_partition_says_how_long_a_job_may_take_and_which_gpus_it_has(
+    monkeypatch: pytest.MonkeyPatch, listed: str, gpu_type: str, limit: int | None, default: int | None
+) -> None:
+    monkeypatch.setattr(slurm, "ask", lambda *_: subprocess.CompletedProcess((), 0, listed, ""))
+    has = slurm.nodes_of("p")
+    assert (has.gpu_type, has.limit, has.default_limit) == (gpu_type, limit, default)
 
 
 @pytest.mark.parametrize(
