@@ -133,14 +133,17 @@ class Course:
         self._wait(self._has_progressed(), f"progress before {kind}")
         time.sleep(self._chance.uniform(0, 1))
         before, start, said = self.last_step(), self._start(), self.log().count("not saved: step")
+        incidents = len(self._incidents())
         running = Running(self.run, self._launcher(), self._poison, self._next, self._disk)
         at = time.time()
         kind = {**EVENTS, **CHANGES}[kind](running, self._chance) or kind
         if kind == NAN:
-            self._wait(lambda: not self._poison.exists(), kind)
-            self._wait(lambda: self._incidents()[-1:] == ["transient"], kind)
-            back = min((line["step"] for line in self._lines() if line["time"] > at), default=before)
-            self.recoveries.append(Recovery(kind, time.time() - at, max(0, before - back + 1)))
+            self._wait(lambda: len(self._incidents()) > incidents, kind)
+            self._wait(lambda: self._incidents()[-1]["verdict"] == "transient", kind)
+            wrong = self._incidents()[-1]["step"]  # which was taken again, and before it those since the last save
+            back = min(line["step"] for line in self._lines() if line["time"] > at and line["step"] <= wrong)
+            again = next(line["time"] for line in self._lines() if line["step"] == wrong)
+            self.recoveries.append(Recovery(kind, again - at, wrong - back))
         elif kind == FULL:
             self._wait(lambda: self.log().count("not saved: step") > said, kind)
             self._make_room(kind, before)
@@ -191,8 +194,9 @@ class Course:
         """The last step that was logged."""
         return int(self._lines()[-1]["step"])
 
-    def _incidents(self) -> list[str | None]:
-        return [entry["verdict"] for entry in json.loads(self.run.divergence.read_text())["incidents"]]
+    def _incidents(self) -> list[dict[str, Any]]:
+        file = self.run.divergence
+        return json.loads(file.read_text())["incidents"] if file.exists() else []
 
     def _wait(self, true: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + AGAIN_SECONDS

@@ -1,0 +1,42 @@
+"""A minute of ``make drill``: what can happen to a run happens once, and it comes through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.small_disk import SmallDisk, run_on_small_disk
+from tests.drill.course import Recovery
+from tests.drill.drill import Drill, Plan
+from tests.drill.events import CHANGE, EVENTS, FULL, NAN
+from tests.drill.report import table, write
+from tests.training.launched import run  # noqa: F401  (this file starts processes)
+
+KINDS = (
+    "SIGKILL of all ranks while a checkpoint is written", "SIGKILL of the launcher", NAN, FULL,
+    "damaged newest checkpoint, SIGKILL of all ranks", "damaged config.json, SIGKILL of all ranks",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_runs_that_much_happens_to_end_as_the_undisturbed_one(tmp_path: Path) -> None:
+    def drill(disk: SmallDisk | None) -> int:
+        drill = Drill(tmp_path / "runs", Plan(same=len(KINDS), changing=2, real=0, seconds=500, kinds=KINDS), disk)
+        drill.run()
+        assert drill.differences() == []
+        assert len(drill.recoveries) == len(KINDS) + 2 - (disk is None)
+        return 0
+
+    assert run_on_small_disk(tmp_path, drill) == 0, "the drill failed; what it said is on stderr"
+
+
+def test_the_table_has_every_kind_and_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    kinds = [*EVENTS, f"{CHANGE}, 2 → 1"]
+    text = table([Recovery(kind, seconds, 1) for kind in kinds for seconds in (2.0, 3.0, 9.5)])
+    assert all(f"| {kind} | 3 | 3.0, 9.5 | 1, 1 | nothing |" in text for kind in kinds)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- drill -->\nold\n<!-- end of drill -->\nafter\n")
+    write(page, f"{text}\n")
+    write(page, f"{text}\n")
+    assert page.read_text() == f"before\n<!-- drill -->\n{text}\n<!-- end of drill -->\nafter\n"
