@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from refiner_ds.errors import ConfigError
 
-__all__ = ["attention_layers", "heads_of"]
+__all__ = ["SUCH_AS", "attention_layers", "heads_of", "refuse_causal"]
 
 SUCH_AS = "such as BERT, RoBERTa, DistilBERT or ViT"
 
@@ -21,17 +21,11 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ConfigError: the model is no encoder of transformers, is causal, or computes attention in code of its own.
     """
-    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"{name} is no model of transformers; it must be an encoder, {SUCH_AS}")
+        raise ConfigError(f"{type(model).__name__} is no model of transformers; it must be an encoder, {SUCH_AS}")
+    name = type(model).__name__
+    refuse_causal(model)
     found = {path: module for path, module in model.named_modules() if _asks_the_interface(module)}
-    config: Any = model.config
-    causal = any(getattr(module, "is_causal", False) for module in found.values())
-    if causal or getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{name} is causal, and a refiner cannot be: it convolves maps along queries and keys, so that a token"
-            f" would see later ones; refine an encoder, {SUCH_AS}"
-        )
     if not found:
         raise ConfigError(
             f"{name} computes attention in code of its own, not through transformers' AttentionInterface, so there is"
@@ -40,6 +34,17 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     if any(getattr(module, "num_key_value_groups", 1) > 1 for module in found.values()):
         raise ConfigError(f"{name} shares keys among heads; a refiner needs a key a head; take an encoder {SUCH_AS}")
     return found
+
+
+def refuse_causal(model: nn.Module) -> None:
+    """Raise ConfigError where tokens do not see all others: in decoders, and in what has one."""
+    config: Any = model.config
+    causal = any(getattr(module, "is_causal", False) for module in model.modules() if _asks_the_interface(module))
+    if causal or getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} is causal, and a refiner cannot be: it convolves maps along queries and keys, so"
+            f" that a token would see later ones; refine an encoder, {SUCH_AS}"
+        )
 
 
 def heads_of(model: nn.Module) -> int:

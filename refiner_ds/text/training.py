@@ -1,0 +1,82 @@
+"""What fine-tuning and pre-training share: transformers' Trainer, with DeepSpeed where the run file has its keys.
+
+run file ─ text.training ─> TrainingArguments ─> Trainer <─ model, tokenizer
+         └ DeepSpeed's keys ─> deepspeed=
+
+Arguments come before the model: ZeRO 3 shards it while it is built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments
+
+from refiner_ds.errors import ConfigError
+from refiner_ds.files import write_atomically
+from refiner_ds.text.run_file import TextRun, refuse_unknown_arguments
+
+__all__ = ["make_trainer", "quiet", "training_arguments", "write_results"]
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+RESULTS = "results.json"
+
+
+def quiet() -> None:
+    """Leave warnings and errors of transformers; its bars and reports of loading are not a command's output."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def training_arguments(run: TextRun, output: Path, seed: int) -> Any:
+    """TrainingArguments of a run; from here on DeepSpeed's state belongs to it.
+
+    Raises:
+        ConfigError: a key of ``text.training`` is unknown or its value cannot be.
+    """
+    refuse_unknown_arguments(run, (one.name for one in fields(TrainingArguments)))
+    given: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, **run.training}
+    given |= {"output_dir": str(output), "seed": seed}
+    if run.deepspeed:
+        given["deepspeed"] = run.deepspeed
+        _prepare_deepspeed()
+    elif not torch.cuda.is_available():
+        given["use_cpu"] = True
+    try:
+        return TrainingArguments(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{run.path}: text.training: {str(error).strip().splitlines()[0]}") from None
+
+
+def _prepare_deepspeed() -> None:
+    """What DeepSpeed looks for before a process group is opened."""
+    import deepspeed
+
+    # It would compile a shared-memory all-reduce on first use on CPUs; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:  # without a launcher it looks for MPI: say that this process is alone
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update({**ALONE, "MASTER_PORT": str(port)})
+
+
+def make_trainer(model: Any, arguments: Any, tokenizer: Any, collator: Any, samples: list[Any]) -> Any:
+    """A Trainer over encoded samples."""
+    return Trainer(
+        model=model, args=arguments, train_dataset=samples, data_collator=collator, processing_class=tokenizer
+    )
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """``results.json`` in a folder that is made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
