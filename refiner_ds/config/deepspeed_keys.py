@@ -8,10 +8,11 @@ scheduler, gradient_accumulation_steps …) are refused with the recipe's own ke
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from refiner_ds.config.combinations import refused_combination
 from refiner_ds.config.schema import RefinerKeys, Section
 
 INSTEAD = {
@@ -255,3 +256,16 @@ class RunFileKeys(Section):
         if isinstance(value, bool):
             raise ValueError('must be an object such as {"stage": 1}')
         return value
+
+    @model_validator(mode="after")
+    def _works_together(self) -> Self:
+        problem = refused_combination(
+            self.refiner.model,
+            self.zero_optimization.stage,
+            self.bf16.enabled is not False,
+            self.data_types is not None and self.data_types.grad_accum_dtype == "fp32",
+            self.activation_checkpointing is not None,
+        )
+        if problem is not None:
+            raise ValueError(problem)
+        return self

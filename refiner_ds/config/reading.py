@@ -240,7 +240,7 @@ def _sentence(error: ValidationError, layers: list[Layer]) -> str:
     problem = first["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     if first["type"] == "value_error" and " must " in problem:  # a rule about several keys names its own
         name, _, problem = problem.partition(" ")
-        loc = (*loc, name)
+        loc = (*loc, *name.split("."))
     key, source, value = ".".join(loc), _source(loc, layers), _value_at(loc, layers)
     if first["type"] == "missing" and value is _ABSENT:
         return f"{source}: {key} is missing; it must be given"

@@ -55,6 +55,7 @@ class ModelKeys(Section):
             "attention",
             "save_for_backward",
             "checkpointing",
+            "compile",
         }  # fmt: skip
     )
 
@@ -124,6 +125,11 @@ class ModelKeys(Section):
     )
     checkpointing: Literal["none", "pair", "block", "refiner"] = Field(
         "none", description="what is recomputed in backward: a pair of blocks, each block, only the refiner"
+    )
+    compile: Literal["none", "inductor", "aot_eager"] = Field(
+        "none",
+        description="backend of torch.compile for the model in training; inductor fuses and generates code, aot_eager"
+        " only traces; ZeRO stages 0 to 2",
     )
 
 

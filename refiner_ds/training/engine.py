@@ -83,6 +83,8 @@ class Engine:
             # nor be counted. `set_lr` comes before every real step.
             group["lr"] = 0.0
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
+        if run.refiner.model.compile != "none":
+            self.engine.compile(backend=run.refiner.model.compile)  # evaluation has a model of its own
         self._rank = world.rank
         self._stage = run.keys.zero_optimization.stage
         self._clips = run.keys.gradient_clipping

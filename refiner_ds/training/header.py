@@ -29,7 +29,8 @@ def header(ready: Preparation, world: World, bf16: bool, chosen: str = "") -> di
         " (forward and backward)",
         "batch": str(ready.batch),
         "engine": f"{processes}, {'bf16' if bf16 else 'fp32'}, ZeRO stage {run.keys.zero_optimization.stage},"
-        f" recomputing {recomputed[keys.model.checkpointing]}",
+        f" recomputing {recomputed[keys.model.checkpointing]}"
+        + (f", the model compiled by {keys.model.compile}" if keys.model.compile != "none" else ""),
         "attention": attention_line(run, model, world, torch.bfloat16 if bf16 else torch.float32, chosen),
         "training": ready.train.describe(),
     }

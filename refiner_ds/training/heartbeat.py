@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 
 FIRST_STEPS = 2  # of a process: they compile, autotune and fill caches
+# With torch.compile the step is compiled again as long as a side of mix-token's box has had but one value.
+FIRST_COMPILED_STEPS = 20
 REMEMBERED_STEPS = 8
 
 
@@ -68,13 +70,16 @@ class Beat:
 class Heartbeat:
     """What this process does, as its loop tells it.
 
+    Args:
+        first_steps: steps of the process that may take long without anything being wrong.
     Attributes:
         beats, step, doing: as in `Beat`.
         since: when it began that, seconds of the monotonic clock.
         patient: whether that may take long without anything being wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_steps: int = FIRST_STEPS) -> None:
+        self._first_steps = first_steps
         self.beats = 0
         self.step = 0
         self.doing = "starting"
@@ -99,7 +104,7 @@ class Heartbeat:
             if self._elapsed:
                 self._recent.append(self._elapsed)
             self._steps_begun, self._elapsed = self._steps_begun + 1, 0.0
-        self.patient = patient or self._steps_begun <= FIRST_STEPS
+        self.patient = patient or self._steps_begun <= self._first_steps
         self.step, self.doing, self.since = step, doing, now
         self.beats += 1
 

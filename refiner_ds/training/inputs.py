@@ -17,6 +17,9 @@ from refiner_ds.data.normalize import normalize
 from refiner_ds.data.targets import label_targets, map_targets
 from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box
 
+# The model has a short cut for NO_BOX, which a compiled model would have to be compiled anew for.
+ANOTHER_EMPTY_BOX: Box = (1, 1, 1, 1)
+
 
 class Inputs(NamedTuple):
     """One micro-batch, ready: images, mix-token's box, class target and patch targets (before the box)."""
@@ -58,6 +61,8 @@ class InputMaker:
         targets = label_targets(batch.labels_B, *how) if batch.maps is None else map_targets(batch.maps, *how)
         target_BC, target_BPC = targets
         box = draw_mix_box(self._grid, generator) if recipe.mix_token else NO_BOX
+        if recipe.mix_token and box == NO_BOX and self._keys.model.compile != "none":
+            box = ANOTHER_EMPTY_BOX
         y0, x0, y1, x1 = box
         kept = 1 - (y1 - y0) * (x1 - x0) / (self._grid[0] * self._grid[1])
         return Inputs(images_B3HW, box, mix_targets(target_BC, kept), target_BPC)

@@ -24,7 +24,7 @@ from refiner_ds.training.data_identity import record_data
 from refiner_ds.training.engine import computes_in_bf16
 from refiner_ds.training.flight_recorder import last_collective
 from refiner_ds.training.header import header
-from refiner_ds.training.heartbeat import Heartbeat
+from refiner_ds.training.heartbeat import FIRST_COMPILED_STEPS, FIRST_STEPS, Heartbeat
 from refiner_ds.training.history import record_start
 from refiner_ds.training.logs import write_logs
 from refiner_ds.training.loop import Trainer
@@ -102,7 +102,9 @@ def _leave_to_another(sentence: str) -> None:
 @contextmanager
 def _watched(ready: Preparation, world: World) -> Iterator[Heartbeat]:
     """Have a watchdog look after this process, and all of them after each other."""
-    heartbeat, keys, folder = Heartbeat(), ready.run.refiner.run, RunFolder(ready.run.folder)
+    keys, folder = ready.run.refiner.run, RunFolder(ready.run.folder)
+    compiled = ready.run.refiner.model.compile != "none"
+    heartbeat = Heartbeat(FIRST_COMPILED_STEPS if compiled else FIRST_STEPS)
     if not keys.hang_seconds:
         yield heartbeat
         return
