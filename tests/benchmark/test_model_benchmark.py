@@ -91,7 +91,7 @@ def test_the_best_of_interleaved_rounds_counts(monkeypatch):
         step()
         return next(clock)
 
-    monkeypatch.setattr(measure, "_seconds", timed)
+    monkeypatch.setattr(measure, "seconds_of", timed)
     assert best_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3, CPU) == [1.0, 10.0]
     assert calls == ["a", "b"] * 4  # one round to warm up
 

@@ -170,7 +170,7 @@ def test_analysis_of_the_run_writes_tables_and_pictures(quickstart: Quickstart, 
         assert done.returncode == 0, done.stderr
         assert all((tmp_path / file).stat().st_size > 100 for file in files)
     rows = (tmp_path / "features.csv").read_text().splitlines()
-    assert len(rows) == 1 + 4 and rows[-1].split(",")[3:] == ["1", rows[-1].split(",")[4], "40"]
+    assert len(rows) == 1 + 4 and rows[-1].split(",")[3:6] == ["1", rows[-1].split(",")[4], "40"]
     checkpoints = len(list((quickstart.folder / "checkpoints").iterdir()))  # of two refining blocks
     assert len((tmp_path / "refiner_weights.csv").read_text().splitlines()) == 1 + 2 * checkpoints
 

@@ -64,9 +64,14 @@ def end(server: subprocess.Popen[str]) -> None:
         server.kill()
 
 
-@cache
 def forkserver() -> subprocess.Popen[str]:
     """The process that forks ranks: one for each process of tests, started when it is first needed."""
+    return _forkserver(os.getpid())
+
+
+@cache
+def _forkserver(asker: int) -> subprocess.Popen[str]:
+    """That of one process: one that was forked from it may see other mounts, and must not read another's answers."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.training.forkserver"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),

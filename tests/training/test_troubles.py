@@ -278,6 +278,7 @@ def test_a_rank_that_alone_meets_damage_says_so(
     monkeypatch.setattr(session, "refuse_missing_files", lambda *_: None)
     monkeypatch.setattr(session, "_locked", lambda *_: nullcontext())
     monkeypatch.setattr(session, "_watched", lambda *_: nullcontext())
+    monkeypatch.setattr(session, "choose_backends", lambda *_: {})
     monkeypatch.setattr(session, "_print_header", lambda *_: None)
     monkeypatch.setattr(session, "_record_start", lambda *_: None)
     monkeypatch.setattr(session, "Trainer", lambda *_: SimpleNamespace(run=stopped, close=lambda: None))
