@@ -10,7 +10,6 @@ the last refining block (--block chooses another), mean of magnitudes over heads
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from refiner_ds.analysis.loading import LoadedModel, load_model
 from refiner_ds.analysis.looking import class_token_heat, default_block, draw_heat
+from refiner_ds.command_line import command_parser
 from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.normalize import normalize
@@ -33,8 +33,7 @@ from refiner_ds.training.logs import silence_libraries
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
     silence_libraries()
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.classify", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_parser(__doc__, "python -m refiner_ds.classify")
     parser.add_argument("place", metavar="MODEL", help="export, run folder, or a checkpoint in it")
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="image files")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights of a run")

@@ -23,6 +23,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from refiner_ds.command_line import command_parser
 from refiner_ds.errors import ConfigError, DataError, report_errors
 from refiner_ds.evaluation.options import add_model_options, check_crop_ratio, check_model_options
 from refiner_ds.training.logs import silence_libraries
@@ -40,10 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = (__doc__ or "").split("\n")
-    parser = argparse.ArgumentParser(
-        description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_model_options(parser)
     parser.add_argument(
         "--data", metavar="[NAME=]SET", nargs="+", action="extend",

@@ -26,6 +26,7 @@ from refiner_ds.analysis import cka, features, maps, refiner_weights
 from refiner_ds.analysis.loading import LoadedModel, load_model
 from refiner_ds.analysis.results import new_figure, write_figure
 from refiner_ds.checkpoint.files import integrity_errors, read_weights
+from refiner_ds.command_line import command_parser
 from refiner_ds.config import RunFile
 from refiner_ds.data.augment import AugmentSettings
 from refiner_ds.data.classes import match_classes
@@ -75,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refiner_ds.gallery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, "python -m refiner_ds.gallery")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a checkpoint in it")
     parser.add_argument("--images", type=int, default=1000, metavar="N", help="validation images looked at (1000)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights")

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from refiner_ds.command_line import command_parser
 from refiner_ds.config import load
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.exit_codes import DIVERGED, FINISHED, REFUSED, RUN_AGAIN
@@ -102,11 +103,7 @@ class Supervisor:
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
-    lines = (__doc__ or "").split("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m refiner_ds.restart", description=lines[0], epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser(__doc__, "python -m refiner_ds.restart")
     parser.add_argument("--times", type=int, default=20, metavar="N", help="restarts at most (default: 20)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and what starts the run")
     options = parser.parse_args(argv)

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 
+from refiner_ds.command_line import command_parser
 from refiner_ds.config import RunFile, load
 from refiner_ds.errors import ConfigError, RefinerError, report_errors
 from refiner_ds.training.logs import silence_libraries
@@ -45,10 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = (__doc__ or "").split("\n")
-    parser = argparse.ArgumentParser(
-        description=lines[0], epilog="\n".join(lines[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="run file (default: ds_configs/quickstart.json)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     parser.add_argument("--check", action="store_true", help="print what the run takes (refiner_ds.plan) and leave")

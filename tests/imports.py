@@ -15,6 +15,7 @@ GROUND = {
     *(
         f"refiner_ds.{name}"
         for name in (
+            "command_line",
             "errors",
             "exit_codes",
             "files",
@@ -23,6 +24,7 @@ GROUND = {
             "memory",
             "run_folder",
             "seeds",
+            "shipped",
             "subcommands",
             "versions",
         )

@@ -24,11 +24,9 @@ from refiner_ds.config.schema import RefinerKeys, Section
 from refiner_ds.config.sections import key_paths, section_in
 from refiner_ds.config.wording import type_in_words
 from refiner_ds.errors import ConfigError
+from refiner_ds.shipped import RUN_FILES, or_shipped
 
-PACKAGE = Path(__file__).resolve().parents[1]
-# An installed package holds the run files that a clone has beside it.
-SHIPPED = next(at for at in (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs") if at.is_dir())
-QUICKSTART = SHIPPED / "quickstart.json"
+QUICKSTART = RUN_FILES / "quickstart.json"
 
 
 DATA_PLACES = ("train", "maps", "val")  # keys of refiner.data that name a folder or an address
@@ -89,7 +87,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: anything wrong, in one sentence that names file and key.
     """
-    file = _or_shipped(Path(path), Path(path)) if path is not None else QUICKSTART
+    file = or_shipped(Path(path), Path(path)) if path is not None else QUICKSTART
     layers = _file_layers(file, ()) + [_override_layer(text) for text in overrides or []]
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -123,13 +121,7 @@ def _file_layers(file: Path, below: tuple[Path, ...]) -> list[Layer]:
         return [Layer(str(file), keys)]
     if not isinstance(parent, str):
         raise ConfigError(f"{file}: extends is {_shown(parent)}; it must be the path of a run file")
-    return [*_file_layers(_or_shipped(file.parent / parent, Path(parent)), (*below, real)), Layer(str(file), keys)]
-
-
-def _or_shipped(file: Path, given: Path) -> Path:
-    """``file``, or where it does not exist and was given as ``ds_configs/…`` the package's own of that name."""
-    shipped = SHIPPED / given.relative_to("ds_configs") if given.parts[:1] == ("ds_configs",) else file
-    return shipped if not file.exists() and shipped.exists() else file
+    return [*_file_layers(or_shipped(file.parent / parent, Path(parent)), (*below, real)), Layer(str(file), keys)]
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:

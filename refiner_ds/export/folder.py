@@ -18,11 +18,11 @@ from refiner_ds.models import RefinedViT
 from refiner_ds.run_folder import CALIBRATION, RunFolder, read_state
 from refiner_ds.training.build import build_model
 
-__all__ = ["Done", "Wanted", "export"]
+__all__ = ["Exported", "ExportOptions", "export"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExportOptions:
     """What is to be exported.
 
     Attributes:
@@ -40,7 +40,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Done:
+class Exported:
     """What was exported.
 
     Attributes:
@@ -54,7 +54,7 @@ class Done:
     onnx_difference: float | None
 
 
-def export(checkpoint: Path, wanted: Wanted, out: Path) -> Done:
+def export(checkpoint: Path, options: ExportOptions, out: Path) -> Exported:
     """Write ``out`` from a checkpoint, in place of an earlier export; it is whole or as it was before.
 
     Raises:
@@ -64,29 +64,29 @@ def export(checkpoint: Path, wanted: Wanted, out: Path) -> Done:
     run, classes = load(checkpoint / CONFIG), read_classes(checkpoint)
     if out.exists() and not (out / "config.json").is_file():
         raise CheckpointError(f"{out}: exists and is no export; give another --out")
-    if wanted.onnx:
+    if options.onnx:
         require_onnx()
     model = build_model(run, len(classes))
     try:
-        model.load_state_dict(read_weights(checkpoint, wanted.weights))
+        model.load_state_dict(read_weights(checkpoint, options.weights))
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{checkpoint}: does not fit the model of its own config.json: {first}") from None
-    side = _resize(model, run, wanted.test_size)
-    results = _results(checkpoint, wanted.weights, side if wanted.test_size and side != _trained(run) else None)
-    crop_ratio, source = _crop_ratio(run, wanted, results)
+    side = _resize(model, run, options.test_size)
+    results = _results(checkpoint, options.weights, side if options.test_size and side != _trained(run) else None)
+    crop_ratio, source = _crop_ratio(run, options, results)
     data = run.refiner.data
     seen = {"input_size": (3, side, side), "mean": data.mean, "std": data.std, "crop_pct": crop_ratio}
     about = {
         "label_names": classes[: model.num_classes],
-        "refiner_ds": {"run": run.folder.name, "weights": wanted.weights, "step": read_state(checkpoint).step},
+        "refiner_ds": {"run": run.folder.name, "weights": options.weights, "step": read_state(checkpoint).step},
     }
-    subject = Subject(run, checkpoint, wanted.weights, classes, side, crop_ratio, source, results, wanted.license)
+    subject = Subject(run, checkpoint, options.weights, classes, side, crop_ratio, source, results, options.license)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     difference = None
     try:
         save_for_hf(model.eval(), str(draft), about, safe_serialization=True, data_config=seen)
-        if wanted.onnx:
+        if options.onnx:
             difference = write_onnx(model, side, draft / "model.onnx")
         (draft / "README.md").write_text(model_card(subject, model, difference))
         if out.exists():
@@ -94,7 +94,7 @@ def export(checkpoint: Path, wanted: Wanted, out: Path) -> Done:
         draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return Done(len(classes), crop_ratio, source, difference)
+    return Exported(len(classes), crop_ratio, source, difference)
 
 
 def _trained(run: RunFile) -> int:
@@ -120,10 +120,10 @@ def _results(checkpoint: Path, weights: str, other_size: int | None) -> Path | N
     return folder if other_size is None else folder.with_name(f"{folder.name}_{other_size}px")
 
 
-def _crop_ratio(run: RunFile, wanted: Wanted, results: Path | None) -> tuple[float, str]:
+def _crop_ratio(run: RunFile, options: ExportOptions, results: Path | None) -> tuple[float, str]:
     """The ratio to export, and where it comes from."""
-    if wanted.crop_ratio is not None:
-        return wanted.crop_ratio, "as given"
+    if options.crop_ratio is not None:
+        return options.crop_ratio, "as given"
     if results is not None and (results / CALIBRATION).is_file():
         return float(read_json(results / CALIBRATION)["crop_ratio"]), "calibrated"
     return run.refiner.data.eval_crop_ratio, "the run's"

@@ -1,4 +1,4 @@
-"""The plan of a run file with what it comes to: model, steps and data, without data where the file says how much."""
+"""The plan of a run file with its model, steps and data; without data where the file says how many images there are."""
 
 from __future__ import annotations
 

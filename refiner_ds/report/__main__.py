@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from refiner_ds.command_line import command_parser
 from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.files import write_atomically
 from refiner_ds.report.contents import build_page
@@ -50,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refiner_ds.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, "python -m refiner_ds.report")
     parser.add_argument("tables", nargs="+", type=Path, metavar="TABLE", help="table files, as launch/sweep.py takes")
     parser.add_argument("--runs", type=Path, metavar="ROOT", help="folder of run folders (the run files' own)")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help="as it was given to sweep.py")

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import report_errors
+from refiner_ds.text.command import run_parser
 
 
 @report_errors
@@ -39,18 +39,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = (__doc__ or "").split("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m refiner_ds.text.glue", description=lines[0], epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = run_parser(__doc__, "python -m refiner_ds.text.glue", "runs/glue", "the head, dropout and order")
     parser.add_argument("--task", required=True, help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli")
-    parser.add_argument("--config", required=True, metavar="FILE", help="run file, such as those in ds_configs/glue")
     parser.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="GLUE's files")
     parser.add_argument("--model", metavar="PLACE", help="pre-trained folder or name, instead of the run file's")
-    parser.add_argument("--output", type=Path, default=Path("runs/glue"), metavar="FOLDER", help="default: runs/glue")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, dropout and order (default: 0)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser
 
 
@@ -66,7 +58,7 @@ def fine_tune(run: Any, task: Any, data: Any, output: Path, seed: int) -> dict[s
 
     from refiner_ds.text.glue_tasks import measure
     from refiner_ds.text.loading import load_model, load_tokenizer
-    from refiner_ds.text.training import make_trainer, quiet, training_arguments, write_results
+    from refiner_ds.text.training import make_trainer, quiet, train_timed, training_arguments, write_results
 
     quiet()
     arguments = training_arguments(run, output, seed)
@@ -76,9 +68,7 @@ def fine_tune(run: Any, task: Any, data: Any, output: Path, seed: int) -> dict[s
     encoded = {name: encode(samples, tokenizer, run.max_length, model) for name, samples in data.items()}
     train = encoded.pop("train")
     trainer = make_trainer(model, arguments, tokenizer, DataCollatorWithPadding(tokenizer), train)
-    begun = time.monotonic()
-    loss = trainer.train().training_loss
-    seconds = time.monotonic() - begun
+    loss, seconds = train_timed(trainer)
     dev = {name: measure(task, trainer.predict(x).predictions, data[name].labels) for name, x in encoded.items()}
     trainer.save_model(str(output))
     if not trainer.is_world_process_zero():
@@ -86,7 +76,7 @@ def fine_tune(run: Any, task: Any, data: Any, output: Path, seed: int) -> dict[s
     results = {
         "task": task.folder, "seed": seed, "config": str(run.path), "model": run.model,
         "refiner": None if run.refiner is None else run.refiner.as_keys(), "samples": len(train),
-        "train_loss": loss, "train_seconds": round(seconds, 1), "dev": dev,
+        "train_loss": loss, "train_seconds": seconds, "dev": dev,
         "score": sum(one["score"] for one in dev.values()) / len(dev),
     }  # fmt: skip
     write_results(output, results)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import ConfigError, DataError, report_errors
+from refiner_ds.text.command import run_parser
 
 HELD_OUT = 20  # every so many blocks one is
 SPECIAL = {
@@ -48,16 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = (__doc__ or "").split("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m refiner_ds.text.pretrain", description=lines[0], epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--config", required=True, metavar="FILE", help="run file, such as those in ds_configs/glue")
+    parser = run_parser(__doc__, "python -m refiner_ds.text.pretrain", "runs/text", "weights, masks and order")
     parser.add_argument("--text", required=True, type=Path, metavar="PLACE", help="a file, or a folder of .txt files")
-    parser.add_argument("--output", type=Path, default=Path("runs/text"), metavar="FOLDER", help="default: runs/text")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, masks and order (default: 0)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser
 
 
@@ -130,7 +122,7 @@ def pretrain(run: Any, lines: list[str], output: Path, seed: int) -> dict[str, A
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, set_seed
 
     from refiner_ds.text.loading import load_model, load_tokenizer
-    from refiner_ds.text.training import make_trainer, quiet, training_arguments, write_results
+    from refiner_ds.text.training import make_trainer, quiet, train_timed, training_arguments, write_results
 
     quiet()
     arguments = training_arguments(run, output, seed)
@@ -147,9 +139,7 @@ def pretrain(run: Any, lines: list[str], output: Path, seed: int) -> dict[str, A
     trainer = make_trainer(
         model, arguments, tokenizer, DataCollatorForLanguageModeling(tokenizer, mlm_probability=run.masked), train
     )
-    begun = time.monotonic()
-    loss = trainer.train().training_loss
-    seconds = time.monotonic() - begun
+    loss, seconds = train_timed(trainer)
     trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=run.masked, seed=0)
     measured = trainer.evaluate(held_out)["eval_loss"]
     trainer.save_model(str(output))
@@ -158,7 +148,7 @@ def pretrain(run: Any, lines: list[str], output: Path, seed: int) -> dict[str, A
     results = {
         "config": str(run.path), "seed": seed, "refiner": None if run.refiner is None else run.refiner.as_keys(),
         "blocks": len(train), "held_out_blocks": len(held_out), "train_loss": loss, "held_out_loss": measured,
-        "train_seconds": round(seconds, 1), "parameters": model.num_parameters(),
+        "train_seconds": seconds, "parameters": model.num_parameters(),
     }  # fmt: skip
     write_results(output, results)
     return results

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import ConfigError
+from refiner_ds.shipped import or_shipped
 from refiner_ds.text.options import RefinerOptions
 
 __all__ = ["TextRun", "read_run"]
-
-SHIPPED = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def read_run(path: str | Path) -> TextRun:
     Raises:
         ConfigError: it is not there, not JSON, or a key or value cannot be; the sentence names the file.
     """
-    file = _found(Path(path))
+    file = or_shipped(Path(path), Path(path))
     try:
         keys = json.loads(file.read_text())
     except FileNotFoundError:
@@ -78,12 +77,6 @@ def read_run(path: str | Path) -> TextRun:
     except ConfigError as error:
         raise ConfigError(f"{file}: text.{error}") from None
     return TextRun(file, **{**section, "refiner": options}, deepspeed=deepspeed)
-
-
-def _found(path: Path) -> Path:
-    if path.exists() or path.parts[:1] != ("ds_configs",):
-        return path
-    return next((at for at in (SHIPPED / path, SHIPPED.parent / path) if at.exists()), path)
 
 
 def _check_numbers(file: Path, section: dict[str, Any]) -> None:

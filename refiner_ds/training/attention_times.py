@@ -67,6 +67,7 @@ def read_times(file: Path, layer: Layer, free: int) -> Measured | None:
 
 
 def keep_times(cache: Path, name: str, measured: Measured) -> None:
+    """Keep times for other runs; a cache that cannot be written costs them a few seconds, and this run nothing."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(cache / name, json.dumps(asdict(measured)), writer=str(os.getpid()))
