@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from refiner_ds.command_line import command_parser
@@ -46,8 +47,13 @@ def main(argv: list[str] | None = None) -> int:
         for state in ("finished", "begun", "missing")
         if (count := sum(run.state == state for run in runs))
     )
-    print(f"{options.out} and {options.out.with_suffix('.md').name}: {len(tables)} tables, {len(runs)} runs: {states}")
+    written = f"{options.out} and {options.out.with_suffix('.md').name}"
+    print(f"{written}: {_count(tables, 'table')}, {_count(runs, 'run')}: {states}")
     return 0
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' if len(things) != 1 else ''}"
 
 
 def _parser() -> argparse.ArgumentParser:

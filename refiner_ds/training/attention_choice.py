@@ -131,7 +131,7 @@ def _decide(run: RunFile, layers: list[Layer], world: World, kernels: bool) -> C
         return Choice({layer.kind: by_rule(layer, kernels) for layer in layers}, "by rule: too small to time")
     seconds, chosen = SECONDS / max(len(layers), 1), {}
     cache = Path(run.refiner.data.cache or default_cache()).expanduser() / "attention"
-    free, lines = _free(world), []
+    free, lines, compared = _free(world), [], False
     for layer in layers:
         name = cache_name(layer, kernels)
         measured = read_times(cache / name, layer, free)
@@ -142,8 +142,10 @@ def _decide(run: RunFile, layers: list[Layer], world: World, kernels: bool) -> C
             keep_times(cache, name, measured)
         chosen[layer.kind] = best_of(measured)
         lines += table(measured, chosen[layer.kind], layer.images)
+        compared |= any(one.milliseconds is not None for one in measured.candidates)
     log.info("attention: each kind timed forward and backward\n%s", "\n".join([HEADING, *lines]))
-    return Choice(chosen, "the fastest here; times are in logs/rank_0.log")
+    why = "the fastest here; times are" if compared else "nothing else fits into memory; bytes are"
+    return Choice(chosen, f"{why} in logs/rank_0.log")
 
 
 HEADING = f"  {'kind':<12}{'candidate':<11}{'images':>8}{'ms':>10}{'MiB saved':>11}"

@@ -33,6 +33,13 @@ def test_a_plan_adds_up_and_says_what_it_costs(capsys: pytest.CaptureFixture[str
     assert "of 139.70: fits" in told and "500.0 ms measured" in told and "GPU-hours" in told
 
 
+@pytest.mark.parametrize("gpu", ["cpu", "h100"])
+def test_a_run_with_dropout_of_its_maps_is_planned_too(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with_dropout, without = (plan(capsys, "--gpu", gpu, "--set", f"refiner.model.attn_drop={p}") for p in (0.1, 0))
+    assert with_dropout["memory"]["parts"]["weights"] == without["memory"]["parts"]["weights"]
+    assert with_dropout["memory"]["activations"]["heads, loss and checkpoints"] > 0
+
+
 def test_what_does_not_fit_comes_with_what_would_help_and_by_how_much(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

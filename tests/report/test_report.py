@@ -94,6 +94,16 @@ def test_rows_stand_beside_the_paper_with_interval_count_cost_and_verdict(
     assert cells(text, "later")[1][4] == "no seed has finished in both"
 
 
+def test_rows_are_compared_over_the_seeds_that_both_have_finished(tmp_path: Path) -> None:
+    table, runs = runs_of(tmp_path)
+    for run in runs:
+        if run.label in TOP1:
+            seed = run.run.refiner.run.seed
+            write_run(run, TOP1[run.label][seed], finished=(run.label, seed) != ("plain", 0))
+    beside = cells(build_page([(table, [read_run(run) for run in runs])]).markdown(), "refined")[1]
+    assert beside[1] == f"{(94.2 - 91.0 + 94.9 - 92.0) / 2:+.2f}" and beside[3] == "2"
+
+
 def test_verdicts_say_no_more_than_the_interval_does() -> None:
     many, one = estimate([80.0, 80.2, 80.4]), estimate([80.0])
     assert many and one and many.interval and one.interval is None
@@ -132,7 +142,7 @@ def test_the_same_folders_give_the_same_bytes_in_one_file_that_loads_nothing(
     words = [str(tmp_path / "small.json"), "--runs", str(tmp_path / "runs"), "--out"]
     for place in ("one", "two"):
         assert main([*words, str(tmp_path / place / "report.html")]) == 0
-    assert "1 tables, 9 runs: 2 finished, 7 missing" in capsys.readouterr().out
+    assert "1 table, 9 runs: 2 finished, 7 missing" in capsys.readouterr().out
     one, two = (
         [(tmp_path / place / name).read_bytes() for name in ("report.html", "report.md")] for place in ("one", "two")
     )  # noqa: E501

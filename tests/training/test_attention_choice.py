@@ -80,6 +80,23 @@ def test_it_is_measured_logged_and_written_down(ready: Preparation, caplog: pyte
     assert record["backends"] == chosen() and record["where"]["images"] == 4
 
 
+def test_what_is_timed_with_dropout_moves_no_random_number_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_choice, "SMALL", 0)
+    ready, state = made(tmp_path, "refiner.model.attn_drop=0.5"), torch.get_rng_state()
+    assert choose_backends(ready, WORLD, False, None).startswith("the fastest")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_where_nothing_else_fits_nothing_is_called_the_fastest(
+    ready: Preparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_choice, "_free", lambda world: 0)
+    assert choose_backends(ready, WORLD, False, None) == "nothing else fits into memory; bytes are in logs/rank_0.log"
+    assert chosen() == {"map": "tiled", "bottleneck": "tiled"}
+
+
 def test_a_resumed_run_keeps_its_choice_whatever_is_fastest_now(
     ready: Preparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds.attention import equations
+from refiner_ds.attention.dropout import dropout_seed
 from refiner_ds.attention.map import operators
 from refiner_ds.attention.masking import outside_rows
 from refiner_ds.attention.norms import statistics_dtype
@@ -108,12 +109,8 @@ def _dropout_factor(like_bHRN: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 def make_map(deferred: DeferredMap, residual_BHNN: Tensor | None = None) -> Tensor:
-    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, saving q and k for backward.
-
-    Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
-    """
-    seed = int(torch.randint(2**62, ())) if deferred.dropout else 0
-    return operators.make_map("tiled", deferred, residual_BHNN, seed)
+    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, saving q and k for backward."""
+    return operators.make_map("tiled", deferred, residual_BHNN, dropout_seed(deferred, 62))
 
 
 class _Attend(torch.autograd.Function):

@@ -12,25 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.dropout import dropout_seed
 from refiner_ds.attention.map import operators, tiled
 from refiner_ds.attention.weights import DeferredMap
 
-__all__ = ["attend", "dropout_seed", "make_map"]
+__all__ = ["attend", "make_map"]
+
+SEED_BITS = 30  # kernels take it as a 32-bit integer with a sign
 
 
 def make_map(deferred: DeferredMap, residual_BHNN: Tensor | None = None) -> Tensor:
-    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, saving q, k and the log-sum-exps for backward.
-
-    Dropout draws one seed from torch's global CPU generator, so that checkpointing repeats it.
-    """
+    """As ``eager.make_map``, [B, H, N, N] in the queries' dtype, saving q, k and the log-sum-exps for backward."""
     if deferred.dropout >= 1:
         return make_map(deferred._replace(dropout=0.0), residual_BHNN) * 0
-    return operators.make_map("triton", deferred, residual_BHNN, dropout_seed(deferred))
-
-
-def dropout_seed(deferred: DeferredMap) -> int:
-    """A seed for the map's dropout, drawn from torch's global CPU generator; 0, and nothing drawn, without dropout."""
-    return int(torch.randint(2**30, ())) if deferred.dropout else 0
+    return operators.make_map("triton", deferred, residual_BHNN, dropout_seed(deferred, SEED_BITS))
 
 
 def attend(deferred: DeferredMap, value_BHNd: Tensor, residual_BHNN: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -41,4 +36,4 @@ def attend(deferred: DeferredMap, value_BHNd: Tensor, residual_BHNN: Tensor | No
     if cast or not alike or deferred.dropout >= 1:
         map_BHNN = make_map(deferred, residual_BHNN).to(value_BHNd.dtype)
         return tiled.attend(map_BHNN, value_BHNd), map_BHNN
-    return operators.attend(deferred, value_BHNd, residual_BHNN, dropout_seed(deferred))
+    return operators.attend(deferred, value_BHNd, residual_BHNN, dropout_seed(deferred, SEED_BITS))
