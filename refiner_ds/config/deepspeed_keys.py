@@ -96,7 +96,10 @@ class ZeroKeys(Section):
         None, description="average gradients with reduce-scatter or reduce, not all-reduce"
     )
     reduce_bucket_size: int | None = Field(
-        None, gt=0, description="elements reduced at a time: larger is faster and takes more memory"
+        None,
+        gt=0,
+        description="elements reduced at a time: larger is faster and takes more memory; "
+        "null: 500 million, or all trained parameters where these are fewer",
     )
     use_multi_rank_bucket_allreduce: bool | None = Field(
         None,

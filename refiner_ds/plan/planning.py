@@ -128,15 +128,12 @@ class _Sized:
             ram = int(machines.memory_gib * GIB) * machines.per_node
         self.capacity = int(machines.gpu.memory_gib * GIB) if machines.gpu else ram // machines.per_node
         self._memory = self.capacity if machines.gpu else ram
-        self._traces: dict[int, Trace] = {}
 
     def traced(self, micro: int) -> Trace:
         """A micro-batch of so many images."""
-        if micro not in self._traces:
-            self._traces[micro] = trace(
-                self.run, self.classes, micro, self.bf16, self.backend, self._memory, self.machines.gpu is not None
-            )
-        return self._traces[micro]
+        return trace(
+            self.run, self.classes, micro, self.bf16, self.backend, self._memory, self.machines.gpu is not None
+        )
 
     def parts(self, micro: int) -> dict[str, int]:
         """Bytes by part."""

@@ -9,6 +9,7 @@ Nothing is computed, so it takes a second or two for any size, and knows the mod
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ class Trace:
     operations: list[Operation]
 
 
+REMEMBERED = 32
+_TRACED: dict[tuple[Any, ...], Trace] = {}
+
+
 def _fake_twin(model: nn.Module) -> None:
     """Put fake tensors in the place of a meta model's."""
     for module in model.modules():
@@ -81,7 +86,8 @@ def _loss(run: RunFile, model: RefinedViT, images_B3HW: Tensor, target_BC: Tenso
 
 
 def trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, memory: int, gpu: bool = True) -> Trace:
-    """Count a micro-batch.
+    """Count a micro-batch, or look up what it came to before: plans of one model for several batches, ZeRO stages or
+    numbers of processes differ in what surrounds a micro-batch.
 
     Args:
         classes: of the data, used where ``refiner.model.num_classes`` is null.
@@ -91,6 +97,19 @@ def trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, mem
         memory: bytes of the device, by which ``save_for_backward: auto`` decides.
         gpu: whether tiles are cut as for a GPU.
     """
+    counted = {
+        **run.keys.model_dump(mode="json", include={"activation_checkpointing"}),
+        **run.refiner.model_dump(mode="json", include={"model", "recipe"}),
+    }
+    key = (json.dumps(counted), classes, images, bf16, backend, memory, gpu)
+    if key not in _TRACED:
+        _TRACED[key] = _trace(run, classes, images, bf16, backend, memory, gpu)
+        if len(_TRACED) > REMEMBERED:
+            del _TRACED[next(iter(_TRACED))]
+    return _TRACED[key]
+
+
+def _trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, memory: int, gpu: bool) -> Trace:
     keys = run.refiner.model
     with torch.device("meta"):
         model = build_model(run, classes).train()

@@ -14,6 +14,7 @@ from torch import Tensor
 from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.fragments import Fragment, find_fragments
+from refiner_ds.training.model_states import reduce_bucket_size
 from refiner_ds.training.parameter_groups import parameter_groups
 from refiner_ds.training.world import World
 
@@ -31,13 +32,19 @@ def evaluates_in_bf16(run: RunFile, world: World) -> bool:
     return world.device.type == "cuda" and computes_in_bf16(run, world)
 
 
-def deepspeed_config(run: RunFile, batch: BatchSplit, bf16: bool) -> dict[str, Any]:
-    """The run file's DeepSpeed part with the batch spelled out, as ``deepspeed.initialize`` wants it."""
+def deepspeed_config(run: RunFile, batch: BatchSplit, bf16: bool, trained: int) -> dict[str, Any]:
+    """The run file's DeepSpeed part with the batch spelled out, as ``deepspeed.initialize`` wants it.
+
+    Args:
+        trained: parameters.
+    """
     config = run.keys.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"refiner", "extends"})
     config["train_batch_size"] = batch.global_batch
     config["train_micro_batch_size_per_gpu"] = batch.micro_batch
     config["gradient_accumulation_steps"] = batch.accumulation
     config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
+    if run.keys.zero_optimization.stage:
+        config["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(run.keys.zero_optimization, trained)
     config["gradient_clipping"] = run.keys.gradient_clipping or 0.0  # left out, DeepSpeed clips at 1.0 unasked
     # DeepSpeed prints its own progress every ten steps otherwise, over the one progress line.
     config.setdefault("steps_per_print", 2**31)
@@ -71,7 +78,8 @@ class Engine:
     def __init__(self, run: RunFile, model: RefinedViT, batch: BatchSplit, world: World) -> None:
         self.bf16 = computes_in_bf16(run, world)
         self.batch = batch
-        config = deepspeed_config(run, batch, self.bf16)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        config = deepspeed_config(run, batch, self.bf16, trained)
         if run.keys.activation_checkpointing is not None:
             deepspeed.checkpointing.configure(mpu_=None, deepspeed_config=config)
         # fp32 also where the model is bf16: weights that never change are never rounded.

@@ -9,7 +9,7 @@ from the weights in all cases but one, two fp32 moments, and the EMA in the form
     2        b                  b / N        4 / N                 8 / N     4 / N
     3        b / N, and gathered  b / N      4 / N                 8 / N     4 / N
 
-Stages 1 to 3 also hold a bucket of ``reduce_bucket_size`` entries in backward, whole however small the model is.
+Stages 1 to 3 also hold a bucket of ``reduce_bucket_size`` entries in backward, whole however few are used.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ class ModelStates:
         return self.weights + self.gradients + self.optimizer + self.ema + self.buckets
 
 
+def reduce_bucket_size(zero: ZeroKeys, trained: int) -> int:
+    """Elements of a bucket of gradients: the run file's, or DeepSpeed's own, of which no more than the model can fill.
+
+    Args:
+        trained: parameters.
+    """
+    return zero.reduce_bucket_size or max(1, min(REDUCE_BUCKET, trained))
+
+
 def model_states(zero: ZeroKeys, trained: int, frozen: int, bf16: bool, world_size: int) -> ModelStates:
     """What a process holds beside activations.
 
@@ -64,7 +73,7 @@ def model_states(zero: ZeroKeys, trained: int, frozen: int, bf16: bool, world_si
         live = min(trained + frozen, zero.stage3_max_live_parameters or MAX_LIVE)
         weights = b * ((trained + frozen) / world_size + live)
     contiguous = stage == 3 or zero.contiguous_gradients is not False
-    bucket = b * (zero.reduce_bucket_size or REDUCE_BUCKET) if stage and contiguous else 0
+    bucket = b * reduce_bucket_size(zero, trained) if stage and contiguous else 0
     buffers = 2 if stage in (1, 2) and zero.overlap_comm else 1
     return ModelStates(
         weights=weights,

@@ -9,7 +9,10 @@ import pytest
 
 from refiner_ds.plan.__main__ import main
 
-L448 = ("--config", "ds_configs/refiner_l_448.json")
+# A quarter of L's blocks, each in four times the images: the memory of L in a quarter of the operations.
+FEWER = ("refiner.model.depth=8", "refiner.model.cos_reg_pairs=null", "train_batch_size=1536")
+FEWER = (*FEWER, "train_micro_batch_size_per_gpu=48")
+L448 = ("--config", "ds_configs/refiner_l_448.json", *(word for key in FEWER for word in ("--set", key)))
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -22,10 +25,10 @@ def test_a_plan_adds_up_and_says_what_it_costs(capsys: pytest.CaptureFixture[str
     given = (*L448, "--nodes", "4", "--gpus-per-node", "8", "--gpu", "h200", "--price", "2", "--step-seconds", "0.5")
     found = plan(capsys, *given)
     memory, cost = found["memory"], found["cost"]
-    assert found["processes"] == 32 and found["batch"] == {"global": 384, "micro": 12, "accumulation": 1}
+    assert found["processes"] == 32 and found["batch"] == {"global": 1536, "micro": 48, "accumulation": 1}
     assert memory["needed"] == sum(memory["parts"].values()) < memory["capacity"] and memory["fits"]
     assert sum(memory["activations"].values()) == memory["parts"]["activations"]
-    assert memory["largest_micro_batch"] >= memory["largest_dividing_micro_batch"] == 12
+    assert memory["largest_micro_batch"] >= memory["largest_dividing_micro_batch"] == 48
     assert cost["hours"] == cost["steps"] * 0.5 / 3600
     assert cost["money"] == 2 * cost["gpu_hours"] == 2 * 32 * cost["hours"]
     assert main(list(given)) == 0
@@ -45,15 +48,15 @@ def test_what_does_not_fit_comes_with_what_would_help_and_by_how_much(
 ) -> None:
     monkeypatch.setenv("REFINER_ATTENTION", "tiled")
     keys = (
-        "train_micro_batch_size_per_gpu=24",
+        "train_micro_batch_size_per_gpu=96",
         "refiner.model.checkpointing=none",
         "refiner.model.save_for_backward=map",
     )
     given = [*L448, "--gpu", "rtx-4090", *(word for key in keys for word in ("--set", key))]
     found = plan(capsys, *given)["memory"]
-    assert not found["fits"] and found["largest_micro_batch"] < 24
+    assert not found["fits"] and found["largest_micro_batch"] < 96
     settings = {remedy["set"]: remedy for remedy in found["remedies"]}
-    assert {"train_micro_batch_size_per_gpu=12", "refiner.model.checkpointing=pair"} <= settings.keys()
+    assert {"train_micro_batch_size_per_gpu=48", "refiner.model.checkpointing=pair"} <= settings.keys()
     assert [r["saves"] for r in found["remedies"]] == sorted((r["saves"] for r in found["remedies"]), reverse=True)
     remedy = settings["refiner.model.checkpointing=pair"]
     changed = plan(capsys, *given, "--set", remedy["set"])["memory"]

@@ -17,7 +17,8 @@ from refiner_ds.training.world import World
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("header")
-    run = load(None, [f"refiner.run.output={folder}/runs", f"refiner.data.cache={folder}/cache"])
+    places = [f"refiner.run.output={folder}/runs", f"refiner.data.cache={folder}/cache"]
+    run = load(None, [*places, "refiner.model.checkpointing=pair"])
     return header(prepare(run, 2), World(0, 2, 0, torch.device("cpu")), bf16=False)
 
 

@@ -42,7 +42,7 @@ def test_weight_decay_spares_what_the_recipe_spares() -> None:
 @pytest.mark.parametrize("asked, done", [("null", 0.0), ("0", 0.0), ("0.5", 0.5)])
 def test_gradients_are_clipped_as_asked_and_not_otherwise(asked: str, done: float) -> None:
     run = load(None, [f"gradient_clipping={asked}"])
-    assert get_gradient_clipping(deepspeed_config(run, run.batch(2), False)) == done
+    assert get_gradient_clipping(deepspeed_config(run, run.batch(2), False, 1000)) == done
 
 
 def a_batch(count: int = 6) -> Batch:
