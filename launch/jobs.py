@@ -7,7 +7,7 @@
     python launch/jobs.py cancel RUN                       end it for good; it saves first if Slurm leaves it the time
     python launch/jobs.py requeue RUN                      save and start again, or start a failed job again
 
-RUN is a run folder, its name, or a job's number. Where Slurm does not answer, run folders do.
+RUN is a run folder, its name, or a job's number. Where Slurm does not answer, run folders do, and the answer says so.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder
 
 from . import slurm
+from .asking import Question
 from .attempts import Attempts, Record, owner
 from .cost import cost_line, hours_held
 from .diagnosis import last_lines
@@ -39,7 +40,8 @@ from .slurm import JobState
 from .snapshot import JOB_FILE
 from .why import ago, why
 
-QUICK_SECONDS = 1.0  # for Slurm to answer a list; a controller that is away takes minutes to say nothing
+QUICK_SECONDS = 1.0  # for Slurm to answer; a controller that is away takes minutes to say nothing
+ALONE = "this is what the run folder tells"
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,18 @@ class JobOfRun:
     """The newest job of a run folder, and what can be known of it.
 
     Attributes:
-        state: what Slurm says; None where it does not answer, no longer knows the job, or never did (a local job).
+        question: what Slurm has been asked about it; None for a local job, or where it has not been asked.
     """
 
     folder: RunFolder
     job_id: str
     attempts: Attempts
-    state: JobState | None = None
+    question: Question[JobState | None] | None = None
+
+    @property
+    def state(self) -> JobState | None:
+        """What Slurm says; None where it does not answer, no longer knows the job, or never did (a local job)."""
+        return self.question.answer if self.question else None
 
     @property
     def records(self) -> list[Record]:
@@ -89,10 +96,9 @@ class JobOfRun:
         if self.local and self.process:
             return "RUNNING"
         last = self.records[-1] if self.records else None
-        if last is None:
-            return "SUBMITTED"
-        if last.ended is None:
-            return "LOST" if self.local else "STARTED"
+        gone = self.local or (self.question is not None and self.question.forgotten)
+        if last is None or last.ended is None:
+            return "LOST" if gone else "STARTED" if last else "SUBMITTED"
         if last.cause == Cause.FINISHED:
             return "COMPLETED"
         return "FAILED" if last.action == Action.END else "REQUEUED"
@@ -107,7 +113,12 @@ class JobOfRun:
         """One sentence."""
         if self.local and self.process:
             return f"it runs here, process {self.job_id}"
-        return why(self.folder, self.job_id, self.state)
+        sentence = why(self.folder, self.job_id, self.state)
+        if self.question is None or self.state is not None:
+            return sentence
+        if silence := self.question.silence:
+            return f"{sentence} ({silence}; {ALONE})"
+        return sentence if self.word != "LOST" else f"{sentence}; Slurm no longer knows it: submit the run again"
 
 
 def of_folder(folder: RunFolder, job_id: str | None = None) -> JobOfRun | None:
@@ -133,8 +144,10 @@ def find(target: str) -> JobOfRun:
         for folder in holding:
             if job := of_folder(RunFolder(folder), target):
                 return job
-        shown = slurm.job_state(target)
-        folder = Path(shown.fields.get("WorkDir", "/nowhere")) if shown else Path("/nowhere")
+        shown = slurm.job_state(target, QUICK_SECONDS)
+        if shown is None:
+            raise LaunchError(f"{target}: no run that was submitted from here has this job, and Slurm does not answer")
+        folder = Path(shown.fields.get("WorkDir", "/nowhere"))
         if (folder / "jobs").is_dir() and (job := of_folder(RunFolder(folder), target)):
             return job
     named = [folder for folder in folders if folder.name == target]
@@ -154,35 +167,37 @@ def known_folders() -> list[Path]:
 
 
 def ask_slurm(job: JobOfRun, seconds: float = QUICK_SECONDS) -> JobOfRun:
-    """The same job with what Slurm says of it, where it answers in time."""
-    if not job.local:
-        with suppress(LaunchError):  # no Slurm here, or it has forgotten the job
-            return replace(job, state=slurm.job_state(job.job_id, seconds))
-    return job
+    """The same job, of which Slurm is being asked."""
+    if job.local:
+        return job
+    return replace(job, question=Question(lambda limit: slurm.job_state(job.job_id, limit), seconds))
 
 
 def list_runs(limit: int) -> str:
     """A line a run, newest first."""
+    question = Question(slurm.states, QUICK_SECONDS)
     found = [job for folder in known_folders() if (job := of_folder(RunFolder(folder)))]
     newest = sorted(found, key=lambda job: -job.moved)[:limit]
-    rows = [("run", "job", "state", "step", "restarts", "cost", "changed", "folder")]
-    states = slurm.states(QUICK_SECONDS)
-    for job in newest:
-        hours, unit = hours_held(job.attempts, time.time())
-        step = last_metric(job.folder, "step")
-        rows.append(
-            (
-                *(job.folder.path.name, job.job_id, (not job.local and states.get(job.job_id)) or job.word),
-                "-" if step is None else f"{step:.0f}",
-                *(str(max(0, len(job.records) - 1)), f"{hours:.1f} {unit}", ago(job.moved), str(job.folder)),
-            )
-        )
+    known = [_row(job) for job in newest]
+    states = question.answer or {}
+    rows: list[tuple[str, ...]] = [("run", "job", "state", "step", "restarts", "cost", "changed", "folder")]
+    for job, (name, number, word, *rest) in zip(newest, known, strict=True):
+        rows.append((name, number, (not job.local and states.get(number)) or word, *rest))
     if len(rows) == 1:
         return "no run was submitted from here"
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if question.silence and not all(job.local for job in newest):
+        lines.append(f"{question.silence}: states are as run folders tell them")
+    return "\n".join(lines)
+
+
+def _row(job: JobOfRun) -> tuple[str, ...]:
+    hours, unit = hours_held(job.attempts, time.time())
+    step = last_metric(job.folder, "step")
+    where = (f"{hours:.1f} {unit}", ago(job.moved), str(job.folder))
+    restarts = str(max(0, len(job.records) - 1))
+    return (job.folder.path.name, job.job_id, job.word, "-" if step is None else f"{step:.0f}", restarts, *where)
 
 
 def status(job: JobOfRun) -> str:
@@ -190,9 +205,6 @@ def status(job: JobOfRun) -> str:
     step, loss = last_metric(job.folder, "step"), last_metric(job.folder, "loss")
     newest = job.folder.latest_checkpoint()
     lines = [
-        f"run folder   {job.folder}",
-        f"job          {job.job_id}: {job.word}",
-        f"             {job.why()}",
         f"step         {'none logged yet' if step is None else f'{step:.0f}, loss {loss}'}",
         f"checkpoint   {newest.name if newest else 'none'}",
     ]
@@ -205,7 +217,9 @@ def status(job: JobOfRun) -> str:
     if command := job.submitted.get("command"):
         lines.append(f"submitted by {command}")
     lines.append(f"log          tail -F {job.folder.jobs}/{job.job_id}_0_log.out")
-    return "\n".join(lines)
+    # Slurm's answer last: it has had the time in which the run folder was read.
+    said = [f"run folder   {job.folder}", f"job          {job.job_id}: {job.word}", f"             {job.why()}"]
+    return "\n".join([*said, *lines])
 
 
 def last_metric(folder: RunFolder, key: str) -> float | None:
@@ -228,10 +242,7 @@ def show_log(job: JobOfRun, rank: int, follows: bool) -> int:
         return 0
 
     def ended() -> bool:
-        if job.local:
-            return job.process is None
-        state = slurm.job_state(job.job_id)
-        return state is not None and state.ended
+        return job.process is None if job.local else slurm.has_ended(job.job_id, QUICK_SECONDS)
 
     with suppress(KeyboardInterrupt):
         follow(file, ended, sys.stdout)
@@ -278,11 +289,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "list":
         print(list_runs(args.limit))
         return 0
-    job = ask_slurm(find(args.run))
+    job = find(args.run)
     if args.command == "logs":
         return show_log(job, args.rank, args.follow)
     acts = {"status": status, "why": lambda job: f"job {job.job_id}: {job.why()}", "cancel": cancel, "requeue": requeue}
-    print(acts[args.command](job))
+    print(acts[args.command](ask_slurm(job)))
     return 0
 
 

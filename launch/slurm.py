@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,14 @@ ANSWER_SECONDS = 60  # a submission can wait so long for Slurm
 TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
 
 
+class NoSlurm(LaunchError):
+    """Slurm's commands are not on this machine."""
+
+
+class Forgotten(LaunchError):
+    """Slurm does not know the job, or no longer."""
+
+
 def ask(
     *command: str, given: str | None = None, seconds: float = ANSWER_SECONDS, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -32,7 +39,7 @@ def ask(
     try:
         return subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, env=env)
     except FileNotFoundError:
-        raise LaunchError(f"there is no Slurm here ({command[0]} not found); add --local to run here") from None
+        raise NoSlurm(f"there is no Slurm here ({command[0]} not found); add --local to run here") from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"Slurm has not answered {command[0]} for {seconds:g} s; try again later") from None
 
@@ -41,7 +48,7 @@ def require_slurm() -> None:
     """Raise LaunchError unless Slurm's commands are here."""
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
-            raise LaunchError(f"there is no Slurm here ({program} not found); add --local to run on this machine")
+            raise NoSlurm(f"there is no Slurm here ({program} not found); add --local to run on this machine")
 
 
 @dataclass(frozen=True)
@@ -153,13 +160,14 @@ def job_state(job_id: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
     """What the controller says of a job, or accounting; None where the controller is away.
 
     Raises:
-        LaunchError: Slurm no longer knows the job.
+        NoSlurm, Forgotten: there is no Slurm here, or it no longer knows the job.
     """
+    end = time.monotonic() + seconds
     try:
         shown = ask("scontrol", "show", "job", "--oneliner", job_id, seconds=seconds)
-    except LaunchError as error:
-        if "not found" in str(error):
-            raise
+    except NoSlurm:
+        raise
+    except LaunchError:
         return None
     if shown.returncode == 0 and shown.stdout.strip():
         return _parsed(shown.stdout)
@@ -167,12 +175,16 @@ def job_state(job_id: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
         return None
     if shutil.which("sacct"):
         form = "--format=State,ExitCode,NodeList"
-        kept = ask("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", form, seconds=seconds)
+        words = ("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", form)
+        try:
+            kept = ask(*words, seconds=max(0.1, end - time.monotonic()))
+        except LaunchError:
+            return None  # the database is away
         state, *rest = kept.stdout.strip().partition("\n")[0].split("|")
         if rest:
             code, _, number = (rest[0] or "0:0").partition(":")
             return JobState(state.split()[0], "", _int(code), _int(number), 0, rest[-1], {})
-    raise LaunchError(f"Slurm no longer knows job {job_id}; its logs are in the run folder")
+    raise Forgotten(f"Slurm no longer knows job {job_id}; its logs are in the run folder")
 
 
 def _parsed(line: str) -> JobState:
@@ -193,6 +205,15 @@ def _int(text: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def has_ended(job_id: str, seconds: float = TASK_ANSWER_SECONDS) -> bool:
+    """Whether a job will not run again; False where Slurm does not say."""
+    try:
+        state = job_state(job_id, seconds)
+    except Forgotten:
+        return True
+    return state is not None and state.ended
+
+
 def unfinished_job(jobs: Path) -> str | None:
     """A job submitted from this jobs/ folder that still waits or runs: "12 (RUNNING)"."""
     submitted = {file.name.partition("_")[0] for file in jobs.glob("*_submission.sh")}
@@ -209,12 +230,12 @@ def unfinished_job(jobs: Path) -> str | None:
 
 
 def states(seconds: float) -> dict[str, str]:
-    """State of each job of this user that the controller remembers; empty where it does not answer in time."""
-    with suppress(LaunchError):
-        command = ("squeue", "--noheader", "--states=all", "--format=%A %T", f"--user={getpass.getuser()}")
-        answer = ask(*command, seconds=seconds)
-        return {number: state for number, _, state in (line.partition(" ") for line in answer.stdout.splitlines())}
-    return {}
+    """State of each job of this user that the controller remembers. Raises LaunchError where it does not answer."""
+    command = ("squeue", "--noheader", "--states=all", "--format=%A %T", f"--user={getpass.getuser()}")
+    answer = ask(*command, seconds=seconds)
+    if answer.returncode:
+        raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}")
+    return {number: state for number, _, state in (line.partition(" ") for line in answer.stdout.splitlines())}
 
 
 def requeue(job_id: str) -> str | None:

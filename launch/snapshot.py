@@ -16,13 +16,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import refiner_ds
-from refiner_ds.config import RunFile
 from refiner_ds.errors import LaunchError
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.versions import ask_git, commit
+
+if TYPE_CHECKING:  # jobs.py reads snapshots, and need not load the schema of run files for it
+    from refiner_ds.config import RunFile
 
 ROOT = Path(refiner_ds.__file__).resolve().parents[1]  # a clone, or the folder a wheel was installed into
 RUN_FILE, JOB_FILE, MANIFEST = "run.json", "job.json", "manifest.json"

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -180,16 +181,11 @@ def _run_on_slurm(runs: list[Allocation], wait: bool, watch: Stopwatch) -> int:
     if not wait:
         return 0
     try:
-        follow(job.paths.stdout, lambda: _ended(job.job_id), sys.stdout)
+        follow(job.paths.stdout, lambda: slurm.has_ended(job.job_id), sys.stdout)
     except KeyboardInterrupt:
         print(f"\njob {job.job_id} continues; scancel {job.job_id} ends it", file=sys.stderr)
         return 128 + signal.SIGINT
     return print_ending(RunFolder(allocation.run.folder), job.job_id)
-
-
-def _ended(job_id: str) -> bool:
-    state = slurm.job_state(job_id)
-    return state is not None and state.ended
 
 
 def _run_here(allocation: Allocation, watch: Stopwatch) -> int:
@@ -239,12 +235,15 @@ def print_ending(run_folder: RunFolder, job_id: str, local_code: int | None = No
     Args:
         local_code: exit code of a job on this machine; None asks Slurm.
     """
-    state = slurm.job_state(job_id) if local_code is None else None
     records = Attempts.of(run_folder, job_id).records
     ended = [record.exit_code for record in records if record.exit_code is not None]
+    state = None
+    if local_code is None:
+        with suppress(LaunchError):
+            state = slurm.job_state(job_id)
+        local_code = ended[-1] if ended else 1  # where Slurm does not tell
     if state is None:
-        code = local_code or 0
-        code = code if code >= 0 else 128 - code
+        code = local_code if local_code >= 0 else 128 - local_code
         print(f"job {job_id}: {'FAILED' if code else 'COMPLETED'}, exit code {code}", end="")
     else:
         code = 0 if state.state == "COMPLETED" else (ended[-1] if ended and ended[-1] else state.exit_code_or_signal)

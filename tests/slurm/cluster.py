@@ -70,9 +70,12 @@ PartitionName=low Nodes=ALL Default=NO PriorityTier=1 MaxTime=INFINITE PreemptMo
 # submitit reads job states from sacct alone, and sacct needs a database. The controller remembers jobs long enough.
 SACCT = """\
 #!/bin/sh
-ids=
-while [ $# -gt 0 ]; do [ "$1" = -j ] && { shift; ids="$ids${ids:+,}$1"; }; shift; done
-echo 'JobID|State|NodeList'
+ids= header='JobID|State|NodeList'
+while [ $# -gt 0 ]; do
+  case $1 in -j|--jobs) shift; ids="$ids${ids:+,}$1";; --noheader) header=;; esac
+  shift
+done
+[ -z "$header" ] || echo "$header"
 squeue --noheader --states=all --format='%i|%T|%N' ${ids:+--jobs="$ids"} 2>/dev/null
 exit 0
 """
