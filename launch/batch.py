@@ -22,10 +22,10 @@ from refiner_ds.run_folder import RunFolder
 
 from . import flags
 from .allocation import Allocation
+from .slurm import outside_allocation
 
 SNAPSHOT_SECONDS = 60  # a shared file system shows a folder a little later on another machine
 SUPERVISOR = f"{__package__}.supervisor"
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # where Slurm is, not what an allocation around this command was given
 
 
 class Executor(submitit.SlurmExecutor):
@@ -64,8 +64,7 @@ def submission_environment(script: str) -> dict[str, str]:
     """
     given = {line.removeprefix("#SBATCH --").partition("=")[0] for line in script.splitlines() if "#SBATCH" in line}
     dropped = flags.variables_over(given | set(flags.DECIDED) - {"account", "constraint", "partition", "qos", "time"})
-    left = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {name: value for name, value in left.items() if name in KEPT or not name.startswith(("SLURM_", "PMI_"))}
+    return outside_allocation({name: value for name, value in os.environ.items() if name not in dropped})
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from .allocation import Allocation
 from .registry import cache_folder
 from .snapshot import ROOT, sources
 
+READY = ": ready; "  # of train.py --ready, before it plans
 CODE_SECONDS = 300  # importing torch from a cold shared file system takes its time
 KEPT_SIGNATURES = 200
 PLACES = ("/", "package:")
@@ -52,7 +53,7 @@ def refuse_unfinished(run_folder: RunFolder) -> None:
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that passed: whether it was checked just now, and its plan where one could be made."""
+    """A run that passed: whether it was checked just now, and its plan, or why none could be made."""
 
     checked: bool
     plan: dict[str, Any] | None
@@ -87,10 +88,15 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CODE_SECONDS)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as late:
+        if READY in (late.stdout or b"").decode(errors="replace"):
+            return Ready(True, {"failed": f"it had not ended within {CODE_SECONDS} s"})
         raise LaunchError(
             f"{root}: its code has not finished --ready within {CODE_SECONDS} s; run it by hand"
         ) from None
+    if done.returncode and READY in done.stdout:  # what came after is the planner's
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        return Ready(True, {"failed": last.removeprefix("error: ")})
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         if said.startswith("error: "):

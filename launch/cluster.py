@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,11 +124,6 @@ class ClusterProfile(BaseModel):
         """GPUs a node, without their type; None where the profile leaves it to the partition."""
         found = GPU_COUNT.fullmatch(str(self.gpus_per_node))
         return int(found[2]) if found else None
-
-    def environment_on(self, host: str) -> dict[str, str]:
-        """The further environment variables of a node."""
-        matching = [given for pattern, given in self.node_environment.items() if fnmatch(host, pattern)]
-        return {name: value for given in matching for name, value in given.items()}
 
 
 def load_profile(file: Path | None, overrides: dict[str, Any]) -> ClusterProfile:

@@ -13,6 +13,7 @@ and how many loader workers there will be. Exit code: 0 nothing serious, 1 somet
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from statistics import median
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
-from refiner_ds.config import RunFile
 from refiner_ds.config.addresses import is_address
 from refiner_ds.errors import report_errors
 
@@ -70,19 +70,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def _here(allocation: Allocation) -> Reports:
     tasks = allocation.gpus or max(2, allocation.tasks)  # one process alone reduces with nobody
-    return run_here(tasks, _options(allocation.run, allocation.gpus), local.visible_devices()[: allocation.gpus])
+    gpus = local.visible_devices()[: allocation.gpus]
+    return run_here(tasks, _options(allocation), gpus, allocation.profile.environment)
 
 
 def _on_slurm(allocation: Allocation, queue_seconds: int) -> Reports:
-    profile, options = allocation.profile, _options(allocation.run, allocation.gpus)
+    profile, options = allocation.profile, _options(allocation)
     flags = _srun_flags(allocation, queue_seconds)
     return run_on_slurm(flags, allocation.world_size, options, profile.setup, profile.environment)
 
 
-def _options(run: RunFile, gpus: int) -> list[str]:
+def _options(allocation: Allocation) -> list[str]:
+    run, profile = allocation.run, allocation.profile
     data = run.refiner.data.train or ""
     named = [] if not data or data.startswith("package:") or is_address(data) else ["--data", data]
-    return ["--folder", str(run.folder.parent), *named, *(["--gpu"] if gpus else [])]
+    site = ["--master-addr", profile.master_addr, "--node-environment", json.dumps(profile.node_environment)]
+    return ["--folder", str(run.folder.parent), *site, *named, *(["--gpu"] if allocation.gpus else [])]
 
 
 def _srun_flags(allocation: Allocation, queue_seconds: int) -> list[str]:
@@ -132,6 +135,9 @@ def _summary(reports: Reports) -> str:
         writing = [node.folder.write_rate / 1e6 for node in nodes if node.folder.write_rate > 0]
         if writing:
             lines.append(f"{nodes[0].folder.path}: writing {median(writing):,.0f} MB/s a task")
+    meeting = json.loads(reports.meeting or "{}")
+    if meeting.get("address"):
+        lines.append(f"ranks meet at {meeting['address']}, port {meeting['port']}")
     for name, where in (("within", "within a node"), ("between", "between nodes")):
         rates = [one.rates[name] for one in reports.shared.values() if name in one.rates]
         if rates:

@@ -1,4 +1,4 @@
-"""What a job finds on its nodes: an address and a port to meet at, a node's faults, and a record of the environment."""
+"""What a job finds on its nodes: an address and a port to meet at, variables, and a record of the environment."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,10 @@ from typing import Any
 from refiner_ds.errors import LaunchError
 from refiner_ds.files import write_atomically
 
-from .health.node import nvidia_gpus
-
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
 PORT_STRIDE = 617  # between the ports of a job's restarts: jobs of neighbouring numbers do not meet at once
 TOLD = ("NCCL_", "SLURM_JOB", "CUDA_", "OMP_", "LOADEDMODULES", "CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 SIOCGIFADDR = 0x8915
-SHARED_MEMORY_MB, DISK_MB = 64, 64
 
 
 def free_port(job_id: str, restart_count: int) -> int:
@@ -71,41 +68,10 @@ def master_address(how: str) -> str:
     raise LaunchError(f"master_addr: {socket.gethostname()} has no interface {how} with an IPv4 address; it has {here}")
 
 
-def node_faults(run_folder: Path, gpus: int, workers: bool) -> list[str]:
-    """What keeps this node from training, a sentence each; a fraction of a second.
-
-    Args:
-        gpus: GPUs that a process here must see.
-        workers: whether loader workers hand batches over in shared memory.
-    """
-    faults = _gpu_faults(gpus) if gpus else []
-    if workers:
-        with suppress(OSError):
-            free = shutil.disk_usage("/dev/shm").free >> 20
-            if free < SHARED_MEMORY_MB:
-                faults.append(f"/dev/shm has {free} MB free, too little for the loader workers")
-    for place in (run_folder, Path(tempfile.gettempdir())):
-        try:
-            with tempfile.TemporaryFile(dir=place) as file:
-                file.write(b"x")
-                file.flush()
-            free = shutil.disk_usage(place).free >> 20
-        except OSError as error:
-            faults.append(f"{place} cannot be written: {error.strerror}")
-            continue
-        if place != run_folder and free < DISK_MB:
-            faults.append(f"{place} has {free} MB free")
-    return faults
-
-
-def _gpu_faults(gpus: int) -> list[str]:
-    found, error = nvidia_gpus()
-    if error:
-        return [error]
-    if not found:
-        return []  # another make of GPU; torch will say
-    faults = [f"GPU {gpu.index} has had {gpu.ecc_errors} uncorrected ECC errors" for gpu in found if gpu.ecc_errors]
-    return faults + ([f"{len(found)} of {gpus} GPUs answer"] if len(found) < gpus else [])
+def variables_on(host: str, by_pattern: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The further environment variables of a node (``node_environment``), whose name several patterns may match."""
+    matching = [given for pattern, given in by_pattern.items() if fnmatch(host, pattern)]
+    return {name: value for given in matching for name, value in given.items()}
 
 
 def capture(file: Path, nodes: str) -> None:

@@ -34,7 +34,8 @@ from . import slurm
 from .attempts import Failure
 from .cluster import ClusterProfile
 from .diagnosis import UNHEALTHY
-from .environment import node_faults
+from .environment import variables_on
+from .health.start import node_faults
 from .snapshot import RUN_FILE, check_code
 from .standby import standby
 
@@ -66,7 +67,7 @@ class TrainJob:
         for early in SIGNALS:
             signal.signal(early, _before_training)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes before every TERM, and means nothing here
-        os.environ.update(self.profile.environment_on(task.hostname))
+        os.environ.update(variables_on(task.hostname, self.profile.node_environment))
         os.environ.update(environment_of(task, self.gpus))
         code = Path.cwd()
         try:

@@ -1,6 +1,7 @@
 """What the planner says of a run before it is submitted: whether it fits, how long it takes, and in how many jobs.
 
 ``checks.check_ready`` has it made beside its other checks (train.py --plan-for); docs/planning.md describes the plan.
+A plan is advice: whatever keeps the planner from one is said in a sentence, and the run is submitted all the same.
 """
 
 from __future__ import annotations
@@ -47,33 +48,58 @@ def _gpu_name(allocation: Allocation) -> str | None:
 
 
 def read(printed: str) -> Plan | None:
-    """The plan in the last line of what train.py printed; None where there is none."""
+    """The plan in the last line of what train.py printed, or why there is none ("failed"); None where none was made."""
     with suppress(ValueError, IndexError):
         found = json.loads(printed.strip().splitlines()[-1])
-        return found if isinstance(found, dict) and "memory" in found else None
+        return found if isinstance(found, dict) and found.keys() & {"memory", "failed"} else None
     return None
+
+
+def problem(plan: Plan | None) -> str:
+    """Why there is no plan, in a sentence; empty where there is one, or nothing to plan for."""
+    return f"could not plan: {plan['failed']}" if plan and "failed" in plan else ""
 
 
 def refuse_too_large(plan: Plan | None, allocation: Allocation) -> None:
     """Raise LaunchError where a run does not fit, with what would make it fit."""
-    if plan is None or plan["memory"]["fits"]:
+    if plan is None or "failed" in plan:
         return
+    try:
+        refusal = _refusal(plan, allocation)
+    except Exception:  # `summary` says it
+        return
+    if refusal:
+        raise LaunchError(refusal)
+
+
+def _refusal(plan: Plan, allocation: Allocation) -> str:
+    if plan["memory"]["fits"]:
+        return ""
     memory, unit = plan["memory"], "GPU" if allocation.gpus else "process"
     remedies = sorted(memory["remedies"], key=lambda remedy: not remedy["fits"])
     said = ""
     if remedies:
         then = ", then it fits" if remedies[0]["fits"] else ", which is not enough"
         said = f"--set {remedies[0]['set']} saves {remedies[0]['saves'] / GIB:.2f} GiB{then}; "
-    raise LaunchError(
+    return (
         f"{allocation.run.path}: needs {memory['needed'] / GIB:.2f} GiB a {unit}, and there are"
         f" {memory['capacity'] / GIB:.2f}; {said}--ignore-plan submits it all the same"
     )
 
 
 def summary(plan: Plan | None, allocation: Allocation) -> list[str]:
-    """Memory, steps, hours and the time limit, a line each."""
+    """Memory, steps, hours and the time limit, a line each; where there is no plan, why not."""
     if plan is None:
         return [*_no_plan(allocation), *_limit(allocation, None)]
+    if "failed" not in plan:
+        try:
+            return _summary(plan, allocation)
+        except Exception as error:  # a plan that cannot be read is none
+            plan = {"failed": f"{type(error).__name__}: {error}"}
+    return [problem(plan), *_limit(allocation, None)]
+
+
+def _summary(plan: Plan, allocation: Allocation) -> list[str]:
     memory, unit = plan["memory"], "GPU" if allocation.gpus else "process"
     needed = f"{memory['needed'] / GIB:.2f} of {memory['capacity'] / GIB:.2f} GiB a {unit}"
     hours, words = _hours(plan, allocation)

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
 GRES = re.compile(r"\bgpu(?::([^:,(]+))?:(\d+)")  # gpu:8, gpu:h100:8(S:0-1)
+WHERE = ("SLURM_CONF", "SLURM_CLUSTERS")  # where Slurm is, not what an allocation around this command was given
 ANSWER_SECONDS = 60  # a submission can wait so long for Slurm
 TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
 
@@ -42,6 +43,13 @@ def ask(
         raise NoSlurm(f"there is no Slurm here ({command[0]} not found); add --local to run here") from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"Slurm has not answered {command[0]} for {seconds:g} s; try again later") from None
+
+
+def outside_allocation(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment as it was before an allocation was given to this command."""
+    return {
+        name: value for name, value in environment.items() if name in WHERE or not name.startswith(("SLURM_", "PMI_"))
+    }
 
 
 def require_slurm() -> None:

@@ -155,8 +155,9 @@ def check(allocation: Allocation, overrides: list[str], ignore_plan: bool, tell:
         passed = ready.result()
     if not passed.checked:
         print("nothing has changed since they last passed", file=sys.stderr)
-    if tell:
-        print("\n".join(planned.summary(passed.plan, allocation)), file=sys.stderr)
+    lines = planned.summary(passed.plan, allocation) if tell else [planned.problem(passed.plan)]
+    for line in filter(None, lines):
+        print(line, file=sys.stderr)
     if not ignore_plan:
         planned.refuse_too_large(passed.plan, allocation)
     return expected

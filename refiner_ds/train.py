@@ -86,7 +86,7 @@ def ready_to_start(run: RunFile, world_size: int) -> int:
     refuse_missing_files(run, ready.sets)
     if (finished := ready.finished()) is not None:
         raise ConfigError(finished)
-    print(f"{run.path}: ready; {ready.train.describe()}")
+    print(f"{run.path}: ready; {ready.train.describe()}", flush=True)  # whatever becomes of a plan after it
     return 0
 
 

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from statistics import median
 
 from .gather import Reports
+from .limits import (
+    BETWEEN_RATE,
+    CLOCK_SECONDS,
+    DISK_ERROR,
+    DISK_WARNING,
+    GPU_IN_USE,
+    INODES,
+    MEMORY_ERROR,
+    MEMORY_WARNING,
+    OPEN_FILES,
+    SHARED_MEMORY,
+    SLOWER,
+    WRITE_RATE,
+)
 from .node import GIB, MIB, Node
 from .shared import Shared
-
-SHARED_MEMORY = 128 * MIB  # a process, for its loader's batches and DeepSpeed's
-MEMORY_ERROR, MEMORY_WARNING = 2 * GIB, 4 * GIB  # a process
-DISK_ERROR, DISK_WARNING = GIB, 20 * GIB  # a checkpoint of the largest released model with its optimizer takes 1.3 GB
-INODES, OPEN_FILES = 10_000, 1024  # the reader alone keeps 256 shards open in every loader worker
-WRITE_RATE = 20 * MIB
-CLOCK_SECONDS = 1.0  # file times and heartbeats are compared between nodes
-GPU_IN_USE = 1024  # MiB
-BETWEEN_RATE = 0.25e9  # bytes/s; two gigabits
-SLOWER = 0.5  # of the median of the others
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,8 @@ NODE_CHECKS: Sequence[Callable[[Node, Requirements, Host], Found]] = (
 
 def _together(one: Shared) -> Found:
     """What one task has found out with the others."""
+    if one.unmet:
+        yield True, one.unmet
     if one.error:
         yield True, f"{one.error}; see that nodes resolve each other's names and no firewall is between them"
     if one.unseen:

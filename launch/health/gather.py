@@ -20,14 +20,14 @@ from typing import IO
 
 from refiner_ds.errors import LaunchError
 
+from ..slurm import NoSlurm, outside_allocation
 from .node import Node, read_node
-from .probe import NODE_MARK, SHARED_MARK
+from .probe import MEET_MARK, NODE_MARK, SHARED_MARK
 from .shared import Shared, read_shared
 
 ROOT = Path(__file__).resolve().parents[len(__name__.split(".")) - 1]  # of the clone, or of what is installed
 PROBE = f"{__package__}.probe"
 LABEL = re.compile(r"\s*(\d+): ?(.*)")  # srun --label
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # where Slurm is, not what an allocation around this command was given
 SECONDS = 55.0  # from the first line that a task prints; one that has not finished by then hangs
 
 
@@ -40,6 +40,7 @@ class Reports:
         nodes, shared: by rank.
         stderr: the last line of what a task printed there, by rank; −1 where srun spoke.
         ended: whether all tasks ended by themselves.
+        meeting: where the first task says that they meet, once it has; JSON.
     """
 
     tasks: int
@@ -47,10 +48,14 @@ class Reports:
     shared: dict[int, Shared] = field(default_factory=dict)
     stderr: dict[int, str] = field(default_factory=dict)
     ended: bool = True
+    meeting: str = ""
 
     def add(self, rank: int, line: str) -> bool:
         """Take a line of a task's output; whether it was a report."""
         mark, _, stored = line.partition(" ")
+        if mark == MEET_MARK:
+            self.meeting = stored
+            return True
         if mark not in (NODE_MARK, SHARED_MARK):
             return False
         if mark == NODE_MARK:
@@ -60,18 +65,18 @@ class Reports:
         return True
 
 
-def run_here(tasks: int, options: Sequence[str], gpus: Sequence[str], seconds: float = SECONDS) -> Reports:
-    """Run the tasks on this machine, each on one of ``gpus`` where there are any."""
+def run_here(tasks: int, options: Sequence[str], gpus: Sequence[str], environment: dict[str, str]) -> Reports:
+    """Run the tasks on this machine, each on one of ``gpus`` where there are any, with these further variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = {"WORLD_SIZE": str(tasks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environments = [
-        {"CUDA_VISIBLE_DEVICES": ",".join(gpus), **meeting, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        {**environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus), **meeting, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
         for rank in range(tasks)
     ]
     command = [sys.executable, "-m", PROBE, *options]
-    return run_tasks([command] * tasks, environments, seconds)
+    return run_tasks([command] * tasks, environments)
 
 
 def run_tasks(
@@ -96,6 +101,10 @@ def run_on_slurm(
     Args:
         flags: of srun.
         setup: shell lines before each task, as a cluster profile has them.
+
+    Only the first task knows the address and a free port of its node. It prints them, and srun hands them to all tasks
+    as their input: that works where neither names nor the shared folder do.
+
     Raises:
         LaunchError: there is no Slurm, or it gives no nodes; with its words.
     """
@@ -103,13 +112,11 @@ def run_on_slurm(
     path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
     probe = shlex.join((sys.executable, "-m", PROBE, *options))
     script = "\n".join((*setup, *variables, path, "export OMP_NUM_THREADS=1", f"exec {probe}"))
-    outside = {name: value for name, value in os.environ.items() if name in KEPT or not name.startswith("SLURM_")}
+    outside = outside_allocation(os.environ)
     try:
-        process = _start(("srun", "--label", *flags, "bash", "-c", script), outside)
+        process = _start(("srun", "--label", *flags, "bash", "-c", script), outside, subprocess.PIPE)
     except FileNotFoundError:
-        raise LaunchError(
-            "there is no Slurm here (srun not found); leave out --nodes to examine this machine"
-        ) from None
+        raise NoSlurm("there is no Slurm here (srun not found); leave out --nodes to examine this machine") from None
     reports = Reports(tasks)
     _wait([process], [_Reader(process, reports, None)], reports, SECONDS)
     if not reports.nodes and -1 in reports.stderr and not set(reports.stderr) - {-1}:
@@ -117,11 +124,13 @@ def run_on_slurm(
     return reports
 
 
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+def _start(
+    command: Sequence[str], environment: dict[str, str], told: int = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=told,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -165,6 +174,15 @@ def _unlabelled(line: str) -> tuple[int, str]:
     return -1, re.sub(r"^srun: (error: )?", "", line.strip())
 
 
+def _tell(processes: Sequence[subprocess.Popen[str]], line: str) -> None:
+    """Hand a line to the processes that wait for one, and end their input."""
+    for process in processes:
+        if process.stdin and not process.stdin.closed:
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{line}\n")
+                process.stdin.close()
+
+
 def _wait(
     processes: Sequence[subprocess.Popen[str]], readers: Sequence[_Reader], reports: Reports, seconds: float
 ) -> None:
@@ -174,6 +192,8 @@ def _wait(
             if begun and time.monotonic() - min(begun) > seconds:
                 reports.ended = False
                 break
+            if reports.meeting:
+                _tell(processes, reports.meeting)
             time.sleep(0.05)
     finally:
         for process in processes:

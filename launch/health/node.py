@@ -104,7 +104,7 @@ def measure(rank: int, folder: Path, data: str) -> Node:
         host=host_name(),
         cores=sorted(os.sched_getaffinity(0)),
         memory=free_memory(),
-        shared_memory=_free_bytes(Path("/dev/shm")),
+        shared_memory=free_bytes(Path("/dev/shm")),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         decode_rate=decode_rate(),
         folder=examine_folder(folder, rank),
@@ -115,7 +115,8 @@ def measure(rank: int, folder: Path, data: str) -> Node:
     )
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Bytes that are free there; -1 where that cannot be told."""
     try:
         return shutil.disk_usage(path).free
     except OSError:

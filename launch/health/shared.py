@@ -32,6 +32,7 @@ class Shared:
 
     Attributes:
         error: why the tasks could not meet, or what ended the examination, or "".
+        unmet: why this task does not know where to meet, or "".
         missing: ranks that have not come.
         clock_ahead: seconds by which this node's clock is ahead of the first one's.
         clock_margin: how exactly that is known.
@@ -46,6 +47,7 @@ class Shared:
     rank: int
     host: str
     error: str = ""
+    unmet: str = ""
     missing: list[int] = field(default_factory=list)
     clock_ahead: float = 0.0
     clock_margin: float = 0.0

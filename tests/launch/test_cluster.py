@@ -10,6 +10,7 @@ import pytest
 
 from launch import flags
 from launch.cluster import ClusterProfile, load_profile
+from launch.environment import variables_on
 from refiner_ds.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,8 +129,8 @@ def test_gpus_can_have_a_type() -> None:
 
 def test_nodes_of_another_make_have_variables_of_their_own() -> None:
     profile = ClusterProfile(node_environment={"dgx*": {"NCCL_SOCKET_IFNAME": "ib0"}, "dgx7": {"NCCL_DEBUG": "INFO"}})
-    assert profile.environment_on("dgx7") == {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "INFO"}
-    assert profile.environment_on("hgx1") == {}
+    assert variables_on("dgx7", profile.node_environment) == {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "INFO"}
+    assert variables_on("hgx1", profile.node_environment) == {}
 
 
 def test_a_file_that_is_no_profile_is_refused(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

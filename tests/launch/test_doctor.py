@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import doctor
+from launch.health import probe
 from launch.health.findings import Finding, Requirements, examine
 from launch.health.gather import Reports, run_tasks
 from launch.health.node import GIB, MIB, Folder, Gpu, Node, nvidia_gpus
@@ -126,6 +127,7 @@ PLANTED: dict[str, tuple[Callable[[Reports], None], bool, str]] = {
     "stale folder": (shared(stale=True), True, "still reads the old contents"),
     "no locks between nodes": (shared(lock="ignored"), True, "does not respect another node's file lock"),
     "no locks": (shared(lock="No locks available"), True, "cannot lock files in the run folder (No locks available)"),
+    "no interface": (shared(unmet="master_addr: node3 has no interface ib7"), True, "has no interface ib7"),
     "unreachable": (shared(error="cannot reach node1 port 20007"), True, "cannot reach node1 port 20007; see that"),
     "all-reduce": (shared(reduce_error="NCCL error: remote"), True, "an all-reduce over nccl fails: NCCL error"),
     "slow network": (shared(rates=LINK | {"between": 1e8}), False, "reduces at 0.8 Gbit/s with the other nodes"),
@@ -277,6 +279,12 @@ def test_nodes_that_do_not_come_are_named(tmp_path: Path, port: int) -> None:
     assert said(found, "rank 1 has not reached the rendezvous") == {"node2"}
 
 
+def test_the_first_node_says_where_to_meet_or_why_it_cannot() -> None:
+    assert probe._meeting("lo", "7")["address"] == "127.0.0.1"
+    said = probe._meeting("ib7", "7")
+    assert said["address"] == "" and "has no interface ib7" in str(said["error"])
+
+
 def test_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    8000000 kB\n")
     assert free_memory(tmp_path / "meminfo", tmp_path) == 8_000_000 * 1024
@@ -319,15 +327,23 @@ def test_refusals(
 
 @pytest.mark.slurm
 def test_four_nodes_of_a_cluster_are_examined_and_their_faults_found(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """With a set-up line that spoils one node, and a partition that is not there."""
-    profile = tmp_path / "mine.yaml"
-    profile.write_text(json.dumps({"setup": ['[ "$SLURMD_NODENAME" != node3 ] || ulimit -n 100'], "gpus_per_node": 0}))
+    """With a set-up line that spoils one node, a variable that spoils another, and a partition that is not there."""
+    profile, quota = tmp_path / "mine.yaml", tmp_path / "bin/quota"
+    quota.parent.mkdir()
+    quota.write_text(QUOTA)
+    quota.chmod(0o755)
+    spoilt = ['[ "$SLURMD_NODENAME" != node3 ] || ulimit -n 100']
+    path = {"node2": {"PATH": f"{quota.parent}:{slurm.env['PATH']}"}}
+    keys = {"setup": spoilt, "node_environment": path, "master_addr": "lo", "gpus_per_node": 0}
+    profile.write_text(json.dumps(keys))
     command = [sys.executable, str(Path(doctor.__file__)), *words(tmp_path, "--nodes", "4", "--cluster", str(profile))]
     done = subprocess.run(command, env=slurm.env, capture_output=True, text=True, timeout=150, cwd=tmp_path)
     assert "4 nodes (node1, node2, node3, node4), 4 tasks" in done.stdout, done.stdout + done.stderr
     assert "error: node3: a process may open 100 files" in done.stdout and done.returncode == 1
     assert "all-reduce between nodes (gloo): " in done.stdout
-    assert done.stdout.count("error: ") == 1, done.stdout
+    assert "error: node2: " in done.stdout and "your quota leaves 0.1 GiB" in done.stdout
+    assert "ranks meet at 127.0.0.1, port 2" in done.stdout
+    assert done.stdout.count("error: ") == 2, done.stdout
     for flag, says in (
         ("--partition", "Slurm knows no node of partition no"),
         ("--constraint", "Slurm gives no nodes: "),

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch import environment
-from launch.environment import free_port, master_address, node_faults
+from launch.environment import free_port, master_address
+from launch.health.start import node_faults
 from launch.job import environment_of
 from refiner_ds.errors import LaunchError
 
@@ -106,6 +106,6 @@ def test_faults_of_a_node_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert node_faults(tmp_path, 1, workers=False) == ["GPU 0 has had 7 uncorrected ECC errors"]
     assert "cannot be written" in node_faults(tmp_path / "absent", 0, workers=False)[0]
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 20))
     faults = node_faults(tmp_path, 0, workers=True)
     assert faults[0] == "/dev/shm has 1 MB free, too little for the loader workers" and "has 1 MB free" in faults[1]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from launch import planned
+from launch import checks, planned
 from launch.allocation import Allocation, on_slurm
 from launch.cluster import ClusterProfile
 from launch.slurm import Nodes
+from refiner_ds import train
 from refiner_ds.config import load
 from refiner_ds.errors import LaunchError
 from tests.slurm.cluster import SlurmCluster
@@ -70,6 +71,50 @@ def test_the_gpu_is_the_profiles_or_slurms(tmp_path: Path) -> None:
     assert planned.machines(unknown) is None and "set gpu in the cluster profile" in planned.summary(None, unknown)[0]
     on_cpus = planned.machines(allocation(tmp_path, gpus_per_node=0, tasks_per_node=4, mem_gb=8.0))
     assert on_cpus == {"gpu": None, "nodes": 2, "per_node": 4, "memory_gib": 2.0}
+
+
+def test_what_keeps_the_planner_from_a_plan_is_said_and_refuses_nothing(tmp_path: Path) -> None:
+    broken = {"memory": {"fits": False}}  # of another version, say
+    for answer, said in (
+        (planned.read('ready\n{"failed": "RuntimeError: no graph"}\n'), "could not plan: RuntimeError: no graph"),
+        (planned.read(json.dumps(broken)), "could not plan: KeyError: 'needed'"),
+    ):
+        planned.refuse_too_large(answer, allocation(tmp_path))
+        assert planned.summary(answer, allocation(tmp_path)) == [said, "time limit: 24 hours a job"]
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_planned_is_ready_all_the_same(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of the model is trained, and the planner traces a backward pass."""
+    monkeypatch.setenv("REFINER_DS_CACHE", str(cache))
+    sets = [f"refiner.run.output={tmp_path}", "refiner.model.depth=1", 'refiner.model.freeze=["*"]']
+    machines = json.dumps({"gpu": "h200", "nodes": 2, "per_node": 8})
+    assert train.main(["--ready", "--plan-for", machines, *(word for key in sets for word in ("--set", key))]) == 0
+    told = planned.summary(planned.read(capsys.readouterr().out), allocation(tmp_path))[0]
+    assert told.startswith("could not plan: RuntimeError: element 0 of tensors does not require grad")
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "exit code -9"),
+        ("sys.exit('error: no')", "no"),
+        ("time.sleep(60)", "it had not end"),
+    ],
+)
+def test_a_planner_that_takes_its_process_with_it_refuses_nothing(
+    ending: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFINER_DS_CACHE", str(tmp_path))
+    monkeypatch.setattr(checks, "CODE_SECONDS", 2)
+    (tmp_path / "refiner_ds").mkdir()
+    train = "import os, sys, time; print('F: ready; 7 images', flush=True); "
+    (tmp_path / "refiner_ds/train.py").write_text(train + ending)
+    assert planned.problem(checks.check_ready(allocation(tmp_path), [], tmp_path).plan).startswith(
+        f"could not plan: {said}"
+    )
 
 
 @pytest.mark.slow
