@@ -71,7 +71,3 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; the loader asks for it where there is a GPU."""
-        return self.map_tensors(lambda tensor: tensor.pin_memory())

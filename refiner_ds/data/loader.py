@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from refiner_ds.data.augment import AugmentSettings, EvalSettings, EvalViews
 from refiner_ds.data.batch import Batch, MapBatch
 from refiner_ds.data.dataset import BatchDataset
 from refiner_ds.data.decoding import AS_STORED
+from refiner_ds.data.hand_over import HandOver, UnderWay
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.sampler import EvalSampler, TrainSampler
-from refiner_ds.data.shared_memory import PackingDataset, SharedBuffers, packed_size
+from refiner_ds.data.shared_memory import PackedBatch, PackingDataset, SharedBuffers, packed_size
 from refiner_ds.data.workers import WorkerWatch, explain_worker_death
 from refiner_ds.errors import DataError
 
@@ -39,7 +41,7 @@ PREFETCH_FACTOR = 2  # batches a worker may be ahead
 
 @dataclass(frozen=True)
 class Batches:
-    """An iterable over one rank's batches; every iteration begins at the same place again.
+    """An iterable over one rank's batches, each in memory of its own; every iteration begins at the same place again.
 
     Attributes:
         sampler: the arithmetic behind it.
@@ -57,8 +59,14 @@ class Batches:
         return range(self.first, 1 << 62)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        pinned = torch.cuda.is_available()
-        buffers = None
+        return self._run(None)
+
+    def handed_over(self, device: torch.device) -> Generator[Batch, None, None]:
+        """The same batches on a device, for a loop that uses one at a time (`HandOver`)."""
+        return self._run(HandOver(device))
+
+    def _run(self, hand_over: HandOver | None) -> Generator[Batch, None, None]:
+        buffers, under_way = None, deque[UnderWay]()
         if self.workers:  # the most that can be in flight, and one that is being copied
             buffers = SharedBuffers(self.workers * PREFETCH_FACTOR + 1, packed_size(self.dataset.template()))
         batches = DataLoader(
@@ -69,7 +77,6 @@ class Batches:
             prefetch_factor=PREFETCH_FACTOR if buffers else None,
             collate_fn=_unchanged,
             worker_init_fn=_init_worker,
-            pin_memory=pinned and not buffers,
             generator=torch.Generator(),  # of its own: the loader would draw its workers' seed from the global one
         )
         with explain_worker_death():
@@ -80,7 +87,25 @@ class Batches:
                 watch.look()
                 if isinstance(batch, DataError):
                     raise batch
-                yield buffers.unpack(batch, pinned) if buffers else batch
+                if hand_over is None:
+                    yield batch.unpack(buffers.take(batch)) if buffers else batch
+                    continue
+                under_way.append(hand_over.begin(*_packed(batch, buffers, hand_over)))
+                if len(under_way) > hand_over.ahead:
+                    yield hand_over.finish(under_way.popleft())
+            while hand_over is not None and under_way:
+                yield hand_over.finish(under_way.popleft())
+
+
+def _packed(
+    batch: Batch | PackedBatch, buffers: SharedBuffers | None, hand_over: HandOver
+) -> tuple[PackedBatch, torch.Tensor]:
+    """A batch and its bytes, in host memory of ``hand_over``; what came through shared memory is copied out of it."""
+    if isinstance(batch, Batch):
+        bytes_n = hand_over.room(packed_size(batch))
+        return PackedBatch.pack(batch, memory_n=bytes_n), bytes_n
+    assert buffers is not None
+    return batch, buffers.take(batch, hand_over.room)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Axes: n bytes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class PackedBatch:
         """Pack a batch, into ``memory_n``, the memory of ``buffer``, if it is large enough."""
         size = packed_size(batch)
         fits = memory_n is not None and len(memory_n) >= size
-        bytes_n = memory_n if memory_n is not None and fits else torch.empty(size, dtype=torch.uint8)
+        bytes_n = memory_n if memory_n is not None and fits else _memory(size)
         start = 0
         for tensor in _tensors(batch):
             bytes_n[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
@@ -102,6 +102,10 @@ class PackingDataset(Dataset[Any]):
         return PackedBatch.pack(batch, buffer, None if buffer == NO_BUFFER else self.memory_Sn[buffer])
 
 
+def _memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
 class SharedBuffers:
     """Shared memory for ``count`` batches of ``size`` bytes, and which of it is free.
 
@@ -125,13 +129,17 @@ class SharedBuffers:
         for number in numbers:
             yield number, self._free.popleft() if self._free else NO_BUFFER
 
-    def unpack(self, packed: PackedBatch, pinned: bool) -> Batch:
-        """Copy a batch out of its buffer, into page-locked memory if wanted, and free the buffer."""
+    def take(self, packed: PackedBatch, room: Callable[[int], Tensor] = _memory) -> Tensor:
+        """Copy a batch's bytes out of its buffer, and free the buffer.
+
+        Args:
+            room: makes memory for so many bytes.
+        """
         source_n = self.memory_Sn[packed.buffer][: packed.size] if packed.bytes_n is None else packed.bytes_n
-        bytes_n = torch.empty(len(source_n), dtype=torch.uint8, pin_memory=pinned).copy_(source_n)
+        bytes_n = room(len(source_n)).copy_(source_n)
         if packed.buffer != NO_BUFFER:
             self._free.append(packed.buffer)
-        return packed.unpack(bytes_n)
+        return bytes_n
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

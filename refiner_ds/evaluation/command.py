@@ -128,7 +128,7 @@ class Evaluator:
             on_bad_sample=self._on_bad_sample,
             decode=self._data or AS_STORED,
             samples=samples,
-        )
+        ).handed_over(self.world.device)
         return predict(
             self.loaded.model,
             batches,

@@ -66,8 +66,7 @@ def predict(
     bad = 0
     for batch in batches:
         bad += batch.bad
-        valid_B = batch.valid_B.clone()
-        batch = batch.to(world.device)
+        valid_B = batch.valid_B.cpu().clone()
         size, rows, side = batch.images_BHWC.shape[:3]
         pixels = batch.images_BHWC.reshape(size * views, rows // views, side, 3)
         logits_C = [

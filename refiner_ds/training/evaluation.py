@@ -62,7 +62,7 @@ def evaluate(
     """Evaluate ``model`` over this rank's ``batches`` and add up over ranks. Every rank must call it.
 
     Args:
-        model: in fp32, on ``world.device``.
+        model: in fp32, on ``world.device``, as batches are.
         mean, std: of the pixels, as in training.
         bf16: compute under autocast.
         asked_to_stop: looked at before every batch; None: nothing stops an evaluation.
@@ -74,27 +74,28 @@ def evaluate(
     model.eval()
     counts = torch.zeros(4, dtype=torch.int64, device=world.device)
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
-    requests = None
+    requests, bad = None, 0
+    among_A = None if among is None else torch.tensor(list(among), device=world.device)
     for batch in batches:
         if asked_to_stop is not None:
             if requests is not None and requests.item():  # of the batch before: the device is not waited for
                 model.train(was_training)
                 raise EvaluationStopped
-            requests = world.all_reduce_sum(torch.tensor(float(asked_to_stop()), device=world.device))
-        batch = batch.to(world.device)
+            requests = world.all_reduce_sum(torch.full((), float(asked_to_stop()), device=world.device))
         valid_B, labels_B = batch.valid_B, batch.labels_B
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             logits_BC = model(normalize(batch.images_BHWC, mean, std, torch.float32)).float()
-        if among is not None:
+        if among_A is not None:
             restricted_BC = torch.full_like(logits_BC, -torch.inf)
-            restricted_BC[:, list(among)] = logits_BC[:, list(among)]
+            restricted_BC[:, among_A] = logits_BC[:, among_A]
             logits_BC = restricted_BC
         guesses_BK = logits_BC.topk(min(5, logits_BC.shape[1])).indices
         hits_BK = (guesses_BK == labels_B[:, None]) & valid_B[:, None]
-        counts += torch.stack(
-            [hits_BK[:, 0].sum(), hits_BK.sum(), valid_B.sum(), valid_B.new_tensor(batch.bad, dtype=torch.int64)]
-        )
-        loss += F.cross_entropy(logits_BC, labels_B, reduction="none")[valid_B].double().sum()
+        counts[:3] += torch.stack([hits_BK[:, 0].sum(), hits_BK.sum(), valid_B.sum()])
+        loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+        loss += torch.where(valid_B, loss_B, 0).double().sum()  # picking the valid ones would wait for the device
+        bad += batch.bad
+    counts[3] = bad
     world.all_reduce_sum(counts)
     world.all_reduce_sum(loss)
     model.train(was_training)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refiner_ds.training.engine import Engine
+from refiner_ds.training.reading import scalar_on
 from refiner_ds.training.world import World
 
 log = logging.getLogger("refiner_ds")
@@ -47,6 +48,7 @@ class GradientNorms:
         self._squares = torch.zeros(len(self.parts), device=world.device)
         self._seen: set[int] = set()
         self._told = False
+        self._places: dict[int, Tensor] = {}
 
     def watch(self) -> None:
         """The update that comes next is looked at."""
@@ -66,10 +68,11 @@ class GradientNorms:
             if not mine:
                 continue  # padding
             norms_F = torch.stack(torch._foreach_norm([fragment.of(grads).float() for fragment in mine]))
-            index_F = torch.tensor([self.parts.index(part_of(fragment.name)) for fragment in mine])
-            self._squares.index_add_(
-                0, index_F.to(self._world.device), norms_F.to(self._world.device, non_blocking=True).square()
-            )
+            if number not in self._places:  # copied once, since that waits for the device
+                places = [self.parts.index(part_of(fragment.name)) for fragment in mine]
+                self._places[number] = torch.tensor(places, device=self._world.device)
+            squares_F = norms_F.to(self._world.device, non_blocking=True).square()
+            self._squares.index_add_(0, self._places[number], squares_F)
 
     def finish(self) -> Tensor | None:
         """Norms by part before clipping, on the device, once the watched step is done; None where it did not update."""
@@ -86,4 +89,4 @@ class GradientNorms:
             self._world.all_reduce_sum(self._squares)
         # What is seen is clipped already, all of it by one factor: shares of the whole are not.
         shares = self._squares / self._squares.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.as_tensor(norm, dtype=torch.float32, device=shares.device) * shares.sqrt()
+        return scalar_on(shares.device, norm).float() * shares.sqrt()

@@ -43,20 +43,19 @@ class Interval:
         """What this rank did before it met the others, a step."""
         return RankTime(world.rank, platform.node(), self._waited / self.steps, self._forward / self.steps)
 
-    def numbers(self, global_batch: int, world: World) -> dict[str, float]:
-        """Means a step, by the keys of metrics.jsonl; damaged samples are summed over ranks. Every rank must call it.
+    def numbers(self, global_batch: int) -> dict[str, float]:
+        """Means a step, by the keys of metrics.jsonl; damaged samples are summed over steps and ranks.
 
         Args:
             global_batch: images an optimizer step, over all ranks.
         """
-        bad = int(world.all_reduce_sum(torch.tensor([self._bad], device=world.device)))
         return {
             **{name: float(total / self.steps) for name, total in self._losses.items()},
             "images_per_second": self.steps * global_batch / self._seconds,
             "step_seconds": self._seconds / self.steps,
             "data_wait_seconds": self._waited / self.steps,
             "checkpoint_seconds": self.checkpoint_seconds,
-            "bad_samples": bad,
+            "bad_samples": self._bad,
         }
 
 

@@ -67,7 +67,7 @@ class Progress:
         """Write the numbers of the interval that ends with ``step``; returns the last that were written."""
         if self._interval.steps:
             samples = step * self._batch.global_batch
-            numbers = self._interval.numbers(self._batch.global_batch, self._world)
+            numbers = self._interval.numbers(self._batch.global_batch)
             self._report_slow_ranks(numbers)
             self._numbers = {
                 **numbers,

@@ -23,6 +23,7 @@ from refiner_ds.training.intervals import is_logged
 from refiner_ds.training.losses import Losses, class_loss, token_label_loss
 from refiner_ds.training.pictures import Views
 from refiner_ds.training.preparation import Preparation
+from refiner_ds.training.reading import Reader, Unread, scalar_on
 from refiner_ds.training.trace_summary import DATA_WAIT
 from refiner_ds.training.world import World
 
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
         requests: what any rank asked for in this step, equal on all ranks.
         seconds: this rank's step, the device's part included.
         data_wait_seconds: of these, waiting for the loader.
-        bad_samples: damaged samples this rank skipped.
+        bad_samples: damaged samples that were skipped, on all ranks.
         grad_norm: before clipping, equal on all ranks; None where DeepSpeed does not tell.
         forward_seconds: of the step, this rank's forward passes.
         skipped: whether the weights were left as they were, where the run file asks for that.
@@ -58,11 +59,13 @@ class UnreadStep:
 
     Args:
         step: counted from 1.
-        names: of the losses; the means of these come first, then those of the requests.
+        names, requests: of what `numbers` begins with: means over ranks of losses, of requests, of damaged samples.
+        numbers: these, the gradient norm, and gradient norms by part, each of the last two empty where it is not known.
+        parts: of the network, in the order of their norms.
         micro_batches: loss and sample numbers of each of this rank.
         outcome: what is known already.
-        norms: gradient norms by part, and the parts; None in steps that are not logged.
         clock: when the step before was read, in a list of one.
+        ranks: how many there are.
     """
 
     def __init__(
@@ -70,32 +73,23 @@ class UnreadStep:
         step: int,
         names: list[str],
         requests: list[str],
-        means_n: Tensor,
-        grad_norm: Tensor | float | None,
+        numbers: Unread,
+        parts: list[str],
         forward: ForwardTimer,
         micro_batches: list[tuple[Tensor, Tensor]],
         outcome: Outcome,
         clock: list[float],
-        norms: tuple[Tensor, list[str]] | None = None,
+        ranks: int,
     ) -> None:
         self.step, self.micro_batches = step, micro_batches
-        self._names, self._requests, self._outcome, self._clock = names, requests, outcome, clock
-        self._forward = forward
+        self._names, self._requests, self._parts = names, requests, parts
+        self._numbers, self._forward, self._outcome = numbers, forward, outcome
+        self._clock, self._ranks = clock, ranks
         self._began = time.perf_counter() - outcome.seconds
-        self._numbers, self._norm = _to_host(means_n), grad_norm
-        if isinstance(grad_norm, Tensor):
-            self._norm = _to_host(grad_norm)
-        self._norms = None if norms is None else (_to_host(norms[0]), norms[1])
-        self._computed = None
-        if isinstance(means_n, Tensor) and means_n.is_cuda:
-            self._computed = torch.cuda.Event()
-            self._computed.record()
 
     def read(self) -> Outcome:
         """Wait for the step, and no longer, and say how it was."""
-        if self._computed is not None:
-            self._computed.synchronize()
-        values = self._numbers.tolist()
+        (*values, bad), norm, by_part = self._numbers.read()
         now = time.perf_counter()
         seconds, self._clock[0] = now - max(self._began, self._clock[0]), now  # steps overlap: none is counted twice
         granted = values[len(self._names) :]
@@ -103,16 +97,11 @@ class UnreadStep:
             losses=dict(zip(self._names, values, strict=False)),
             requests=frozenset(name for name, share in zip(self._requests, granted, strict=True) if share > 0),
             seconds=seconds,
-            grad_norm=None if self._norm is None else float(self._norm),
+            bad_samples=round(bad * self._ranks),
+            grad_norm=norm[0] if norm else None,
             forward_seconds=self._forward.seconds(),
-            grad_norms={} if self._norms is None else dict(zip(self._norms[1], self._norms[0].tolist(), strict=True)),
+            grad_norms=dict(zip(self._parts, by_part, strict=True)) if by_part else {},
         )
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor) or not tensor.is_cuda:
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class ForwardTimer:
@@ -176,9 +165,12 @@ class OptimizerStep:
         dtype = torch.bfloat16 if engine.bf16 else torch.float32
         self._gradient_norms = GradientNorms(engine, world)
         self._inputs = InputMaker(self._keys, ready.num_classes, engine.module.patch_grid, dtype)
+        self._reader = Reader(world.device)
 
     def __call__(self, step: int, batches: Iterator[Batch], keep_views: bool = False) -> UnreadStep:
-        """Train on the next micro-batches of ``batches``.
+        """Train on the next micro-batches of ``batches``, which are on the device.
+
+        Nothing here waits for the device, but for what DeepSpeed asks of it (docs/training.md has the list).
 
         Args:
             step: optimizer steps before this one.
@@ -212,17 +204,33 @@ class OptimizerStep:
         if skipped:
             for buffer, before in statistics:
                 buffer.copy_(before)
-        asked = torch.tensor([float(bool(asks())) for asks in self._requests.values()], device=self._world.device)
-        means = self._exchange.mean(torch.cat([torch.stack(list(sums.values())), asked]))
+        means_n = self._exchange.mean(torch.cat([torch.stack(list(sums.values())), self._said(bad)]))
         if self._engine.stepped:
             self._ema.update(step)
-        known = Outcome({}, frozenset(), time.perf_counter() - began, waited, bad, skipped=skipped)
+        known = Outcome({}, frozenset(), time.perf_counter() - began, waited, skipped=skipped)
         norm = self._engine.unread_grad_norm
         by_part = self._gradient_norms.finish() if logged else None
-        norms = None if by_part is None else (by_part, self._gradient_norms.parts)
-        return UnreadStep(
-            step + 1, list(sums), list(self._requests), means, norm, timer, micro_batches, known, self._clock, norms
+        nothing = means_n.new_empty(0)
+        numbers = self._reader.begin(
+            [
+                means_n,
+                nothing if norm is None else scalar_on(self._world.device, norm),
+                nothing if by_part is None else by_part,
+            ]
         )
+        return UnreadStep(
+            step + 1, list(sums), list(self._requests), numbers, self._gradient_norms.parts, timer, micro_batches,
+            known, self._clock, self._world.size,
+        )  # fmt: skip
+
+    def _said(self, bad: int) -> Tensor:
+        """What this rank asks for, 0 or 1 each, and how many damaged samples it has skipped, on the device."""
+        numbers = [float(bool(asks())) for asks in self._requests.values()] + [float(bad)]
+        said_n = torch.zeros(len(numbers), device=self._world.device)
+        for place, number in enumerate(numbers):
+            if number:
+                said_n[place].fill_(number)  # copying numbers to a GPU waits for all work queued there
+        return said_n
 
     def leave_out(self, step: int, batches: Iterator[Batch]) -> None:
         """Let the samples of a step go by.
@@ -236,7 +244,8 @@ class OptimizerStep:
     def _next(self, batches: Iterator[Batch], step: int, micro: int) -> tuple[Batch, float]:
         """The next micro-batch, and seconds waited for it."""
         began = time.perf_counter()
-        new_epoch = not micro and step % self._ready.schedule.steps_an_epoch == 0
+        # On a GPU the loader is a batch ahead: its next epoch may begin in the last step of this one.
+        new_epoch = (step + 1) % self._ready.schedule.steps_an_epoch <= 1
         self._heartbeat.beat(step + 1, "waiting for data", patient=new_epoch)
         with record_function(DATA_WAIT):
             batch = next(batches)
@@ -261,7 +270,7 @@ class OptimizerStep:
 
     def _forward(self, batch: Batch, seed: int, epoch: float, keep_views: bool) -> Losses:
         recipe = self._keys.recipe
-        inputs = self._inputs(batch.to(self._world.device), seed, epoch)
+        inputs = self._inputs(batch, seed, epoch)
         if keep_views:
             self.views = Views.of(inputs, self._keys.data.mean, self._keys.data.std)
         torch.manual_seed(seed)  # dropout and drop-path: no generator state to save

@@ -153,7 +153,7 @@ def test_buffers_are_reused_and_a_batch_without_one_arrives_all_the_same(make_se
     assert [one.bytes_n is None for one in packed] == [True, True, False]
     assert [next(tasks), next(tasks)] == [(3, NO_BUFFER), (4, NO_BUFFER)]
     for number in (1, 2, 0):
-        found, wanted = buffers.unpack(packed[number], pinned=False), dataset[number]
+        found, wanted = packed[number].unpack(buffers.take(packed[number])), dataset[number]
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(found), tensors_of(wanted), strict=True))
     assert [next(tasks), next(tasks), next(tasks)] == [(5, 1), (6, 0), (7, NO_BUFFER)]
 
@@ -163,7 +163,7 @@ def test_buffer_that_is_too_small_is_not_used(make_set: Callable[..., ShardIndex
     buffers = SharedBuffers(1, packed_size(dataset.template()) - 1)
     packed = PackingDataset(dataset, buffers.memory_Sn)[next(buffers.assign([4]))]
     assert not buffers.memory_Sn[0].any()
-    assert torch.equal(buffers.unpack(packed, pinned=False).images_BHWC, dataset[4].images_BHWC)
+    assert torch.equal(packed.unpack(buffers.take(packed)).images_BHWC, dataset[4].images_BHWC)
     assert list(buffers.assign([5])) == [(5, 0)]
 
 

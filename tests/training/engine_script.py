@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds.config import load
+from refiner_ds.training import engine as engine_module
 from refiner_ds.training.build import build_model
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine, build_optimizer
@@ -100,6 +101,7 @@ def engine_loop(
     stage: int, bf16: bool, world: World
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bool, dict[str, float]]:
     run = run_file(stage, bf16)
+    engine_module.FUSED_ON = ("cpu",) if bf16 and stage % 2 else ("cuda",)  # the GPU's, at two of the stages
     batch = run.batch(world.size)
     engine = Engine(run, fresh_model(run), batch, world)
     ema = ModelEma(engine, DECAY, warmup=True)

@@ -32,6 +32,7 @@ from refiner_ds.training.loop import GIVE_UP, SAVE, STOP, Trainer
 from refiner_ds.training.losses import Losses
 from refiner_ds.training.recovery import Recovery
 from refiner_ds.training.signals import StopFlag
+from refiner_ds.training.reading import Reader
 from refiner_ds.training.step import OptimizerStep
 from refiner_ds.training.step import Outcome as StepOutcome
 from refiner_ds.training.validation import Validation
@@ -212,15 +213,11 @@ def test_a_damaged_list_of_files_is_a_damaged_checkpoint(damage: bytes, tmp_path
 
 
 def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
-    class Late:
+    class Late(Reader):
         """Numbers that the device has not come to yet."""
 
-        def __init__(self, numbers: torch.Tensor) -> None:
-            self.numbers = numbers
-
-        def tolist(self) -> list[float]:
+        def give_back(self, numbers_n: torch.Tensor) -> None:
             time.sleep(0.1)
-            return self.numbers.tolist()
 
     step = OptimizerStep.__new__(OptimizerStep)
     step._batch = SimpleNamespace(global_batch=48, accumulation=2)  # type: ignore[assignment]
@@ -228,14 +225,15 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
     step._ready = SimpleNamespace(schedule=SimpleNamespace(lr=float, epoch=float, steps_an_epoch=4, total_steps=9))  # type: ignore[assignment]
     step._world, step._requests, step._heartbeat = ALONE, {STOP: lambda: True, SAVE: lambda: False}, Heartbeat()
     step._allows, step._clock = None, [0.0]
-    step._gradient_norms = SimpleNamespace(watch=lambda: None, finish=lambda: None)  # type: ignore[assignment]
+    step._gradient_norms = SimpleNamespace(watch=lambda: None, finish=lambda: None, parts=[])  # type: ignore[assignment]
     engine: Any = SimpleNamespace(
         set_lr=lambda lr: None,
         stepped=False,
         backward_and_step=lambda loss, allows: None,
         unread_grad_norm=None,
     )
-    step._engine, step._exchange = engine, SimpleNamespace(mean=Late)  # type: ignore[assignment]
+    step._engine, step._exchange = engine, SimpleNamespace(mean=lambda numbers_n: numbers_n)  # type: ignore[assignment]
+    step._reader = Late(ALONE.device)
     losses = iter([(1.0, 2.0), (3.0, 6.0)])
 
     def forward(batch: Any, seed: int, epoch: float, keep_views: bool) -> Losses:
@@ -250,17 +248,13 @@ def test_a_steps_time_is_that_of_the_device_and_its_losses_are_means() -> None:
 
 
 def test_an_interval_is_the_mean_of_its_steps() -> None:
-    class Sums(Alone):
-        def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-            return values * 2  # two ranks
-
     interval = Interval()
     interval.add(StepOutcome({"loss": 1.0, "loss_cls": 4.0}, frozenset(), 1.0, 0.25, 1))
     interval.checkpoint_seconds += 0.5
     interval.add(StepOutcome({"loss": 2.0, "loss_cls": 0.0}, frozenset(), 3.0, 0.75, 2))
-    assert interval.numbers(48, Sums(0, 2, 0, torch.device("cpu"))) == {
+    assert interval.numbers(48) == {
         "loss": 1.5, "loss_cls": 2.0, "images_per_second": 24.0, "step_seconds": 2.0, "data_wait_seconds": 0.5,
-        "checkpoint_seconds": 0.5, "bad_samples": 6,
+        "checkpoint_seconds": 0.5, "bad_samples": 3,
     }  # fmt: skip
 
 
