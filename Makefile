@@ -36,8 +36,8 @@ lock:
 	{ echo '# Versions known to pass the tests, which `make` installs. `make test-newest lock` writes this file anew.'; \
 	  .venv-newest/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip=='; } > constraints.txt
 
-# The kernels' tests are left out: Triton's interpreter multiplies by itself. Inductor gets a cache of its own: it would take
-# code generated for longer vectors from the usual one, and compute half of every tensor.
+# The kernels' tests are left out: Triton's interpreter multiplies by itself. Inductor gets a cache of its own: tests call it
+# directly, and it would take code generated for longer vectors from the usual one, and compute half of every tensor.
 test-isa: $(VENV)/installed-test
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 \
 	    $(PYTEST) --ignore=tests/attention/triton tests/attention tests/models/test_mlp.py tests/models/test_precision.py

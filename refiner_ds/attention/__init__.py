@@ -5,6 +5,7 @@
     equations.py   the paper's, with which tests compare    norms.py   batch norm in fp32, counted once a step
     moments.py     its mean and variance, from those of parts
     choice.py      which backend is the fastest here: counted, then timed      live_bytes.py   memory, on fake tensors
+    compiling.py   where torch.compile keeps its code
     backends/      eager, tiled, triton, and the check of kernels before they become the default
 
 By operation, with every backend's implementation side by side:

@@ -119,10 +119,11 @@ def default_backend(layer: Layer, kernels: bool) -> str:
 
 
 def by_rule(layer: Layer, kernels: bool) -> str:
-    """The backend of a layer that is too small to be timed: the default, but eager in bf16 on CPUs (see benchmarks)."""
-    if layer.value_BHNd.device.type == "cpu" and layer.value_BHNd.dtype == torch.bfloat16:
-        return "eager"
-    return default_backend(layer, kernels)
+    """The backend of a layer that is too small to be timed: eager on CPUs, the default elsewhere.
+
+    So few entries are cheap to keep, and tiled takes one to three times as long with them (see benchmarks).
+    """
+    return "eager" if layer.value_BHNd.device.type == "cpu" else default_backend(layer, kernels)
 
 
 def candidates(layer: Layer, kernels: bool) -> list[str]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
+from refiner_ds.attention.compiling import keep_code_by_cpu
 from refiner_ds.benchmark.measure import best_seconds, peak_bytes, saved_bytes
 from refiner_ds.errors import ConfigError
 
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--largest measures the memory of a GPU; leave it out, or give --device cuda")
     if options.batch < 1 or options.rounds < 1:
         raise ConfigError("--batch and --rounds must be 1 or more")
+    keep_code_by_cpu()
     if torch.device(options.device).type == "cpu":
         torch.set_num_threads(1)
     try:

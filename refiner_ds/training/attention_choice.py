@@ -32,7 +32,7 @@ from refiner_ds.training.machine import device_name
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.world import World
 
-SMALL = 2**20  # entries of a layer's maps of a micro-batch: a layer of fewer takes some ten milliseconds on a CPU
+SMALL = 2**17  # entries of a layer's maps of a micro-batch: fewer take a CPU about as long whatever their number is
 SECONDS = 3.0  # for timing, all kinds together
 
 

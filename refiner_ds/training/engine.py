@@ -11,6 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
+from refiner_ds.attention.compiling import keep_code_by_cpu
 from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.models import RefinedViT
 from refiner_ds.training.fragments import Fragment, find_fragments
@@ -95,6 +96,7 @@ class Engine:
             group["lr"] = 0.0
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         if run.refiner.model.compile != "none":
+            keep_code_by_cpu()
             self.engine.compile(backend=run.refiner.model.compile)  # evaluation has a model of its own
         self._rank = world.rank
         self._stage = run.keys.zero_optimization.stage

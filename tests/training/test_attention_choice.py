@@ -159,7 +159,7 @@ def test_a_key_or_the_environment_forces_a_backend(tmp_path: Path, monkeypatch: 
 def test_small_runs_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted = fastest(monkeypatch, "eager")
     assert choose_backends(made(tmp_path), WORLD, False, None) == "by rule: too small to time"
-    assert chosen() == {"map": "tiled", "bottleneck": "tiled"} and not noted
+    assert chosen() == {"map": "eager", "bottleneck": "eager"} and not noted
 
 
 def test_a_choice_that_fails_leaves_the_default(
