@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "plan": LIBRARY,
     "analysis": LIBRARY,
     "benchmark": LIBRARY,
-    "text": {"ground", "attention"},
+    "text": {"ground", "attention", "analysis", "glue_table"},
     "train": LIBRARY | {"plan"},
     "evaluation": LIBRARY | {"analysis"},
     "evaluate": LIBRARY | {"analysis", "evaluation"},
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "export": LIBRARY,
     "restart": {"ground", "config", "training"},
     "sweep_table": {"ground", "config"},
-    "report": {"ground", "config", "sweep_table"},
+    "glue_table": {"ground"},
+    "report": {"ground", "config", "glue_table", "sweep_table"},
     "gallery": LIBRARY | {"analysis", "evaluation", "report"},
     "launch": {"ground", "config", "data", "train", "sweep_table"},  # train: what a task of a job runs
     "data_tools": {"ground", "config", "data"},

@@ -2,6 +2,7 @@
 
     python -m refiner_ds.report ds_configs/paper/expansion.json --grid refiner.run.seed=0,1,2
     python -m refiner_ds.report TABLE… --runs runs --out report.html
+    python -m refiner_ds.report ds_configs/glue/tables/bert_small.json            of text: refiner_ds.text.sweep
 
 Writes one HTML file that needs nothing else, and Markdown beside it. Both follow from the run folders alone: the same
 folders give the same bytes. Rows that have not been run are shown as such. Exit codes: 0 written, 2 refused.
@@ -11,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 from refiner_ds.command_line import command_parser
 from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.files import write_atomically
+from refiner_ds.glue_table import is_glue_table, read_glue_table
 from refiner_ds.report.contents import build_page
+from refiner_ds.report.glue import glue_parts, states
 from refiner_ds.report.runs import RunFacts, read_run
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.sweep_table import Table, read_table
@@ -32,28 +35,29 @@ def main(argv: list[str] | None = None) -> int:
     if options.runs is not None and not options.runs.is_dir():
         raise ConfigError(f"--runs {options.runs}: is no folder; give the one that holds the tables' folders")
     overrides = [*options.set, *([f'refiner.run.output="{options.runs}"'] if options.runs else [])]
-    tables = [read_table(file).across(options.grid) for file in options.tables]
+    glue = [read_glue_table(file) for file in options.tables if is_glue_table(file)]
+    tables = [read_table(file).across(options.grid) for file in options.tables if not is_glue_table(file)]
     found: list[tuple[Table, list[RunFacts]]] = [
         (table, [read_run(run) for run in table.runs(overrides)]) for table in tables
     ]
-    page = build_page(found)
+    glue_output = (options.runs or Path("runs")) / "glue"
+    page = build_page(found, [part for table in glue for part in glue_parts(table, glue_output)])
     RunFolder(options.out.parent).refuse_unwritable()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, page.html())
     write_atomically(options.out.with_suffix(".md"), page.markdown())
     runs = [run for _, facts in found for run in facts]
-    states = ", ".join(
-        f"{count} {state}"
-        for state in ("finished", "begun", "missing")
-        if (count := sum(run.state == state for run in runs))
-    )
+    counts = Counter(run.state for run in runs)
+    for table in glue:
+        counts.update(states(table, glue_output))
+    said = ", ".join(f"{counts[state]} {state}" for state in ("finished", "begun", "missing") if counts[state])
     written = f"{options.out} and {options.out.with_suffix('.md').name}"
-    print(f"{written}: {_count(tables, 'table')}, {_count(runs, 'run')}: {states}")
+    print(f"{written}: {_count(len(options.tables), 'table')}, {_count(counts.total(), 'run')}: {said}")
     return 0
 
 
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'s' if len(things) != 1 else ''}"
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' if number != 1 else ''}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -41,11 +41,16 @@ class Row:
         return estimate([run.top1["ema"] for run in self.finished])
 
 
-def build_page(tables: Sequence[tuple[RunTable, list[RunFacts]]]) -> Page:
-    """The report of some tables, each with all its runs in the table's order."""
-    parts: list[Part] = [Text(ABOUT)]
+def build_page(tables: Sequence[tuple[RunTable, list[RunFacts]]], further: Sequence[Part] = ()) -> Page:
+    """The report of some tables, each with all its runs in the table's order.
+
+    Args:
+        further: parts of tables of another kind, which come after these.
+    """
+    parts: list[Part] = [Text(ABOUT)] if tables else []
     for table, facts in tables:
         parts += _table_parts(table, facts)
+    parts += further
     parts += _versions([run for _, facts in tables for run in facts])
     return Page("Runs beside the paper", parts)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import report_errors
+from refiner_ds.glue_table import glue_folder
 from refiner_ds.text.command import run_parser
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.model:
         run = replace(run, model=str(given.model), tokenizer=None)
     data = read_task(given.data, task)
-    output = given.output / run.path.stem / given.task.lower() / f"seed_{given.seed}"
+    output = glue_folder(given.output, run.path, given.task.lower().replace("-", ""), given.seed)
     results = fine_tune(run, task, data, output, given.seed)
     if results is not None:
         print(_sentence(given.task, run, results), flush=True)
@@ -58,7 +59,14 @@ def fine_tune(run: Any, task: Any, data: Any, output: Path, seed: int) -> dict[s
 
     from refiner_ds.text.glue_tasks import measure
     from refiner_ds.text.loading import load_model, load_tokenizer
-    from refiner_ds.text.training import make_trainer, quiet, train_timed, training_arguments, write_results
+    from refiner_ds.text.training import (
+        make_trainer,
+        quiet,
+        train_timed,
+        training_arguments,
+        with_mean_loss,
+        write_results,
+    )
 
     quiet()
     arguments = training_arguments(run, output, seed)
@@ -67,7 +75,7 @@ def fine_tune(run: Any, task: Any, data: Any, output: Path, seed: int) -> dict[s
     model = load_model(run, AutoModelForSequenceClassification, tokenizer, **head)
     encoded = {name: encode(samples, tokenizer, run.max_length, model) for name, samples in data.items()}
     train = encoded.pop("train")
-    trainer = make_trainer(model, arguments, tokenizer, DataCollatorWithPadding(tokenizer), train)
+    trainer = make_trainer(with_mean_loss(model), arguments, tokenizer, DataCollatorWithPadding(tokenizer), train)
     loss, seconds = train_timed(trainer)
     dev = {name: measure(task, trainer.predict(x).predictions, data[name].labels) for name, x in encoded.items()}
     trainer.save_model(str(output))

@@ -45,9 +45,9 @@ class TextRefiner(nn.Module):
         super().__init__()
         maps, side = expanded_maps(heads, options.expansion_ratio), options.kernel_size
         self.options = options
-        self.expand = nn.Parameter(torch.empty(maps, heads))
-        self.kernel = nn.Parameter(torch.empty(maps, 1, side, side))
-        self.reduce = nn.Parameter(torch.empty(heads, maps))
+        # Kept, since under ZeRO 3 a weight has no shape while it is not gathered.
+        self.shapes = {"expand": (maps, heads), "kernel": (maps, 1, side, side), "reduce": (heads, maps)}
+        self.expand, self.kernel, self.reduce = (nn.Parameter(torch.empty(shape)) for shape in self.shapes.values())
         self.reset_parameters()
 
     @torch.no_grad()
@@ -57,8 +57,11 @@ class TextRefiner(nn.Module):
         There each head's map passes alone and unchanged and the further maps are reduced with zeros, so that they have
         gradients and take part from the second step on. A weight that has been loaded is left alone.
         """
-        heads = self.expand.shape[1]
-        expand_EH, kernel_E1kk, reduce_HE = (torch.empty_like(x) for x in (self.expand, self.kernel, self.reduce))
+        heads, weights = self.shapes["expand"][1], (self.expand, self.kernel, self.reduce)
+        expand_EH, kernel_E1kk, reduce_HE = (
+            torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            for weight, shape in zip(weights, self.shapes.values(), strict=True)
+        )
         for weight in (expand_EH, kernel_E1kk, reduce_HE):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if self.options.init == "identity":
@@ -68,7 +71,7 @@ class TextRefiner(nn.Module):
             kernel_E1kk[:heads, :, centre, centre] = 1
             reduce_HE[:] = 0
             reduce_HE[:, :heads] = eye.to(reduce_HE)
-        for weight, value in ((self.expand, expand_EH), (self.kernel, kernel_E1kk), (self.reduce, reduce_HE)):
+        for weight, value in zip(weights, (expand_EH, kernel_E1kk, reduce_HE), strict=True):
             initialization.copy_(weight, value)
 
     def local(self) -> LocalKernels:
@@ -121,7 +124,7 @@ class BottleneckRefiner(TextRefiner):
 
     def __init__(self, heads: int, options: RefinerOptions) -> None:
         super().__init__(heads, options)
-        maps = len(self.expand)
+        maps = self.shapes["expand"][0]
         self.norm1, self.norm2 = BatchNorm(maps), BatchNorm(maps)
         self.norm3, self.adapt = BatchNorm(heads), BatchNorm(heads)
 

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
 from transformers import Trainer, TrainingArguments
 
 from refiner_ds.errors import ConfigError
 from refiner_ds.files import write_atomically
+from refiner_ds.glue_table import RESULTS
 from refiner_ds.text.run_file import TextRun, refuse_unknown_arguments
 
-__all__ = ["make_trainer", "quiet", "train_timed", "training_arguments", "write_results"]
+__all__ = ["make_trainer", "quiet", "train_timed", "training_arguments", "with_mean_loss", "write_results"]
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-RESULTS = "results.json"
 
 
 def quiet() -> None:
@@ -46,14 +47,25 @@ def training_arguments(run: TextRun, output: Path, seed: int) -> Any:
     given: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, **run.training}
     given |= {"output_dir": str(output), "seed": seed}
     if run.deepspeed:
-        given["deepspeed"] = run.deepspeed
+        given["deepspeed"] = _with_whole_saves(run.deepspeed)
         _prepare_deepspeed()
+        if not torch.cuda.is_available():
+            _join_on_cpu()
+            given["accelerator_config"] = {**given.get("accelerator_config", {}), "use_configured_state": True}
     elif not torch.cuda.is_available():
         given["use_cpu"] = True
     try:
         return TrainingArguments(**given)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{run.path}: text.training: {str(error).strip().splitlines()[0]}") from None
+
+
+def _with_whole_saves(keys: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's keys; at stage 3 saving gathers the weights unless they say otherwise: shards cannot be loaded."""
+    zero = keys.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        return keys
+    return {**keys, "zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True, **zero}}
 
 
 def _prepare_deepspeed() -> None:
@@ -68,6 +80,30 @@ def _prepare_deepspeed() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update({**ALONE, "MASTER_PORT": str(port)})
+
+
+def _join_on_cpu() -> None:
+    """Open the process group that accelerate does not open for DeepSpeed on CPUs, where every rank would be alone.
+
+    There it finds no device of a kind it knows, takes no backend, and says that there is one process. With the backend
+    given it joins as it does on GPUs; TrainingArguments is to take that state as it is.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend="gloo")
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def with_mean_loss(model: Any) -> Any:
+    """The model, whose loss the Trainer is to take as a mean over a process's samples, as that of a classifier is.
+
+    It takes every loss of transformers for a sum over the words of all processes, as a language model's is, and would
+    multiply a classifier's gradients by the number of processes, and without DeepSpeed by that of accumulated steps.
+    """
+    model.accepts_loss_kwargs = False
+    return model
 
 
 def make_trainer(model: Any, arguments: Any, tokenizer: Any, collator: Any, samples: list[Any]) -> Any:
