@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from refiner_ds.files import write_atomically
-from refiner_ds.run_folder import RunFolder
+from refiner_ds.run_folder import STEP, RunFolder
 
 from . import policy
 
@@ -58,6 +58,18 @@ class Record:
     advice: str = ""
     action: str = ""
     reason: str = ""
+
+    def is_sound(self) -> bool:
+        """Whether what was read back is of the kinds that were written."""
+        numbers = (self.number, self.started, self.tasks, self.gpus)
+        maybe = (self.ended, self.step, self.exit_code, self.rank)
+        names = (self.checkpoint, self.saved)
+        return (
+            all(isinstance(one, int | float) for one in numbers)
+            and all(one is None or isinstance(one, int | float) for one in maybe)
+            and all(one is None or (isinstance(one, str) and STEP.fullmatch(one)) for one in names)
+            and (self.cause is None or self.cause in list(policy.Cause))
+        )
 
     def attempt(self) -> policy.Attempt:
         """What the policy wants to know of it."""
@@ -100,9 +112,11 @@ class Attempts:
         """What is known of a job's attempts; none where it has not started."""
         file = run_folder.jobs / f"{job_id}_attempts.json"
         known = {each.name for each in fields(Record)}
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, AttributeError):
             entries = json.loads(file.read_text())
-            return cls(file, [Record(**{key: entry[key] for key in entry.keys() & known}) for entry in entries])
+            records = [Record(**{key: entry[key] for key in entry.keys() & known}) for entry in entries]
+            if all(record.is_sound() for record in records):
+                return cls(file, records)
         return cls(file)
 
     def begin(self, nodes: str, tasks: int, gpus: int, run_folder: RunFolder) -> Record:
@@ -158,8 +172,9 @@ class Failure:
 
 def owner(run_folder: RunFolder) -> str | None:
     """The job that a run folder belongs to."""
-    with suppress(OSError):
-        return (run_folder.jobs / "owner").read_text().strip()
+    with suppress(OSError, ValueError):
+        name = (run_folder.jobs / "owner").read_text().strip()
+        return name if name.isdigit() else None
     return None
 
 

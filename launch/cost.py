@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 
+from refiner_ds.files import has_numbers, read_objects
 from refiner_ds.run_folder import RunFolder
 
 from .attempts import Attempts
@@ -13,21 +13,12 @@ from .attempts import Attempts
 def training_seconds(run_folder: RunFolder, since: float) -> float:
     """Seconds that optimizer steps took, as training logged them, from a moment (unix seconds) on."""
     seconds, before = 0.0, None
-    try:
-        lines = run_folder.metrics.read_text().splitlines()
-    except OSError:
-        return 0.0
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            if entry["kind"] != "train":
-                continue
-            steps = entry["step"] - before if before is not None and entry["step"] > before else 1
-            if entry["time"] >= since:
-                seconds += steps * entry["step_seconds"]
-            before = entry["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
+    for line in read_objects(run_folder.metrics):
+        if line.get("kind") == "train" and has_numbers(line, "step", "time", "step_seconds"):
+            steps = line["step"] - before if before is not None and line["step"] > before else 1
+            if line["time"] >= since:
+                seconds += steps * line["step_seconds"]
+            before = line["step"]
     return seconds
 
 

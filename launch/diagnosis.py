@@ -6,7 +6,6 @@ srun, or the kernel, says of a task outranks another rank's "connection reset by
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refiner_ds.exit_codes import DIVERGED, FINISHED, REFUSED, RUN_AGAIN
+from refiner_ds.files import read_object
 from refiner_ds.run_folder import RunFolder
 
 from . import symptoms
@@ -205,10 +205,9 @@ def _without_tasks(exit_code: int, said: Sequence[str]) -> Diagnosis:
 def verdict_since(run_folder: RunFolder, started: float) -> dict[str, object] | None:
     """What the watchdog of this attempt says of ranks that hang; None where none does."""
     file = run_folder.heartbeats / "verdict.json"
-    with suppress(OSError, ValueError):
+    with suppress(OSError):
         if file.stat().st_mtime >= started - 60:  # the file server's clock may differ; a start removes old ones
-            verdict: dict[str, object] = json.loads(file.read_text())
-            return verdict
+            return read_object(file)
     return None
 
 

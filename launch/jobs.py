@@ -26,6 +26,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
 from refiner_ds.errors import LaunchError, report_errors
+from refiner_ds.files import read_object
 from refiner_ds.run_folder import RunFolder
 
 from . import slurm
@@ -70,10 +71,7 @@ class JobOfRun:
     @property
     def submitted(self) -> dict[str, object]:
         """What was asked of the cluster; empty where the snapshot is gone."""
-        with suppress(OSError, ValueError):
-            known: dict[str, object] = json.loads((self.folder.code / self.job_id / JOB_FILE).read_text())
-            return known
-        return {}
+        return read_object(self.folder.code / self.job_id / JOB_FILE) or {}
 
     @property
     def local(self) -> bool:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from refiner_ds.errors import LaunchError
 from refiner_ds.exit_codes import REFUSED, RUN_AGAIN
+from refiner_ds.files import read_object
 from refiner_ds.run_folder import RunFolder
 
 from . import policy, slurm
@@ -174,8 +175,8 @@ class Supervisor(ABC):
 
     def _release_lock(self) -> None:
         """Remove the run folder's lock where a task that has just ended left it: nobody need wait until it is stale."""
-        with suppress(OSError, ValueError, KeyError):
-            if json.loads(self.run_folder.lock.read_text())["host"] in expand(self.nodes):
+        with suppress(OSError):
+            if (read_object(self.run_folder.lock) or {}).get("host") in expand(self.nodes):
                 self.run_folder.lock.unlink()
 
     def _end(self, record: Record, diagnosis: Diagnosis) -> int:

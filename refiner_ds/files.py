@@ -1,13 +1,15 @@
-"""Writing a file so that nobody ever sees half of it, locking one, and the checksum that files are listed with."""
+"""Writing a file so that nobody ever sees half of it, reading one that may be damaged, locks, and checksums."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, data: str | bytes, *, writer: str = "") -> None:
@@ -29,6 +31,30 @@ def write_atomically(path: Path, data: str | bytes, *, writer: str = "") -> None
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where there is no such file, or anything else in it."""
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; what is none, as a line that was cut short, is left out."""
+    found = []
+    with suppress(OSError):
+        for line in file.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                if isinstance(one := json.loads(line), dict):
+                    found.append(one)
+    return found
+
+
+def has_numbers(found: dict[str, Any], *keys: str) -> bool:
+    """Whether each of some keys of a JSON object has a number."""
+    return all(isinstance(found.get(key), int | float) for key in keys)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -35,7 +35,7 @@ from refiner_ds.data.loader import train_batches
 from refiner_ds.data.locate import open_index
 from refiner_ds.errors import CheckpointError, ConfigError, DataError, report_errors
 from refiner_ds.evaluation.metrics import Answers, confusions, figures
-from refiner_ds.files import write_atomically
+from refiner_ds.files import has_numbers, write_atomically
 from refiner_ds.models import RefinedViT
 from refiner_ds.page import Heading, Page, Part, Picture, Table, Text
 from refiner_ds.report.curves import curves_svg
@@ -144,12 +144,13 @@ def _training_views(loaded: LoadedModel, run: RunFile) -> list[Part]:
 
 
 def _curves(folder: RunFolder) -> list[Part]:
-    if not folder.metrics.is_file():
-        return [Text("Not shown: the run has no metrics.jsonl.")]
-    lines = read_metrics(folder.path)
-    loss = [(line["epoch"], line["loss"]) for line in lines if line["kind"] == "train" and line.get("loss") is not None]
+    lines = [line for line in read_metrics(folder.path) if has_numbers(line, "epoch")]
+    if not lines:
+        return [Text("Not shown: the run has logged nothing.")]
+    loss = [(line["epoch"], line["loss"]) for line in lines if line["kind"] == "train" and has_numbers(line, "loss")]
+    rated = [line for line in lines if has_numbers(line, "top1")]
     top1 = {
-        which: [[(line["epoch"], line["top1"]) for line in lines if line.get("weights") == which and "top1" in line]]
+        which: [[(line["epoch"], line["top1"]) for line in rated if line.get("weights") == which]]
         for which in ("model", "ema")
     }
     found = [("Training loss", curves_svg({"loss": [loss]}, "training loss"))]

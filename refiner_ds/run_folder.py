@@ -24,15 +24,17 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from refiner_ds.errors import ConfigError
+from refiner_ds.errors import CheckpointError, ConfigError
+from refiner_ds.files import read_object
 
-STATE = "state.json"  # in a checkpoint
+STATE, MANIFEST = "state.json", "complete.json"  # in a checkpoint
 CALIBRATION = "calibration.json"  # in a folder of evaluation results
 STEP = re.compile(r"step_(\d{8,})")
 
@@ -59,8 +61,12 @@ class State:
 
 
 def read_state(checkpoint: Path) -> State:
-    """Where the run stood when a checkpoint was written."""
-    return State(**json.loads((checkpoint / STATE).read_text()))
+    """Where the run stood when a checkpoint was written. Raises CheckpointError where its file is damaged."""
+    found = read_object(checkpoint / STATE) or {}
+    try:
+        return State(**found)
+    except TypeError:
+        raise CheckpointError(f"{checkpoint / STATE}: is missing or damaged; give another checkpoint") from None
 
 
 class RunFolder:
@@ -106,8 +112,33 @@ class RunFolder:
                 f"{self.path}: cannot be written ({standing}: {why}); set refiner.run.output to a folder that can"
             ) from None
 
+    def refuse_misplaced(self) -> None:
+        """Raise ConfigError where a folder stands in the place of a file that a run writes, or the reverse."""
+        files = (self.config, self.history, self.attention, self.data, self.metrics, self.divergence, self.complete,
+                 self.latest_file, self.lock, *self.logs.glob("rank_*"))  # fmt: skip
+        for file in files:
+            if file.is_dir():
+                raise ConfigError(f"{file}: is a folder where a run keeps a file; move it elsewhere")
+        for folder in (self.checkpoints, self.tensorboard, self.logs, self.heartbeats, self.profiles):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(f"{folder}: is a file where a run keeps a folder; move it elsewhere")
+
     def __str__(self) -> str:
         return str(self.path)
+
+    def resolved(self) -> dict[str, Any] | None:
+        """The resolved run file of the last start, or the copy in the newest checkpoint that has one; None without."""
+        checkpoints = reversed(self.saved_checkpoints())
+        for file in (self.config, *(folder / self.config.name for folder in checkpoints)):
+            keys = read_object(file)
+            if keys is not None and isinstance(keys.get("refiner"), dict):
+                return keys
+        return None
+
+    def reached(self) -> dict[str, Any] | None:
+        """What a finished run reached, by ``complete.json``; None where it has not finished or the file is damaged."""
+        found = read_object(self.complete)
+        return found if found is not None and isinstance(found.get("step"), int) else None
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of an optimizer step is."""
@@ -127,11 +158,18 @@ class RunFolder:
         return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
     def latest_checkpoint(self) -> Path | None:
-        """The checkpoint that ``latest`` names, unchecked; None where there is none."""
-        try:
-            return self.checkpoints / self.latest_file.read_text().strip()
-        except OSError:
-            return None
+        """The checkpoint that ``latest`` names, unchecked; None where there is none.
+
+        Where ``latest`` is missing or damaged, or what it names is gone: the newest that was written to its end.
+        """
+        named = None
+        with suppress(OSError, ValueError):
+            name = self.latest_file.read_text().strip()
+            named = self.checkpoints / name if STEP.fullmatch(name) else None
+        if named is not None and named.is_dir():
+            return named
+        whole = [folder for folder in self.saved_checkpoints() if (folder / MANIFEST).is_file()]
+        return whole[-1] if whole else named
 
     def rank_log(self, rank: int) -> Path:
         """The log file of one rank."""

@@ -14,13 +14,13 @@ import hashlib
 import itertools
 import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from refiner_ds.config import RunFile, load
 from refiner_ds.errors import ConfigError
+from refiner_ds.files import has_numbers, read_objects
 from refiner_ds.run_folder import RunFolder
 
 __all__ = [
@@ -69,7 +69,7 @@ class SweepRun:
     @property
     def finished(self) -> bool:
         """Whether it has trained to the end of its schedule."""
-        return RunFolder(self.folder).complete.is_file()
+        return RunFolder(self.folder).reached() is not None
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,5 @@ def setting(run: SweepRun) -> str:
 
 def last_evaluations(folder: RunFolder) -> dict[str, dict[str, Any]]:
     """The last evaluation of each kind of weights, "model" and "ema", in ``metrics.jsonl``."""
-    last: dict[str, dict[str, Any]] = {}
-    with suppress(OSError):
-        for text in folder.metrics.read_text().splitlines():
-            with suppress(ValueError):  # the last line of a run that was killed
-                line = json.loads(text)
-                if line.get("kind") == "eval":
-                    last[line["weights"]] = line
-    return last
+    lines = [line for line in read_objects(folder.metrics) if line.get("kind") == "eval"]
+    return {str(line.get("weights")): line for line in lines if has_numbers(line, "top1")}

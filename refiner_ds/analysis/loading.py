@@ -29,6 +29,7 @@ from refiner_ds.data.loader import eval_batches
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.normalize import normalize
 from refiner_ds.errors import CheckpointError, ConfigError, DataError
+from refiner_ds.files import read_object
 from refiner_ds.models import RefinedViT, load_released_weights
 from refiner_ds.models.released import read_weight_file, unwrap
 from refiner_ds.run_folder import STATE, RunFolder, read_state
@@ -131,10 +132,7 @@ def _from_run(place: Path, weights: str) -> LoadedModel:
 
 
 def _is_export(place: Path) -> bool:
-    try:
-        return not (place / STATE).exists() and "architecture" in json.loads((place / CONFIG).read_text())
-    except (OSError, ValueError):
-        return False
+    return not (place / STATE).exists() and isinstance((read_object(place / CONFIG) or {}).get("architecture"), str)
 
 
 def _from_export(place: Path) -> LoadedModel:

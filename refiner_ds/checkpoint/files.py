@@ -19,6 +19,7 @@ see tensors.py for how the files are then called.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ from torch import Tensor
 from refiner_ds.checkpoint.tensors import TensorReader
 from refiner_ds.errors import CheckpointError
 from refiner_ds.files import sha256_of
-from refiner_ds.run_folder import STATE, RunFolder
+from refiner_ds.run_folder import MANIFEST, STATE, RunFolder
 
 CONFIG = "config.json"
 CLASSES = "classes.json"
-MANIFEST = "complete.json"
 
 
 def newest_valid(run: RunFolder) -> Path | None:
@@ -39,8 +39,12 @@ def newest_valid(run: RunFolder) -> Path | None:
     return next((folder for folder in reversed(run.saved_checkpoints()) if not integrity_errors(folder)), None)
 
 
-def integrity_errors(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty when it is whole."""
+def integrity_errors(folder: Path, hashed: float = math.inf) -> list[str]:
+    """What is wrong with a checkpoint, a line each; empty when it is whole.
+
+    Args:
+        hashed: bytes up to which a file is read; of a larger one the size alone is looked at.
+    """
     try:
         listed = json.loads((folder / MANIFEST).read_text())
         files = {folder / name: (int(size), str(digest)) for name, (size, digest) in listed.items()}
@@ -56,7 +60,7 @@ def integrity_errors(folder: Path) -> list[str]:
             wrong.append(f"{file}: missing")
         elif file.stat().st_size != size:
             wrong.append(f"{file}: {file.stat().st_size} bytes where {size} were written")
-        elif sha256_of(file) != digest:
+        elif size <= hashed and sha256_of(file) != digest:
             wrong.append(f"{file}: its bytes are not the ones written")
     return wrong
 
@@ -102,7 +106,10 @@ def read_weights(folder: Path, which: str) -> dict[str, Tensor]:
 
 def read_classes(folder: Path) -> list[str]:
     """Names of the classes a checkpoint was trained on, in the order of the model's outputs."""
-    return list(read_json(folder / CLASSES))
+    names = read_json(folder / CLASSES)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{folder / CLASSES}: is no list of names; give another checkpoint")
+    return names
 
 
 def read_json(file: Path) -> Any:

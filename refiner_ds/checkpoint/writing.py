@@ -18,6 +18,7 @@ import torch
 from refiner_ds.checkpoint.files import MANIFEST
 from refiner_ds.checkpoint.retention import Retention, Saved
 from refiner_ds.checkpoint.tensors import Written
+from refiner_ds.errors import CheckpointError
 from refiner_ds.files import fsync_folder, sha256_of, write_atomically
 from refiner_ds.run_folder import RunFolder, read_state
 
@@ -117,7 +118,7 @@ def remove_old(run: RunFolder, newest: Path, retention: Retention, values: Mappi
         try:
             state = read_state(folder)
             states[folder] = Saved(state.step, state.epoch)
-        except (OSError, ValueError, TypeError):
+        except CheckpointError:
             states[folder] = None  # half removed before, or damaged beyond use
     kept = retention.kept([saved for saved in states.values() if saved], values)
     for folder, saved in states.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from torch import nn
 
 from refiner_ds.config import RunFile
 from refiner_ds.export.onnx_file import TOLERANCE
+from refiner_ds.files import has_numbers, read_object, read_objects
 from refiner_ds.run_folder import CALIBRATION, RunFolder, read_state
 from refiner_ds.training.metrics import read_metrics
 
 __all__ = ["SCRIPT", "Subject", "model_card"]
 
+DAMAGED = (KeyError, TypeError, ValueError)  # what formatting a result that is none ends in
+START_KEYS = {"versions", "world_size", "device", "zero_stage", "bf16", "commit"}
 PAPER = "https://arxiv.org/abs/2106.03714"
 SCRIPT = """\
 import sys, timm, torch, refiner_ds.models  # the last registers the architectures
@@ -95,24 +99,31 @@ def _figures(subject: Subject, step: int) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     yield from rows
     calibration = _read(subject.results, CALIBRATION)
-    if calibration is not None:
-        low, high = calibration["difference_interval"]
+    if calibration is not None and (sentence := _calibration(calibration)):
         yield ""
-        yield (
-            f"Receptive-field calibration on {calibration['set']}: crop ratio {calibration['crop_ratio']:g} was chosen"
-            f" on {calibration['held_out_images']:,} images; on the other {calibration['images']:,} it changes top-1"
-            f" by {calibration['difference']:+.2f} points ({low:+.2f} to {high:+.2f}) against"
-            f" {calibration['own_crop_ratio']:g}."
+        yield sentence
+
+
+def _calibration(found: dict[str, Any]) -> str:
+    try:
+        low, high = found["difference_interval"]
+        return (
+            f"Receptive-field calibration on {found['set']}: crop ratio {found['crop_ratio']:g} was chosen"
+            f" on {found['held_out_images']:,} images; on the other {found['images']:,} it changes top-1"
+            f" by {found['difference']:+.2f} points ({low:+.2f} to {high:+.2f}) against"
+            f" {found['own_crop_ratio']:g}."
         )
+    except DAMAGED:
+        return ""
 
 
 def _measured_in_training(subject: Subject, step: int) -> list[str]:
     folder = subject.checkpoint.parents[1]
     trained_size = subject.side == subject.run.refiner.model.img_size
-    if subject.results is None or not trained_size or not RunFolder(folder).metrics.is_file():
+    if subject.results is None or not trained_size:
         return []
-    lines = [line for line in read_metrics(folder, "eval")
-             if line["step"] == step and line.get("weights") == subject.weights]  # fmt: skip
+    lines = [line for line in read_metrics(folder, "eval") if line["step"] == step
+             and line.get("weights") == subject.weights and has_numbers(line, "top1", "top5")]  # fmt: skip
     ratio = subject.run.refiner.data.eval_crop_ratio
     return [
         f"| validation, while training | | {ratio:g} | {line['top1']:.2f} | | {line['top5']:.2f} |"
@@ -126,21 +137,17 @@ def _evaluated(subject: Subject) -> list[str]:
         found = _read(subject.results, file.name)
         if found is None or file.name == CALIBRATION or "top1_interval" not in found:
             continue
-        low, high = found["top1_interval"]
-        rows.append(
-            f"| {found['set']} | {found['images']:,} | {found['crop_ratio']:g} | {found['top1']:.2f} |"
-            f" {low:.2f} to {high:.2f} | {found['top5']:.2f} |"
-        )
+        with suppress(*DAMAGED):
+            low, high = found["top1_interval"]
+            rows.append(
+                f"| {found['set']} | {found['images']:,} | {found['crop_ratio']:g} | {found['top1']:.2f} |"
+                f" {low:.2f} to {high:.2f} | {found['top5']:.2f} |"
+            )
     return rows
 
 
 def _read(folder: Path | None, name: str) -> dict[str, Any] | None:
-    if folder is None:
-        return None
-    try:
-        return dict(json.loads((folder / name).read_text()))
-    except (OSError, ValueError):
-        return None
+    return None if folder is None else read_object(folder / name)
 
 
 def _recipe(subject: Subject) -> Iterator[str]:
@@ -148,11 +155,11 @@ def _recipe(subject: Subject) -> Iterator[str]:
     resolved = run.resolved()
     start = _last_start(subject)
     data = _read(subject.checkpoint.parents[1], "data.json") or {}
-    train = data.get("train") or {}
-    name = _name(train.get("place", run.refiner.data.train))
-    known = (
-        f", {train['images']:,} images (content sha256 {train['content_sha256'][:16]}…)" if "images" in train else ""
-    )
+    name, known = _name(run.refiner.data.train), ""
+    with suppress(*DAMAGED):
+        train = data["train"]
+        known = f", {train['images']:,} images (content sha256 {train['content_sha256'][:16]}…)"
+        name = _name(train["place"])
     yield f"Trained on {name}{known}; global batch {resolved.get('train_batch_size')}, seed {run.refiner.run.seed}."
     if start is not None:
         versions = ", ".join(f"{package} {version}" for package, version in start["versions"].items())
@@ -173,11 +180,9 @@ def _recipe(subject: Subject) -> Iterator[str]:
 
 
 def _last_start(subject: Subject) -> dict[str, Any] | None:
-    try:
-        lines = RunFolder(subject.checkpoint.parents[1]).history.read_text().splitlines()
-        return dict(json.loads(lines[-1]))
-    except (OSError, ValueError, IndexError):
-        return None
+    starts = read_objects(RunFolder(subject.checkpoint.parents[1]).history)
+    whole = [one for one in starts if one.keys() >= START_KEYS and isinstance(one["versions"], dict)]
+    return whole[-1] if whole else None
 
 
 def _name(place: str | None) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from timm.models import save_for_hf
 
-from refiner_ds.checkpoint.files import CONFIG, read_classes, read_json, read_weights
+from refiner_ds.checkpoint.files import CONFIG, read_classes, read_weights
 from refiner_ds.config import RunFile, load
 from refiner_ds.errors import CheckpointError, ConfigError
 from refiner_ds.export.card import Subject, model_card
 from refiner_ds.export.onnx_file import require_onnx, write_onnx
+from refiner_ds.files import has_numbers, read_object
 from refiner_ds.models import RefinedViT
 from refiner_ds.run_folder import CALIBRATION, RunFolder, read_state
 from refiner_ds.training.build import build_model
@@ -124,6 +125,9 @@ def _crop_ratio(run: RunFile, options: ExportOptions, results: Path | None) -> t
     """The ratio to export, and where it comes from."""
     if options.crop_ratio is not None:
         return options.crop_ratio, "as given"
-    if results is not None and (results / CALIBRATION).is_file():
-        return float(read_json(results / CALIBRATION)["crop_ratio"]), "calibrated"
+    if results is not None and (file := results / CALIBRATION).exists():
+        found = read_object(file) or {}
+        if not has_numbers(found, "crop_ratio"):
+            raise CheckpointError(f"{file}: is damaged; calibrate again, or give --crop-ratio R")
+        return float(found["crop_ratio"]), "calibrated"
     return run.refiner.data.eval_crop_ratio, "the run's"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from refiner_ds.config.differences import changes
 from refiner_ds.errors import DataError
+from refiner_ds.files import has_numbers, read_objects
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.sweep_table import SweepRun, last_evaluations
 
@@ -64,32 +62,35 @@ def read_run(run: SweepRun) -> RunFacts:
     folder = RunFolder(run.folder)
     if not folder.history.is_file():
         return RunFacts(run, "missing")
-    starts, lines = _lines(folder.history), _lines(folder.metrics)
-    config = _object(folder.config)
-    trained = [line for line in lines if line.get("kind") == "train"]
+    starts, lines = read_objects(folder.history), read_objects(folder.metrics)
+    config = folder.resolved()
+    if config is None:
+        raise DataError(f"{folder.config}: is damaged, and no checkpoint has a copy of it; bring back the run file")
+    trained = [line for line in lines if line.get("kind") == "train" and has_numbers(line, "step", "epoch", "samples")]
     accuracies = [
         (float(line["epoch"]), float(line["top1"]))
         for line in lines
-        if line.get("kind") == "eval" and line.get("weights") == "ema" and line.get("top1") is not None
+        if line.get("kind") == "eval" and line.get("weights") == "ema" and has_numbers(line, "epoch", "top1")
     ]
-    losses = [(float(line["epoch"]), float(line["loss"])) for line in trained if line.get("loss") is not None]
+    losses = [(float(line["epoch"]), float(line["loss"])) for line in trained if has_numbers(line, "loss")]
     hours = _hours(trained)
     last = starts[-1] if starts else {}
-    processes = int(last.get("world_size", 1))
-    evaluated = last_evaluations(folder) if run.finished else {}
-    complete = _object(folder.complete) if run.finished else {}
+    processes = int(last["world_size"]) if has_numbers(last, "world_size") else 1
+    reached = folder.reached()
+    evaluated = last_evaluations(folder) if reached else {}
+    ema, versions = (reached or {}).get("ema"), last.get("versions")
     return RunFacts(
         run,
-        "finished" if run.finished else "begun",
+        "finished" if reached else "begun",
         step=max((int(line["step"]) for line in trained), default=0),
         top1={which: float(line["top1"]) for which, line in sorted(evaluated.items())},
-        images=complete.get("ema", {}).get("images"),
+        images=ema.get("images") if isinstance(ema, dict) else None,
         hours=hours,
         device_hours=hours * processes,
         device=str(last.get("device", "")),
         processes=processes,
         commits=list(dict.fromkeys(str(start.get("commit", "unknown")) for start in starts)),
-        versions=dict(last.get("versions", {})),
+        versions=versions if isinstance(versions, dict) else {},
         differs={
             key: (here, table) for key, (table, here) in changes(run.run.resolved(), config) if key.startswith(COMPARED)
         },
@@ -102,27 +103,7 @@ def _hours(trained: list[dict[str, Any]]) -> float:
     """Time of the optimizer steps, from the speed of each log interval."""
     seconds, before = 0.0, 0
     for line in trained:
-        if line.get("images_per_second"):
+        if has_numbers(line, "images_per_second") and line["images_per_second"]:
             seconds += (line["samples"] - before) / line["images_per_second"]
         before = line["samples"]
     return seconds / 3600
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    found = []
-    with suppress(OSError):
-        for text in file.read_text(errors="replace").splitlines():
-            with suppress(ValueError):  # the last line of a run that was killed
-                if isinstance(line := json.loads(text), dict):
-                    found.append(line)
-    return found
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); restore it, or move the run folder away") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: is no JSON object; restore it, or move the run folder away")
-    return found

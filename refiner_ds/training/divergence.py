@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from refiner_ds.files import write_atomically
+from refiner_ds.files import read_object, write_atomically
 
 
 class SpikeDetector:
@@ -107,16 +108,28 @@ class Incidents:
     Args:
         file: <run folder>/divergence.json.
         rollbacks: how often the run may go back.
+    Attributes:
+        damaged: whether there is a file that cannot be read: nothing of what it said is known.
     """
 
     def __init__(self, file: Path, rollbacks: int) -> None:
         self._file, self._allowed = file, rollbacks
         self.rollbacks = 0
         self._incidents: dict[int, Incident] = {}
+        self.damaged = False
         if file.exists():
-            known = json.loads(file.read_text())
-            self.rollbacks = known["rollbacks"]
-            self._incidents = {entry["step"]: Incident(**entry) for entry in known["incidents"]}
+            known = read_object(file) or {}
+            try:
+                self.rollbacks = int(known["rollbacks"])
+                self._incidents = {int(entry["step"]): Incident(**entry) for entry in known["incidents"]}
+            except (KeyError, TypeError, ValueError):
+                self.rollbacks, self._incidents, self.damaged = 0, {}, True
+
+    def put_aside(self) -> str:
+        """Rename a damaged file, so that it is not written over; returns a sentence that says so."""
+        aside = self._file.with_name(f"{self._file.name}.damaged")
+        os.replace(self._file, aside)
+        return f"{self._file}: is damaged, and is {aside.name} now; a step that went wrong before is found again"
 
     def left_out(self, step: int) -> bool:
         """Whether the samples of a step, counted from 1, are left out."""

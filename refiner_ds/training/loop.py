@@ -54,6 +54,8 @@ class Trainer:
         world: the processes taking part.
         stop: raised when this process was asked to stop.
         heartbeat: gets a beat at the start of each phase.
+    Attributes:
+        summary: what a run that has finished reached, as in its ``complete.json``.
     """
 
     def __init__(self, ready: Preparation, world: World, stop: StopFlag, heartbeat: Heartbeat) -> None:
@@ -86,6 +88,7 @@ class Trainer:
             ready, world, self.engine, self.ema, requests, heartbeat, self.recovery.allows_before_the_update
         )
         self.unread: list[UnreadStep] = []
+        self.summary: dict[str, Any] = {}
         self.batches: Iterator[Batch] = iter(())
         self.step = self._resume()
         self.progress = Progress(ready, world, self.engine, self.console, self.step)
@@ -317,9 +320,9 @@ class Trainer:
         if outcome is not None and outcome.failure:
             self.console.print(f"the last step could not be saved: {outcome.failure}; free some and run it again")
             return RUN_AGAIN
-        summary: dict[str, Any] = {"step": self.step, "samples": self.step * self.ready.batch.global_batch}
+        self.summary = {"step": self.step, "samples": self.step * self.ready.batch.global_batch}
         for which, accuracy in self.validation.last.items():
-            summary[which] = {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
+            self.summary[which] = {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
         if self.world.is_main:
-            write_atomically(self.folder.complete, json.dumps(summary, indent=2))
+            write_atomically(self.folder.complete, json.dumps(self.summary, indent=2))
         return FINISHED

@@ -21,7 +21,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from refiner_ds.checkpoint.writing import free_bytes
-from refiner_ds.files import append_line, write_atomically
+from refiner_ds.files import append_line, has_numbers, read_objects, write_atomically
 from refiner_ds.run_folder import RunFolder
 
 ROOM = 1 << 20  # free bytes below which TensorBoard's thread is not given anything that it would die of
@@ -124,8 +124,8 @@ class Metrics:
     def _record_evaluation(self, line: dict[str, Any]) -> None:
         if line["kind"] == "eval":
             for metric in ("top1", "top5", "loss"):
-                values = self.evaluations.setdefault(f"{line['weights']}/{metric}", {})
-                if line.get(metric) is not None:
+                values = self.evaluations.setdefault(f"{line.get('weights')}/{metric}", {})
+                if has_numbers(line, metric):
                     values[line["step"]] = line[metric]
 
 
@@ -135,13 +135,7 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in file.read_text(errors="replace").splitlines():
-        with suppress(ValueError):  # what a killed process, or a full disk, has cut
-            line = json.loads(text)
-            if isinstance(line, dict) and {"kind", "step"} <= line.keys():
-                found.append(line)
-    return found
+    return [line for line in read_objects(file) if isinstance(line.get("step"), int) and "kind" in line]
 
 
 def _drop_beyond(file: Path, step: int) -> list[dict[str, Any]]:

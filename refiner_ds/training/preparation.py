@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +50,14 @@ class Preparation:
 
     def finished(self) -> str | None:
         """What to tell a person whose run is complete already; None where there is something left to train."""
-        try:
-            summary = json.loads(RunFolder(self.run.folder).complete.read_text())
-            step = int(summary["step"])
-            reached = f", top-1 {summary['ema']['top1']:.2f} % (EMA weights)" if "ema" in summary else ""
-        except (OSError, ValueError, TypeError, KeyError):
+        summary = RunFolder(self.run.folder).reached()
+        if summary is None or summary["step"] < self.schedule.total_steps:
             return None  # a damaged one is written again: the run resumes where its newest checkpoint is
-        if step < self.schedule.total_steps:
-            return None
+        ema = summary.get("ema")
+        top1 = ema.get("top1") if isinstance(ema, dict) else None
+        reached = f", top-1 {top1:.2f} % (EMA weights)" if isinstance(top1, float) else ""
         return (
-            f"{self.run.folder} is complete: {step} steps{reached}; begin another with"
+            f"{self.run.folder} is complete: {summary['step']} steps{reached}; begin another with"
             " --set refiner.run.name=NAME, or train this one further with a larger refiner.recipe.epochs"
         )
 
@@ -75,6 +72,7 @@ def prepare(run: RunFile, world_size: int) -> Preparation:
     with torch.device("meta"):
         build_model(run, run.refiner.model.num_classes or 10)
     RunFolder(run.folder).refuse_unwritable()
+    RunFolder(run.folder).refuse_misplaced()
     refuse_another_run(run)
     train = load_index(run.refiner.data.train, run)
     maps = _score_maps(run, train)

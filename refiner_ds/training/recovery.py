@@ -44,6 +44,8 @@ class Recovery:
         self._guard = DivergenceGuard(self._sigmas, self._window)
         self._incidents = Incidents(RunFolder(ready.run.folder).divergence, keys.rollbacks)
         self._reasons: dict[int, str] = {}
+        if self._incidents.damaged and world.is_main:
+            console.print(self._incidents.put_aside())
 
     def leaves_out(self, step: int) -> bool:
         """Whether the samples of a step, counted from 1, are left out."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from refiner_ds.checkpoint.files import CLASSES, CONFIG, read_classes
+from refiner_ds.checkpoint.files import CLASSES, integrity_errors, read_classes
 from refiner_ds.checkpoint.tensors import TensorReader
 from refiner_ds.checkpoint.writing import free_bytes, no_room
 from refiner_ds.config import RunFile
@@ -17,6 +18,7 @@ from refiner_ds.errors import CheckpointError, ConfigError
 from refiner_ds.run_folder import RunFolder
 
 ABSENT = object()
+SMALL = 1 << 20  # bytes; the weights of a checkpoint are read once, when it is loaded
 
 
 def config_before(run: RunFolder) -> dict[str, Any] | None:
@@ -27,16 +29,10 @@ def config_before(run: RunFolder) -> dict[str, Any] | None:
     Raises:
         ConfigError: it holds one, and nothing says with which run file it was begun.
     """
-    checkpoints = [folder / CONFIG for folder in reversed(run.saved_checkpoints())]
-    if not run.config.is_file() and not checkpoints:
+    if (keys := run.resolved()) is not None:
+        return keys
+    if not run.config.exists() and not run.saved_checkpoints():
         return None
-    for file in (run.config, *checkpoints):
-        try:
-            keys = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(keys, dict) and isinstance(keys.get("refiner"), dict):
-            return keys
     raise ConfigError(
         f"{run.config}: is damaged, and no checkpoint has a copy of it: bring back the run file, or choose another"
         " refiner.run.name to begin a new run"
@@ -95,10 +91,9 @@ def refuse_full_disk(run: RunFolder, needed: int) -> None:
 
 def _newest_readable(run: RunFolder) -> tuple[Path, TensorReader] | None:
     for folder in reversed(run.saved_checkpoints()):
-        try:
-            return folder, TensorReader(folder, "model")
-        except CheckpointError:
-            continue
+        if not integrity_errors(folder, SMALL):
+            with suppress(CheckpointError):
+                return folder, TensorReader(folder, "model")
     return None
 
 

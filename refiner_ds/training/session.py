@@ -67,7 +67,7 @@ def run_training(ready: Preparation) -> int:
                 finally:
                     trainer.close()
         if code == FINISHED and world.is_main:
-            _print_summary(ready)
+            _print_summary(ready, trainer.summary)
         shutdown()
     return code
 
@@ -147,10 +147,9 @@ def _record_start(ready: Preparation, world: World, trainer: Trainer, before: di
         write_atomically(RunFolder(ready.run.folder).config, resolved + "\n")
 
 
-def _print_summary(ready: Preparation) -> None:
+def _print_summary(ready: Preparation, summary: dict[str, Any]) -> None:
     """What was reached and the commands a person types next, as they can be typed from here."""
     folder = ready.run.folder
-    summary = json.loads(RunFolder(folder).complete.read_text())
     if "ema" in summary:
         print(
             f"finished: top-1 {summary['model']['top1']:.2f} %, EMA weights {summary['ema']['top1']:.2f} %"

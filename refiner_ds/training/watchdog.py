@@ -20,6 +20,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from refiner_ds.exit_codes import RUN_AGAIN
+from refiner_ds.files import read_object
 from refiner_ds.training.heartbeat import Beat, Heartbeat
 from refiner_ds.training.parent import Process
 from refiner_ds.training.run_lock import Holder
@@ -42,6 +44,7 @@ TURN_SECONDS, TURNS = 0.5, 20  # each rank gives those below it time to write th
 STEPS_OF_PATIENCE = 4  # with ``seconds`` below 30, a stopped rank is named within max(30 s, 5 steps)
 SHARE_OF_PATIENCE = 0.9  # of the collectives' time-out: the verdict says more than its error would
 GONE_SECONDS = 5.0
+UNREADABLE: dict[str, Any] = {"ranks": [], "sentence": "a rank has found that the run hangs", "by": None}
 
 
 class Watchdog:
@@ -76,6 +79,7 @@ class Watchdog:
         self._stacks_file = stacks
         self._last_collective, self._leave = last_collective, leave
         self._verdict = folder / "verdict.json"
+        self._mine: dict[str, Any] | None = None  # the verdict, where it is this process's
         self._me = Holder.this_process()
         self._alive = 0
         self._written = 0.0
@@ -164,15 +168,18 @@ class Watchdog:
     def _write_verdict(self, blamed: Mapping[int, Beat | None], why: str, still: float) -> None:
         named = ", ".join(str(beat) if beat else f"rank {rank}" for rank, beat in blamed.items())
         sentence = f"no progress for {still:.0f} s: {named} {why}"
+        verdict = {"ranks": list(blamed), "sentence": sentence, "by": self._rank}
         with suppress(FileExistsError), self._verdict.open("x") as file:
-            json.dump({"ranks": list(blamed), "sentence": sentence, "by": self._rank}, file)
+            self._mine = verdict
+            json.dump(verdict, file)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def _leave_by_verdict(self) -> None:
         """Leave as the verdict says, and see to it that the ranks it names do."""
         time.sleep(LOOK_SECONDS / 2)  # its author may not have closed it yet
-        verdict = json.loads(self._verdict.read_text())
+        # A full disk may have had room for its name alone: the verdict stands, whatever it says.
+        verdict = self._mine or {**UNREADABLE, **(read_object(self._verdict) or {})}
         assert self._stacks is not None
         self._stacks.write(f"{time.strftime('%F %T')} {verdict['sentence']}\n")
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
@@ -182,7 +189,7 @@ class Watchdog:
             self._leave(RUN_AGAIN)
             return
         self._interrupt([rank for rank in verdict["ranks"] if rank != self._rank])
-        if verdict["by"] == self._rank:
+        if verdict["by"] in (self._rank, None):
             print(self._account(verdict), file=sys.stderr, flush=True)
         self._leave(RUN_AGAIN)
 
@@ -254,4 +261,7 @@ def prepare_heartbeats(folder: Path) -> None:
     """Begin with no heartbeats and no verdict; on one process, before any other starts to watch."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
-        left.unlink(missing_ok=True)
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)

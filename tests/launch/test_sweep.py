@@ -93,7 +93,7 @@ def test_what_is_collected_counts_finished_runs_alone_and_shows_missing_ones(tmp
         folder.metrics.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"kind": "ev')
         folder.latest_file.write_text("step_00000120\n")
         if top1 > 60:
-            folder.complete.write_text("{}")
+            folder.complete.write_text('{"step": 1}')
     assert "paper" in collect(runs).splitlines()[0]
     text = str(collect(runs, tmp_path / "table.csv"))
     shown = text.splitlines()
@@ -157,7 +157,7 @@ def test_a_sweep_submits_what_is_missing_a_few_at_a_time(clone: Clone, slurm: Sl
     folders = [RunFolder(output / "seeds" / words[0].rstrip(":")) for words in jobs]
     starts = [(folder.path / "seen/0.0.json").stat().st_mtime for folder in folders]
     assert starts == sorted(starts)
-    folders[0].complete.write_text("{}")
+    folders[0].complete.write_text('{"step": 1}')
     again = sweep().splitlines()
     assert again[0].endswith("finished") and len(again) == 2 and ": job " in again[1]
     slurm.wait(again[1].split()[2], "COMPLETED")
