@@ -8,7 +8,9 @@
 # make lock          writes that environment's versions to constraints.txt
 # make drill         kills, stops, damages and poisons a run for an hour at most; writes docs/reliability.md
 # make drill-slurm   faults on a Slurm of its own while two nodes train, for ten minutes; prints a row a fault
-# make gpu           on a GPU: tests of its kernels, then what docs/benchmarks.md wants to know; kept in gpu.log
+# make gpu           on a GPU: tests, kernels, models, training, loader, annotator in one report, gpu_report/report.md;
+#                    nine minutes, or an hour with GPU=--long
+# make compiled      which kernels spill registers on which card, for S at 224; needs no GPU, takes minutes
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +20,7 @@ LOCKED ?= -c constraints.txt
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-isa test-newest lock lint docs drill drill-slurm gpu clean
+.PHONY: quickstart test test-fast test-isa test-newest lock lint docs drill drill-slurm gpu compiled clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/deepspeed refiner_ds/train.py
@@ -57,13 +59,10 @@ drill-slurm: $(VENV)/installed-test
 BENCHMARK := $(BIN)/python -m refiner_ds.benchmark
 
 gpu: $(VENV)/installed-test
-	{ $(BIN)/python -m pytest -m gpu tests/attention/triton; \
-	  $(BENCHMARK) kernels; $(BENCHMARK) kernels --heads 16; $(BENCHMARK) kernels --heads 16 --tokens 785 --batch 8; \
-	  $(BENCHMARK) attention --dtype bf16 --batch 64; $(BENCHMARK) attention --dtype bf16 --heads 16 --tokens 197 785; \
-	  $(BENCHMARK) model --dtype bf16 --compile --batch 128; \
-	  $(BENCHMARK) model --dtype bf16 --compile --batch 64 --model refiner_vit_l; \
-	  $(BENCHMARK) model --dtype bf16 --compile --batch 8 --model refiner_vit_l --img-size 448 --largest 130; \
-	} 2>&1 | tee gpu.log
+	$(BENCHMARK) gpu $(GPU)
+
+compiled: $(VENV)/installed-test
+	$(BENCHMARK) compiled --models S --sizes 224
 
 clean:
 	rm -rf $(VENV) .venv-newest build *.egg-info

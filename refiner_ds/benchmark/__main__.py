@@ -11,11 +11,13 @@ BENCHMARKS = {
     "attention": "refiner_ds.benchmark.attention",
     "checkpoint": "refiner_ds.benchmark.checkpoint",
     "compiled": "refiner_ds.benchmark.compiled",
+    "gpu": "refiner_ds.benchmark.gpu",
     "kernels": "refiner_ds.benchmark.kernels",
     "launch": "refiner_ds.benchmark.launch",
     "loader": "refiner_ds.benchmark.loader",
     "model": "refiner_ds.benchmark.model",
     "scale": "refiner_ds.benchmark.scale",
+    "selfcheck": "refiner_ds.benchmark.selfcheck",
 }
 
 

@@ -1,4 +1,4 @@
-"""Batches get to a device through memory that is used in turn, a batch ahead, and nobody reads what is not there yet."""
+"""Batches get to a device through memory that is used in turn, a batch ahead, and are read when they are there."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Log:
         log, counter = self, iter(range(99))
 
         class Bytes(torch.Tensor):
-            def to(self, *_: Any, non_blocking: bool = False) -> torch.Tensor:
+            def to(self, *_: Any, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
                 assert non_blocking
                 log.lines.append(f"copy of {int(self[0])} on {log.streams[-1]}")
                 return self.clone()

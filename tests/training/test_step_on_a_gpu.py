@@ -1,7 +1,7 @@
 """The forward parts of a step on a GPU that is not there: fake tensors know devices and shapes, and no number.
 
-A tensor left on the CPU, or a number that is asked of the device, is an error here as it would be, or would wait, there.
-Backward needs a real device.
+A tensor left on the CPU, or a number that is asked of the device, is an error here as it would be, or would wait,
+there. Backward needs a real device.
 """
 
 from __future__ import annotations
@@ -67,14 +67,18 @@ def there(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def batch(maps: bool) -> Batch:
-    made = {"device": CUDA}
+    with CUDA:
+        return _batch(maps)
+
+
+def _batch(maps: bool) -> Batch:
     record = MapBatch(
-        torch.empty(IMAGES, 5, 7, 7, dtype=torch.float16, **made), torch.empty(IMAGES, 5, 7, 7, dtype=torch.int16, **made),
-        torch.empty(IMAGES, 2, 2, 3, **made),
+        torch.empty(IMAGES, 5, 7, 7, dtype=torch.float16), torch.empty(IMAGES, 5, 7, 7, dtype=torch.int16),
+        torch.empty(IMAGES, 2, 2, 3),
     )  # fmt: skip
-    whole = torch.empty(IMAGES, dtype=torch.int64, **made)
-    images = torch.empty(IMAGES, 28, 28, 3, dtype=torch.uint8, **made)
-    return Batch(images, whole, whole, torch.empty(IMAGES, dtype=torch.bool, **made), maps=record if maps else None)
+    whole = torch.empty(IMAGES, dtype=torch.int64)
+    images = torch.empty(IMAGES, 28, 28, 3, dtype=torch.uint8)
+    return Batch(images, whole, whole, torch.empty(IMAGES, dtype=torch.bool), maps=record if maps else None)
 
 
 MIXINGS = {
@@ -94,8 +98,9 @@ def test_the_optimizer_is_the_fused_one_on_a_gpu_and_not_on_a_cpu() -> None:
 
 
 CASES = [
-    ("tiled", "mix-token", True), ("triton", "mix-token", True), ("eager", "mix-token", False), ("tiled", "cutmix", True),
-    ("tiled", "mixup", False), ("tiled", "cutmix", False), ("tiled", "class head alone", False),
+    ("tiled", "mix-token", True), ("triton", "mix-token", True), ("eager", "mix-token", False),
+    ("tiled", "cutmix", True), ("tiled", "mixup", False), ("tiled", "cutmix", False),
+    ("tiled", "class head alone", False),
 ]  # fmt: skip
 
 

@@ -30,14 +30,14 @@ from refiner_ds.training.interval import Interval
 from refiner_ds.training.intervals import Alarm, SaveTimes
 from refiner_ds.training.loop import GIVE_UP, SAVE, STOP, Trainer
 from refiner_ds.training.losses import Losses
+from refiner_ds.training.reading import Reader
 from refiner_ds.training.recovery import Recovery
 from refiner_ds.training.signals import StopFlag
-from refiner_ds.training.reading import Reader
 from refiner_ds.training.step import OptimizerStep
 from refiner_ds.training.step import Outcome as StepOutcome
 from refiner_ds.training.validation import Validation
 from refiner_ds.training.world import World
-from tests.training.saving import ALONE, Alone, checkpoints_of, kept, save
+from tests.training.saving import ALONE, checkpoints_of, kept, save
 
 
 class Course(Trainer):

@@ -43,7 +43,7 @@ def note_of(waits: Waits) -> dict[str, int]:
 
 if __name__ == "__main__":
     engine.FUSED_ON = ("cpu",)  # as on a GPU: the other one keeps its counts on the host
-    Trainer._one_step = watched  # type: ignore[method-assign]
+    Trainer._one_step = watched  # type: ignore[method-assign, assignment]
     code = train.main(sys.argv[2:])
     Path(sys.argv[1]).write_text(json.dumps({"steps": steps, "addresses": addresses}))
     sys.exit(code)
