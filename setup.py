@@ -39,5 +39,5 @@ setup(
     ext_modules=[jpeg_crop] if libjpeg_turbo_is_here() else [],
     packages=find_packages(include=["refiner_ds*"]) + [f"refiner_ds.{package}" for package in inside],
     package_dir={f"refiner_ds.{package}": package.replace(".", "/") for package in inside},
-    package_data={"": ["*.json", "*.yaml", "py.typed"]},
+    package_data={"": ["*.json", "*.yaml", "*.sbatch", "py.typed"]},
 )

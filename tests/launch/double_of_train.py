@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     behaviour = json.loads(file.read_text()) if file.exists() else {}
     seen, rank = run.folder / "seen", os.environ["RANK"]
     seen.mkdir(parents=True, exist_ok=True)
-    attempt = int(os.environ["REFINER_RESTART_COUNT"])
+    attempt = int(os.environ.get("REFINER_RESTART_COUNT") or os.environ.get("SLURM_RESTART_COUNT", "0"))
     ways = behaviour.get(rank, [])
     way = ways[attempt] if attempt < len(ways) else 0
     signalled: list[int] = []
@@ -122,3 +122,7 @@ def _leave(way: int | str | dict[str, Any], signalled: list[int], latest: Path, 
     while way in ("hang", "early") or (way == "saved" and not signalled and not go.exists()):
         time.sleep(0.05)
     return 75 if way == "saved" else int(way)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -80,13 +80,15 @@ import importlib.util, json, refiner_ds
 from pathlib import Path
 found = {name: importlib.util.find_spec(name) is not None for name in ("launch", "data_tools", "ds_configs", "tests")}
 package = Path(refiner_ds.__file__).parent
-shipped = [str(file.relative_to(package)) for kind in ("json", "yaml", "typed") for file in package.rglob("*." + kind)]
+kinds = ("json", "yaml", "sbatch", "typed")
+shipped = [str(file.relative_to(package)) for kind in kinds for file in package.rglob("*." + kind)]
 print(json.dumps([found, str(package), shipped]))
 """
     found, package, shipped = json.loads(installed.type("python", "-c", program))
     assert not any(found.values()), found
     assert package.startswith(str(installed.venv))
-    clone = [file for kind in ("ds_configs/**/*.json", "launch/**/*.yaml") for file in ROOT.glob(kind)]
+    kinds = ("ds_configs/**/*.json", "launch/**/*.yaml", "launch/**/*.sbatch")
+    clone = [file for kind in kinds for file in ROOT.glob(kind)]
     assert sorted(shipped) == sorted([*(str(file.relative_to(ROOT)) for file in clone), "py.typed"])
 
 
