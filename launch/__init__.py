@@ -13,7 +13,8 @@
     attempts.py      what a job leaves about itself           why.py    in one sentence      cost.py    in GPU-hours
     registry.py      runs submitted from here                 follow.py a log as it grows
     jobs.py          looks after submitted runs               asking.py a question that Slurm may not answer
-    chain.py         runs that follow one another                        elastic.py  jobs that can do with fewer nodes
+    chain.py         runs that follow one another             commands.py what else can follow: evaluate, export
+    elastic.py       jobs that can do with fewer nodes
     doctor.py        examines nodes; made of health/
     stopwatch.py     where the seconds of a submission go
 

@@ -9,6 +9,7 @@ from refiner_ds.config.batch import BatchSplit
 from refiner_ds.errors import LaunchError
 
 from .cluster import ClusterProfile
+from .commands import Command
 from .slurm import Nodes
 
 
@@ -24,6 +25,7 @@ class Allocation:
         mem_mb: memory a node, MB; 0 all of it; None leaves it to Slurm.
         min_nodes: nodes it can do with when there are no more; None: ``nodes``.
         has: what the partition's nodes have; None where it was not asked.
+        command: what runs on the run folder; None: training.
     """
 
     run: RunFile
@@ -35,6 +37,13 @@ class Allocation:
     mem_mb: int | None = None
     min_nodes: int | None = None
     has: Nodes | None = None
+    command: Command | None = None
+
+    @property
+    def name(self) -> str:
+        """What the job is called: the run, and the command on it."""
+        name = self.run.folder.name
+        return name if self.command is None else f"{name}:{self.command.label}"
 
     @property
     def tasks(self) -> int:
@@ -53,6 +62,8 @@ class Allocation:
 
     def refuse_indivisible(self) -> None:
         """Raise ConfigError where the batch does not divide over all the nodes, or over the fewest it can do with."""
+        if self.command is not None:
+            return
         for nodes in {self.nodes, self.min_nodes or self.nodes}:
             self.run.batch(nodes * self.tasks)
 
@@ -77,7 +88,9 @@ class Allocation:
 
     def warnings(self) -> list[str]:
         """What can be asked for but will be slow."""
-        workers, said = self.run.refiner.data.workers, []
+        workers, said = self.run.refiner.data.workers, list[str]()
+        if self.command is not None:
+            return said
         if self.cpus_per_task is not None and self.cpus_per_task < workers + 1:
             said.append(
                 f"{_count(self.cpus_per_task, 'core')} a process for {_count(workers, 'loader worker')} and training;"
@@ -91,13 +104,26 @@ class Allocation:
         return said
 
 
-def on_slurm(run: RunFile, profile: ClusterProfile, nodes: int, has: Nodes, min_nodes: int | None = None) -> Allocation:
+def on_slurm(
+    run: RunFile,
+    profile: ClusterProfile,
+    nodes: int,
+    has: Nodes,
+    min_nodes: int | None = None,
+    command: Command | None = None,
+) -> Allocation:
     """The allocation on a partition's nodes: GPUs as asked for or all of them, cores and memory by their share.
+
+    A command has one node, and one that is a single process one GPU of it.
 
     Raises:
         LaunchError: the nodes have no GPUs and none were ruled out, too few, or not all the same number.
     """
     gpus = _gpus(profile, has)
+    if command is not None:
+        nodes, min_nodes = 1, None
+    if command is not None and command.alone:
+        profile, gpus = _one_process(profile, gpus), min(gpus, 1)
     tasks, most = gpus or profile.tasks_per_node, max(has.gpus)
     share = min(1.0, gpus / most) if gpus else 1.0
     cpus, memory = profile.cpus_per_task, round(profile.mem_gb * 1024) if profile.mem_gb else None
@@ -105,7 +131,23 @@ def on_slurm(run: RunFile, profile: ClusterProfile, nodes: int, has: Nodes, min_
         cpus = max(1, int(has.cpus * share) // tasks)
     if memory is None and has.mem_mb > 1:  # 1 where a site does not tell Slurm its nodes' memory
         memory = int(has.mem_mb * share) if share < 1 else 0
-    return Allocation(run, profile, nodes, gpus, False, cpus, memory, min_nodes, has)
+    return Allocation(run, profile, nodes, gpus, False, cpus, memory, min_nodes, has, command)
+
+
+def here(run: RunFile, profile: ClusterProfile, nodes: int, devices: int, command: Command | None = None) -> Allocation:
+    """The allocation on this machine, which has so many GPUs."""
+    gpus = devices // nodes if profile.gpus is None else profile.gpus
+    if command is not None:
+        nodes = 1
+    if command is not None and command.alone:
+        profile, gpus = _one_process(profile, gpus), min(gpus, 1)
+    return Allocation(run, profile, nodes, gpus, local=True, command=command)
+
+
+def _one_process(profile: ClusterProfile, gpus: int) -> ClusterProfile:
+    kind, colon, _ = str(profile.gpus_per_node).rpartition(":")
+    each = f"{kind}{colon}1" if gpus else 0
+    return profile.model_copy(update={"gpus_per_node": each if colon or not gpus else 1, "tasks_per_node": 1})
 
 
 def _gpus(profile: ClusterProfile, has: Nodes) -> int:

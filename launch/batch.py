@@ -92,10 +92,11 @@ def _parameters(allocation: Allocation, run_folder: RunFolder, exclude: str, dep
         cpus = cpus * tasks if cpus else None
     if dependency:
         added["dependency"] = ",".join(filter(None, (str(added.get("dependency", "")), dependency)))
+        added.setdefault("kill-on-invalid-dep", "yes")  # else it waits for ever for a job that has failed
     if not profile.requeue:
         added["no-requeue"] = True
     return {
-        "job_name": run_folder.path.name,
+        "job_name": allocation.name,
         "nodes": allocation.nodes,
         **({} if elastic else {"ntasks_per_node": tasks}),
         "gpus_per_node": profile.gpus_per_node if profile.gpus else allocation.gpus or None,

@@ -1,9 +1,10 @@
-"""Runs that follow one another in one command: training at 224, then fine-tuning at 384 and 448.
+"""Runs that follow one another in one command: training at 224, fine-tuning at 384, evaluating and exporting that.
 
-    submit.py --config refiner_l.json --then refiner_l_384.json --then refiner_l_448.json
+    submit.py --config refiner_l.json --then refiner_l_384.json --then evaluate --then export
 
-Each starts when the one before has finished, from its weights: ``refiner.model.init_from`` of a later run file names
-the folder of an earlier one, or is left out. All are checked before the first is submitted.
+Each starts when the one before has finished. A training starts from the weights of an earlier one:
+``refiner.model.init_from`` of its run file names that run's folder, or is left out. A command (launch/commands.py)
+works on the run folder of the training before it. All are checked before the first is submitted.
 """
 
 from __future__ import annotations
@@ -16,45 +17,56 @@ from refiner_ds.errors import LaunchError
 from refiner_ds.run_folder import RunFolder
 
 from .allocation import Allocation
+from .commands import Command, command_of
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a chain.
+    """One job of a chain.
 
     Attributes:
-        check: overrides to check it with: the weights it starts from may not be there yet.
+        check: overrides to check a training with: the weights it starts from may not be there yet.
     """
 
     allocation: Allocation
     check: list[str]
 
 
-def stages(
-    config: str | None, then: list[str], overrides: list[str], allocate: Callable[[RunFile], Allocation]
-) -> Iterator[Stage]:
-    """The runs of a chain, in order.
+Allocate = Callable[[RunFile, Command | None], Allocation]
+
+
+def stages(config: str | None, then: list[str], overrides: list[str], allocate: Allocate) -> Iterator[Stage]:
+    """The jobs of a chain, in order.
 
     Args:
-        config: run file of the first; ``then`` those of the others.
+        config: run file of the first; ``then`` those of the others, and commands.
         overrides: of every run.
-        allocate: finds the machines for a run.
+        allocate: finds the machines for a run, or for a command on it.
     Raises:
-        ConfigError, LaunchError: a run file is wrong, or two runs have one folder.
+        ConfigError, LaunchError: a run file or a command is wrong, or two runs have one folder.
     """
     run = load(config, overrides)
-    yield Stage(allocate(run), overrides)
-    earlier = [run]
-    for file in then:
-        given = list(overrides)
+    yield Stage(allocate(run, None), overrides)
+    earlier, commands = [run], list[Command]()
+    for given in then:
+        if (command := command_of(given, commands)) is not None:
+            commands.append(command)
+            yield Stage(allocate(earlier[-1], command), [])
+            continue
+        stage = _training(given, overrides, earlier, allocate)
+        earlier.append(stage.allocation.run)
+        yield stage
+
+
+def _training(file: str, overrides: list[str], earlier: list[RunFile], allocate: Allocate) -> Stage:
+    given = list(overrides)
+    run = load(file, given)
+    if run.refiner.model.init_from is None:
+        given.append(f"refiner.model.init_from={earlier[-1].folder}")
         run = load(file, given)
-        if run.refiner.model.init_from is None:
-            given.append(f"refiner.model.init_from={earlier[-1].folder}")
-            run = load(file, given)
-        folders = [str(before.folder) for before in earlier]
-        if str(run.folder) in folders:
-            raise LaunchError(f"--then {file}: would train into {run.folder}, as an earlier run of the chain does")
-        start = str(run.refiner.model.init_from)
-        waits = start in folders and not RunFolder(start).saved_checkpoints()
-        yield Stage(allocate(run), [*given, *(["refiner.model.init_from=null"] if waits else [])])
-        earlier.append(run)
+    folders = [str(before.folder) for before in earlier]
+    if str(run.folder) in folders:
+        raise LaunchError(f"--then {file}: would train into {run.folder}, as an earlier run of the chain does")
+    start = str(run.refiner.model.init_from)
+    waits = start in folders and not RunFolder(start).saved_checkpoints()
+    return Stage(allocate(run, None), [*given, *(["refiner.model.init_from=null"] if waits else [])])

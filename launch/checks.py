@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +43,9 @@ def check_resources(allocation: Allocation) -> None:
         )
 
 
-def refuse_unfinished(run_folder: RunFolder) -> None:
-    """Refuse a run folder that belongs to a job which waits or runs."""
-    active = slurm.unfinished_job(run_folder.jobs)
+def refuse_unfinished(run_folder: RunFolder, besides: Sequence[str] = ()) -> None:
+    """Refuse a run folder that belongs to a job which waits or runs, ``besides`` those."""
+    active = slurm.unfinished_job(run_folder.jobs, besides)
     if active:
         number = active.partition(" ")[0]
         raise LaunchError(f"{run_folder}: belongs to job {active}; wait for it, or end it with scancel {number}")

@@ -29,16 +29,21 @@ def hours_held(attempts: Attempts, now: float) -> tuple[float, str]:
     return sum(held) / 3600, "GPU-hours" if gpus else "process-hours"
 
 
-def cost_line(run_folder: RunFolder, attempts: Attempts) -> str:
-    """GPU-hours (node-hours of the processes, without GPUs), idle ones among them, and lost steps, in a sentence."""
+def cost_line(run_folder: RunFolder | None, attempts: Attempts) -> str:
+    """GPU-hours (node-hours of the processes, without GPUs), idle ones among them, and lost steps, in a sentence.
+
+    Args:
+        run_folder: None where the job does not train.
+    """
     now = time.time()
+    hours, unit = hours_held(attempts, now)
+    restarts = len(attempts.records) - 1
+    again = f"{restarts} restart{'' if restarts == 1 else 's'}"
+    if run_folder is None:
+        return f"cost: {hours:.2f} {unit}; {again}"
     held = sum((record.ended or now) - record.started for record in attempts.records)
     began = attempts.records[0].started if attempts.records else now
     trained = min(held, training_seconds(run_folder, began))
-    hours, unit = hours_held(attempts, now)
     idle = 100 * (1 - trained / held) if held else 0.0
-    restarts = len(attempts.records) - 1
-    return (
-        f"cost: {hours:.2f} {unit}, of them {idle:.0f} % outside training steps;"
-        f" {restarts} restart{'' if restarts == 1 else 's'}, {attempts.lost_steps} steps done twice"
-    )
+    outside = f"of them {idle:.0f} % outside training steps"
+    return f"cost: {hours:.2f} {unit}, {outside}; {again}, {attempts.lost_steps} steps done twice"

@@ -19,7 +19,7 @@ from refiner_ds.run_folder import RunFolder
 from . import symptoms
 from .attempts import Failure
 from .policy import Cause
-from .symptoms import SIGNALLED
+from .symptoms import ADVICE, SIGNALLED
 
 TOGETHER_SECONDS = 3.0  # a task that dies so soon after the first was not killed by srun, which waits longer
 UNHEALTHY = "unhealthy node: "
@@ -121,7 +121,7 @@ def diagnose(
         return Diagnosis(Cause.INTERRUPTED, code, first.rank, first.node)
     if noted and noted.error.startswith(UNHEALTHY):
         fault = noted.error.removeprefix(UNHEALTHY)
-        advice = "have the node repaired; the job goes on without it"
+        advice = ADVICE["unhealthy node"]
         return Diagnosis(Cause.UNHEALTHY, code, first.rank, first.node, "unhealthy node", fault, advice, True)
     return _failed(first, noted, tail(first.rank), said)
 
@@ -140,7 +140,7 @@ def _failed(first: TaskEnd, noted: Failure | None, lines: list[str], said: Seque
     refusal = next((line for line in reversed(lines) if line.startswith("error: ")), "")
     stopped = next((line for line in reversed(lines) if "stopped at step" in line), "")
     if cause == Cause.DIVERGED:
-        advice = "lower refiner.recipe.lr, or set gradient_clipping"
+        advice = ADVICE["diverged"]
         return Diagnosis(cause, code, first.rank, first.node, "diverged", stopped or "exit code 3", advice)
     error = noted.error if noted else ""
     evidence = error or (refusal if cause == Cause.REFUSED else "") or symptoms.last_exception(lines) or ""
@@ -149,9 +149,9 @@ def _failed(first: TaskEnd, noted: Failure | None, lines: list[str], said: Seque
         symptom, line = found
         return Diagnosis(cause, code, first.rank, first.node, symptom.name, line, symptom.advice, symptom.blames_node)
     if cause == Cause.REFUSED:
-        advice = "correct what the sentence names, and submit again"
+        advice = ADVICE["refused"]
         return Diagnosis(cause, code, first.rank, first.node, "refused", evidence.removeprefix("error: "), advice)
-    advice = f"read the traceback in the log of rank {first.rank}"
+    advice = ADVICE["exception"].format(rank=first.rank)
     name = "exception" if evidence else f"exit code {code}"
     return Diagnosis(cause, code, first.rank, first.node, name, evidence or first.how, advice)
 
@@ -185,7 +185,7 @@ def _hung(verdict: dict[str, object], ends: Sequence[TaskEnd]) -> Diagnosis:
     rank = int(ranks[0]) if isinstance(ranks, list) and ranks else None
     node = next((end.node for end in ends if end.rank == rank), "")
     alone = isinstance(ranks, list) and len(ranks) == 1
-    advice = f"read the stacks in logs/rank_{rank}.stacks"
+    advice = ADVICE["hung"].format(rank=rank)
     return Diagnosis(Cause.HUNG, RUN_AGAIN, rank, node, "hung", str(verdict.get("sentence", "")), advice, alone)
 
 
@@ -198,8 +198,8 @@ def _without_tasks(exit_code: int, said: Sequence[str]) -> Diagnosis:
     if found:
         symptom, line = found
         return Diagnosis(Cause.CRASHED, exit_code, None, node, symptom.name, line, symptom.advice, bool(node))
-    advice = "see whether the node is up (sinfo -R)" if node else "ask Slurm's administrators what the line means"
-    return Diagnosis(Cause.CRASHED, exit_code, None, node, "tasks did not start", evidence, advice, bool(node))
+    name = "a node went away" if node else "tasks did not start"
+    return Diagnosis(Cause.CRASHED, exit_code, None, node, name, evidence, ADVICE[name], bool(node))
 
 
 def verdict_since(run_folder: RunFolder, started: float) -> dict[str, object] | None:

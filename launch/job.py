@@ -1,6 +1,8 @@
 """What every task of a job does: tell torch who it is, train, and leave with training's exit code.
 
-submitit unpickles a ``TrainJob`` on each task and calls it. What follows from the exit codes is the supervisor's
+A job of a chain may run a command on the run folder instead (launch/commands.py).
+
+submitit unpickles a ``Task`` on each task and calls it. What follows from the exit codes is the supervisor's
 business (launch/policy.py):
 
     0   finished                    75  interrupted and saved, or hung: the job is requeued and resumes
@@ -33,6 +35,7 @@ from refiner_ds.run_folder import RunFolder
 from . import slurm
 from .attempts import Failure
 from .cluster import ClusterProfile
+from .commands import Command
 from .diagnosis import UNHEALTHY
 from .environment import variables_on
 from .health.start import node_faults
@@ -44,20 +47,22 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """Training as a job: called once on every task.
+class Task:
+    """Training, or a command on its run folder, as a job: called once on every task.
 
     Args:
         run_folder: where results go; the task runs in the job's snapshot of the code.
         gpus: whether the tasks own GPUs; without, they must not take those they happen to see.
         workers: whether loader workers are used.
         profile: of the cluster.
+        command: what runs in the place of training.
     """
 
     run_folder: str
     gpus: bool
     workers: bool
     profile: ClusterProfile
+    command: Command | None = None
 
     def __call__(self) -> None:
         with standby(RunFolder(self.run_folder)):
@@ -65,7 +70,7 @@ class TrainJob:
 
     def _run(self, task: submitit.JobEnvironment) -> None:
         for early in SIGNALS:
-            signal.signal(early, _before_training)
+            signal.signal(early, _nothing_to_save)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes before every TERM, and means nothing here
         os.environ.update(variables_on(task.hostname, self.profile.node_environment))
         os.environ.update(environment_of(task, self.gpus))
@@ -73,9 +78,7 @@ class TrainJob:
         try:
             check_code(code)
             self._check_node(task)
-            from refiner_ds import train
-
-            exit_code = train.main(["--config", str(code / RUN_FILE)])
+            exit_code = self._main(code)
         except RefinerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             self._note(task, REFUSED, str(error))
@@ -95,6 +98,13 @@ class TrainJob:
             sys.exit(FINISHED)  # all have saved; anything else would have srun end rank 0 while it still tidies up
         sys.exit(exit_code)
 
+    def _main(self, code: Path) -> int:
+        if self.command is not None:
+            return self.command.run(Path(self.run_folder))
+        from refiner_ds import train
+
+        return train.main(["--config", str(code / RUN_FILE)])
+
     def _check_node(self, task: submitit.JobEnvironment) -> None:
         if not self.profile.health_check or task.local_rank:
             return
@@ -111,8 +121,8 @@ class TrainJob:
         failure.note(RunFolder(self.run_folder), task.job_id, slurm.restart_count())
 
 
-def _before_training(number: int, frame: FrameType | None) -> NoReturn:
-    print(f"{signal.Signals(number).name} before training began: nothing to save", flush=True)
+def _nothing_to_save(number: int, frame: FrameType | None) -> NoReturn:
+    print(f"{signal.Signals(number).name} came while there was nothing to save", flush=True)
     sys.exit(RUN_AGAIN)
 
 

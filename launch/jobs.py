@@ -7,7 +7,8 @@
     python launch/jobs.py cancel RUN                       end it for good; it saves first if Slurm leaves it the time
     python launch/jobs.py requeue RUN                      save and start again, or start a failed job again
 
-RUN is a run folder, its name, or a job's number. Where Slurm does not answer, run folders do, and the answer says so.
+RUN is a run folder, its name, or a job's number; NAME:evaluate is the job that evaluates a run after training. Where
+Slurm does not answer, run folders do, and the answer says so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from refiner_ds.run_folder import RunFolder
 from . import slurm
 from .asking import Question
 from .attempts import Attempts, Record, owner
+from .commands import NAMES
 from .cost import cost_line, hours_held
 from .diagnosis import last_lines
 from .follow import follow
@@ -74,6 +76,16 @@ class JobOfRun:
         return read_object(self.folder.code / self.job_id / JOB_FILE) or {}
 
     @property
+    def label(self) -> str:
+        """Of the command that it runs on the run folder; empty where it trains."""
+        return str(self.submitted.get("label", ""))
+
+    @property
+    def name(self) -> str:
+        """As a person names it: the run, and the command."""
+        return ":".join(filter(None, (self.folder.path.name, self.label)))
+
+    @property
     def local(self) -> bool:
         """Whether it runs on this machine, without Slurm."""
         return bool(self.submitted.get("local"))
@@ -104,7 +116,8 @@ class JobOfRun:
     @property
     def moved(self) -> float:
         """When the run folder last changed, unix seconds."""
-        files = (self.folder.metrics, self.attempts.file, self.folder.jobs / "owner")
+        own = self.folder.jobs / f"{self.job_id}_submission.sh"
+        files = (self.attempts.file, own) if self.label else (self.folder.metrics, self.attempts.file, own)
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     def why(self) -> str:
@@ -128,6 +141,13 @@ def of_folder(folder: RunFolder, job_id: str | None = None) -> JobOfRun | None:
     return None if found is None else JobOfRun(folder, found, Attempts.of(folder, found))
 
 
+def commands_of(folder: RunFolder) -> list[JobOfRun]:
+    """The newest job of every command that was submitted to follow a run, in the order of their numbers."""
+    files = sorted(folder.code.glob(f"[0-9]*/{JOB_FILE}"), key=lambda file: int(file.parent.name))
+    jobs = (JobOfRun(folder, file.parent.name, Attempts.of(folder, file.parent.name)) for file in files)
+    return list({job.label: job for job in jobs if job.label}.values())
+
+
 def find(target: str) -> JobOfRun:
     """The job that a person means by a run folder, a name or a number.
 
@@ -136,6 +156,12 @@ def find(target: str) -> JobOfRun:
     """
     if (Path(target) / "jobs").is_dir() and (job := of_folder(RunFolder(Path(target).absolute()))):
         return job
+    run, _, label = target.rpartition(":")
+    if run and label.partition("-")[0] in NAMES:
+        for job in commands_of(find(run).folder):
+            if job.label == label:
+                return job
+        raise LaunchError(f"{target}: no {label} was submitted to follow that run")
     folders = known_folders()
     if target.isdigit():
         holding = [folder for folder in folders if list((folder / "jobs").glob(f"{target}_*"))]
@@ -174,7 +200,8 @@ def ask_slurm(job: JobOfRun, seconds: float = QUICK_SECONDS) -> JobOfRun:
 def list_runs(limit: int) -> str:
     """A line a run, newest first."""
     question = Question(slurm.states, QUICK_SECONDS)
-    found = [job for folder in known_folders() if (job := of_folder(RunFolder(folder)))]
+    folders = [RunFolder(folder) for folder in known_folders()]
+    found = [job for folder in folders for job in (of_folder(folder), *commands_of(folder)) if job]
     newest = sorted(found, key=lambda job: -job.moved)[:limit]
     known = [_row(job) for job in newest]
     states = question.answer or {}
@@ -192,32 +219,34 @@ def list_runs(limit: int) -> str:
 
 def _row(job: JobOfRun) -> tuple[str, ...]:
     hours, unit = hours_held(job.attempts, time.time())
-    step = last_metric(job.folder, "step")
+    step = None if job.label else last_metric(job.folder, "step")
     where = (f"{hours:.1f} {unit}", ago(job.moved), str(job.folder))
     restarts = str(max(0, len(job.records) - 1))
-    return (job.folder.path.name, job.job_id, job.word, "-" if step is None else f"{step:.0f}", restarts, *where)
+    return (job.name, job.job_id, job.word, "-" if step is None else f"{step:.0f}", restarts, *where)
 
 
 def status(job: JobOfRun) -> str:
     """Where a run stands, in some lines."""
-    step, loss = last_metric(job.folder, "step"), last_metric(job.folder, "loss")
     newest = job.folder.latest_checkpoint()
-    lines = [
-        f"step         {'none logged yet' if step is None else f'{step:.0f}, loss {loss}'}",
-        f"checkpoint   {newest.name if newest else 'none'}",
-    ]
+    lines = [f"runs         {job.submitted['runs']}"] if job.label else [f"step         {_progress(job.folder)}"]
+    lines.append(f"checkpoint   {newest.name if newest else 'none'}")
     for record in job.records:
         ended = f"{record.ended - record.started:.0f} s" if record.ended else "running"
         what = f": {record}" if record.cause else ""
         lines.append(f"attempt {record.number:<4} {_clock(record.started)}, {ended}, {record.nodes}{what}")
     if job.records:
-        lines.append(cost_line(job.folder, job.attempts))
+        lines.append(cost_line(None if job.label else job.folder, job.attempts))
     if command := job.submitted.get("command"):
         lines.append(f"submitted by {command}")
     lines.append(f"log          tail -F {job.folder.jobs}/{job.job_id}_0_log.out")
     # Slurm's answer last: it has had the time in which the run folder was read.
     said = [f"run folder   {job.folder}", f"job          {job.job_id}: {job.word}", f"             {job.why()}"]
     return "\n".join([*said, *lines])
+
+
+def _progress(folder: RunFolder) -> str:
+    step, loss = last_metric(folder, "step"), last_metric(folder, "loss")
+    return "none logged yet" if step is None else f"{step:.0f}, loss {loss}"
 
 
 def last_metric(folder: RunFolder, key: str) -> float | None:

@@ -222,9 +222,9 @@ def has_ended(job_id: str, seconds: float = TASK_ANSWER_SECONDS) -> bool:
     return state is not None and state.ended
 
 
-def unfinished_job(jobs: Path) -> str | None:
-    """A job submitted from this jobs/ folder that still waits or runs: "12 (RUNNING)"."""
-    submitted = {file.name.partition("_")[0] for file in jobs.glob("*_submission.sh")}
+def unfinished_job(jobs: Path, besides: Iterable[str] = ()) -> str | None:
+    """A job submitted from this jobs/ folder, ``besides`` those, that still waits or runs: "12 (RUNNING)"."""
+    submitted = {file.name.partition("_")[0] for file in jobs.glob("*_submission.sh")} - set(besides)
     if not submitted:
         return None
     answer = ask("squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}")

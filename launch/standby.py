@@ -27,6 +27,7 @@ from .diagnosis import Diagnosis
 from .health.node import host_name
 from .policy import Cause, Limits
 from .supervisor import PLACE, SlurmSupervisor
+from .symptoms import ADVICE
 
 KILLED = 128 + signal.SIGKILL
 MEANT_FOR_THE_TASK = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
@@ -42,9 +43,9 @@ class Standby(SlurmSupervisor):
         record = self.attempts.records[-1] if self.attempts.records else None
         if record is None or record.action:
             return 0  # it had decided
-        advice = "raise mem_gb if memory was short"
+        name = "supervisor killed"
         evidence = f"the supervisor on {host_name()} was killed, and with it the batch script"
-        return self._end(record, Diagnosis(Cause.CRASHED, KILLED, None, "", "supervisor killed", evidence, advice))
+        return self._end(record, Diagnosis(Cause.CRASHED, KILLED, None, "", name, evidence, ADVICE[name]))
 
     def _limits(self, state: slurm.JobState, record: Record) -> Limits:
         # Slurm is clearing the job away, because its batch script has ended: not on account of scancel.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from . import checks, local
 from .allocation import Allocation
 from .attempts import take_ownership
 from .batch import Executor
-from .job import TrainJob
+from .job import Task
 from .registry import register
 from .snapshot import Snapshot, prune
 from .supervisor import Job
@@ -47,27 +47,32 @@ def submission_lock(run_folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def submit(allocation: Allocation, *, dependency: str = "", exclude: str = "") -> submitit.Job[Any]:
-    """Submit a run that passed its checks to Slurm.
+def submit(
+    allocation: Allocation, *, after: Sequence[str] = (), dependency: str = "", exclude: str = ""
+) -> submitit.Job[Any]:
+    """Submit a run, or a command on it, that passed its checks to Slurm.
 
     Args:
-        dependency: as sbatch takes it: afterok:12.
+        after: jobs of its chain that come before it; it starts when the last of them has finished.
+        dependency: another one, as sbatch takes it: afterany:12.
         exclude: nodes the job must not have.
     Raises:
         LaunchError: another submission came first, or Slurm refuses.
     """
     run_folder = RunFolder(allocation.run.folder)
+    waits = f"afterok:{after[-1]}" if after else dependency
     with submission_lock(run_folder):
-        checks.refuse_unfinished(run_folder)
-        snapshot = Snapshot(allocation.run, _job(allocation))
+        checks.refuse_unfinished(run_folder, besides=after)
+        snapshot = Snapshot(allocation.run, _job(allocation, after))
         try:
-            job = Executor(allocation, exclude=exclude, dependency=dependency).send(_task(allocation))
+            job = Executor(allocation, exclude=exclude, dependency=waits).send(_task(allocation))
         except BaseException:
             snapshot.discard()
             raise
-        prune(run_folder)
+        if allocation.command is None:
+            prune(run_folder)
+            take_ownership(run_folder, job.job_id)
         snapshot.assign(job.job_id)
-        take_ownership(run_folder, job.job_id)
     register(run_folder)
     return job
 
@@ -87,8 +92,9 @@ def start_here(allocation: Allocation) -> tuple[submitit.Job[Any], local.LocalEx
         snapshot = Snapshot(allocation.run, _job(allocation))
         try:
             job = executor.submit(_task(allocation))
-            prune(run_folder)
-            take_ownership(run_folder, job.job_id)
+            if allocation.command is None:
+                prune(run_folder)
+                take_ownership(run_folder, job.job_id)
             snapshot.assign(job.job_id)  # last: the controller waits for it
         except BaseException:
             snapshot.discard()
@@ -97,12 +103,15 @@ def start_here(allocation: Allocation) -> tuple[submitit.Job[Any], local.LocalEx
     return job, executor
 
 
-def _job(allocation: Allocation) -> dict[str, object]:
+def _job(allocation: Allocation, after: Sequence[str] = ()) -> dict[str, object]:
     least = allocation.min_nodes or allocation.nodes
-    job = Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus, least)
-    return {**job.to_json(), "local": allocation.local, "command": shlex.join(sys.argv)}
+    label = allocation.command.label if allocation.command else ""
+    job = Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus, least, label)
+    known = {**job.to_json(), "local": allocation.local, "command": shlex.join(sys.argv)}
+    chain = {"after": after[-1]} if after else {}
+    return {**known, **chain, **({"runs": str(allocation.command)} if allocation.command else {})}
 
 
-def _task(allocation: Allocation) -> TrainJob:
+def _task(allocation: Allocation) -> Task:
     workers = allocation.run.refiner.data.workers > 0
-    return TrainJob(str(allocation.run.folder), allocation.gpus > 0, workers, allocation.profile)
+    return Task(str(allocation.run.folder), allocation.gpus > 0, workers, allocation.profile, allocation.command)

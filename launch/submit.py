@@ -4,6 +4,7 @@
     python launch/submit.py --nodes 4 --gpus-per-node 0 --wait           the quickstart, on the CPUs of four nodes
     python launch/submit.py --local                                      … on this machine
     python launch/submit.py --config ds_configs/refiner_m.json --then ds_configs/refiner_m_384.json     two runs in turn
+    python launch/submit.py --config ds_configs/refiner_m.json --then evaluate --then "export --onnx"
 
 The command checks what can be checked, copies the code into the run folder, submits one task per GPU through submitit
 and prints where things are. Submitting a run again resumes what its folder holds.
@@ -31,10 +32,11 @@ from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder
 
 from . import chain, checks, local, planned, slurm, submission
-from .allocation import Allocation, on_slurm
+from .allocation import Allocation, here, on_slurm
 from .attempts import Attempts
 from .batch import Executor, submission_environment
 from .cluster import ClusterProfile, load_profile
+from .commands import Command
 from .follow import follow
 from .stopwatch import Stopwatch
 from .why import why
@@ -52,18 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     watch.lap("starting")
     args = _parser().parse_args(argv)
     profile = load_profile(args.cluster, {key: getattr(args, key) for key in profile_flags()})
-    runs = list(chain.stages(args.config, args.then, args.set, lambda run: allocate(args, profile, run)))
+    runs = list(
+        chain.stages(args.config, args.then, args.set, lambda run, command: allocate(args, profile, run, command))
+    )
     for stage in runs:
         allocation = stage.allocation
         allocation.refuse_indivisible()
-        print(f"{allocation.run.path}: {allocation}; {allocation.batch}", file=sys.stderr)
+        what = allocation.batch if allocation.command is None else allocation.command
+        print(f"{allocation.run.path}: {allocation}; {what}", file=sys.stderr)
         for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
             print(line, file=sys.stderr)
     watch.lap("run file and cluster")
     starts = [check(stage.allocation, stage.check, args.ignore_plan, tell=True) for stage in runs]
     watch.lap("checks")
     if args.dry_run:
-        return [_dry_run(stage.allocation, start) for stage, start in zip(runs, starts, strict=True)][0]
+        for stage, start in zip(runs, starts, strict=True):
+            _dry_run(stage.allocation, start)
+        return 0
     if args.local:
         codes = (_run_here(stage.allocation, watch) for stage in runs)
         return next((code for code in codes if code), 0)
@@ -78,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--then",
-        metavar="FILE",
+        metavar="NEXT",
         action="append",
         default=[],
-        help="run file that follows, from its weights; repeatable",
+        help="run file that follows, from its weights; or evaluate, calibrate or export, with flags; repeatable",
     )
     add_machine_flags(parser)
     parser.add_argument("--local", action="store_true", help="run on this machine, all nodes' processes, and wait")
@@ -121,19 +128,20 @@ def make_allocation(args: argparse.Namespace, profile: ClusterProfile) -> Alloca
     return allocate(args, profile, load(args.config, args.set))
 
 
-def allocate(args: argparse.Namespace, profile: ClusterProfile, run: RunFile) -> Allocation:
-    """The machines that a run is to have. Raises LaunchError."""
+def allocate(
+    args: argparse.Namespace, profile: ClusterProfile, run: RunFile, command: Command | None = None
+) -> Allocation:
+    """The machines that a run, or a command on it, is to have. Raises LaunchError."""
     if args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job has at least one node")
     least = args.min_nodes
     if least is not None and not 1 <= least <= args.nodes:
         raise LaunchError(f"--min-nodes {least}: must be from 1 to --nodes {args.nodes}")
     if getattr(args, "local", False):
-        here = len(local.visible_devices()) // args.nodes
-        return Allocation(run, profile, args.nodes, here if profile.gpus is None else profile.gpus, local=True)
+        return here(run, profile, args.nodes, len(local.visible_devices()), command)
     slurm.require_slurm()
     gpu_type = str(profile.gpus_per_node).rpartition(":")[0] or None
-    return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type), least)
+    return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type), least, command)
 
 
 def check(allocation: Allocation, overrides: list[str], ignore_plan: bool, tell: bool = False) -> str:
@@ -146,7 +154,11 @@ def check(allocation: Allocation, overrides: list[str], ignore_plan: bool, tell:
         ConfigError, LaunchError: the first refusal, Slurm's before the code's, and the planner's last.
     """
     checks.check_resources(allocation)
+    if allocation.command is not None:
+        allocation.command.check(allocation.run)
     script = None if allocation.local else Executor(allocation).script()
+    if allocation.command is not None:
+        return slurm.expected_start(script, submission_environment(script)) if script else "now"
     with ThreadPoolExecutor(2) as pool:
         ready = pool.submit(checks.check_ready, allocation, overrides)
         start = pool.submit(slurm.expected_start, script, submission_environment(script)) if script else None
@@ -163,21 +175,21 @@ def check(allocation: Allocation, overrides: list[str], ignore_plan: bool, tell:
     return expected
 
 
-def _dry_run(allocation: Allocation, start: str) -> int:
+def _dry_run(allocation: Allocation, start: str) -> None:
     if allocation.local:
-        print(f"{allocation}: refiner_ds.train --config {allocation.run.path}")
-        return 0
+        told = allocation.command or f"train --config {allocation.run.path}"
+        print(f"{allocation}: refiner_ds.{told}")
+        return
     print(Executor(allocation).script())
-    print(f"Slurm would start it at {start}", file=sys.stderr)
-    return 0
+    print(f"Slurm would start {allocation.name} at {start}", file=sys.stderr)
 
 
 def _run_on_slurm(runs: list[Allocation], wait: bool, watch: Stopwatch) -> int:
-    job, dependency = None, ""
+    job, after = None, list[str]()
     for allocation in runs:
-        job = submission.submit(allocation, dependency=dependency)
+        job = submission.submit(allocation, after=after)
         _print_summary(allocation, job.job_id, f"scancel {job.job_id}", watch)
-        dependency = f"afterok:{job.job_id}"
+        after.append(job.job_id)
     assert job is not None
     if not wait:
         return 0
@@ -215,14 +227,18 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _print_summary(allocation: Allocation, job_id: str, stop: str, watch: Stopwatch) -> None:
     folder = RunFolder(allocation.run.folder)
     watch.lap("submission")
+    target = str(folder) if allocation.command is None else f"{folder}:{allocation.command.label}"
     rows = {
         "run folder": str(folder),
         "log": f"tail -F {folder.jobs}/{job_id}_0_log.out",
-        "status": f"python -m {__package__}.jobs status {folder}",
+        "status": f"python -m {__package__}.jobs status {target}",
         "curves": f"tensorboard --logdir {folder.tensorboard}",
         "accuracy": f"python -m refiner_ds.evaluate {folder}",
         "stop": stop,
     }
+    if allocation.command is not None:
+        kept = {word: rows[word] for word in ("run folder", "log", "status", "stop")}
+        rows = {"runs": str(allocation.command), **kept}
     print(f"job {job_id}: {allocation}")
     print(f"  {'submitted':<12}in {watch}")
     for word, command in rows.items():

@@ -40,6 +40,7 @@ from .environment import capture, free_port, master_address
 from .health.node import host_name
 from .policy import Action, Cause, Decision, Limits
 from .snapshot import JOB_FILE, RUN_FILE, check_code
+from .symptoms import ADVICE, BY_NAME
 
 ASK_SECONDS = 5.0  # between two questions to a controller that is away, or refuses
 AWAY_SECONDS = 3600.0  # how long it may be away when the job wants to be requeued
@@ -58,6 +59,7 @@ class Job:
     Attributes:
         tasks: processes a node; ``gpus`` GPUs a node.
         min_nodes: nodes it can do with; ``nodes`` unless it is elastic.
+        label: of a command that runs on the run folder; empty for training.
     """
 
     profile: ClusterProfile
@@ -65,6 +67,7 @@ class Job:
     tasks: int
     gpus: int
     min_nodes: int
+    label: str = ""
 
     @property
     def elastic(self) -> bool:
@@ -76,7 +79,7 @@ class Job:
         """The job of a snapshot."""
         known = json.loads((code / JOB_FILE).read_text())
         profile = ClusterProfile.model_validate(known["profile"])
-        return Job(profile, known["nodes"], known["tasks"], known["gpus"], known["min_nodes"])
+        return Job(profile, known["nodes"], known["tasks"], known["gpus"], known["min_nodes"], known["label"])
 
     def to_json(self) -> dict[str, object]:
         """What ``read`` reads."""
@@ -145,31 +148,33 @@ class Supervisor(ABC):
                 "REFINER_MASTER_PORT": str(free_port(self.job_id, record.number)),
             }
         except LaunchError as error:
-            advice = "correct what the sentence names, and submit again"
-            return self._end(record, Diagnosis(Cause.REFUSED, REFUSED, None, "", "refused", str(error), advice))
+            refused = Diagnosis(Cause.REFUSED, REFUSED, None, "", "refused", str(error), ADVICE["refused"])
+            return self._end(record, refused)
         capture(self.run_folder.jobs / f"{self.job_id}_environment.json", self.nodes)
         self.notify("restart" if record.number else "start", f"started on {self.nodes}")
         outcome = self.run_tasks(variables)
-        self._release_lock()
+        trains = not self.job.label
+        if trains:
+            self._release_lock()
 
         def tail(rank: int) -> list[str]:
             file = self.run_folder.jobs / f"{self.job_id}_{rank}_log.out"
             return last_lines(file, sizes.get(file.name, 0))
 
         failures = Failure.noted(self.run_folder, self.job_id, record.number)
-        verdict = verdict_since(self.run_folder, record.started)
+        verdict = verdict_since(self.run_folder, record.started) if trains else None
         return self._end(record, diagnose(outcome.ends, outcome.exit_code, failures, tail, outcome.said, verdict))
 
     def setup_failed(self, line: str) -> int:
         """A setup line of the profile failed: an attempt that is refused."""
         record = self.attempts.begin(self.nodes, *self.world, self.run_folder)
-        advice = "correct the line under setup in the cluster profile, and submit again"
-        return self._end(record, Diagnosis(Cause.REFUSED, REFUSED, None, "", "setup line failed", line, advice))
+        name = "setup line failed"
+        return self._end(record, Diagnosis(Cause.REFUSED, REFUSED, None, "", name, line, BY_NAME[name].advice))
 
     def _refuse(self) -> None:
         """Raise LaunchError where this job may not, or cannot, run."""
         owned = owner(self.run_folder)
-        if owned not in (None, self.job_id):
+        if not self.job.label and owned not in (None, self.job_id):
             raise LaunchError(f"{self.run_folder}: belongs to job {owned} now; this one ends")
         check_code(self.code)
 
@@ -209,7 +214,7 @@ class Supervisor(ABC):
         else:
             log(f"job {self.job_id} is not requeued: {decision.reason}")
             self.notify("failure", f"{record}; {decision.reason}")
-        log(cost_line(self.run_folder, self.attempts))
+        log(cost_line(None if self.job.label else self.run_folder, self.attempts))
         return decision.exit_code
 
     def notify(self, event: str, message: str) -> None:
@@ -217,7 +222,7 @@ class Supervisor(ABC):
         command = self.job.profile.notify
         if not command:
             return
-        name = self.run_folder.path.name
+        name = ":".join(filter(None, (self.run_folder.path.name, self.job.label)))
         told = {"REFINER_EVENT": event, "REFINER_RUN": name, "REFINER_JOB": self.job_id}
         message = f"{name} (job {self.job_id}): {message}"
         try:

@@ -1,6 +1,7 @@
 """What the last lines of a failed rank mean: a table of the field's common failures, and what to do about each.
 
-``launch/diagnosis.py`` decides which rank's lines to read; ``launch/jobs.py why`` prints the sentence.
+``launch/diagnosis.py`` decides which rank's lines to read; ``launch/jobs.py why`` prints the sentence. The table in
+docs/cluster.md is printed by ``python -m launch.symptoms``.
 """
 
 from __future__ import annotations
@@ -150,6 +151,19 @@ SIGNALLED = {
 }
 
 
+# What no line of a log shows; {rank} is filled in.
+ADVICE = {
+    "hung": "read the stacks in logs/rank_{rank}.stacks",
+    "diverged": "lower refiner.recipe.lr, or set gradient_clipping",
+    "refused": "correct what the sentence names, and submit again",
+    "exception": "read the traceback in the log of rank {rank}",
+    "unhealthy node": "have the node repaired; the job goes on without it",
+    "supervisor killed": "raise mem_gb if memory was short",
+    "tasks did not start": "ask Slurm's administrators what the line means",
+    "a node went away": "see whether the node is up (sinfo -R)",
+}
+
+
 def recognise(lines: list[str]) -> tuple[Symptom, str] | None:
     """The failure that some lines show, one that is no echo of another rank's first, and the line that shows it."""
     for echo in (False, True):
@@ -163,3 +177,16 @@ def last_exception(lines: list[str]) -> str | None:
     """The line that ends the last traceback: "RuntimeError: …"."""
     ending = re.compile(r"(\[rank\d+\]:\s*)?([A-Za-z_]\w*\.)*[A-Z]\w*(Error|Exception|Interrupt|Exit): .+")
     return next((line.strip() for line in reversed(lines) if ending.match(line)), None)
+
+
+def table() -> str:
+    """What ``jobs.py why`` recognises and what it advises, in Markdown."""
+    found = {symptom.name: symptom.advice for symptom in SYMPTOMS}
+    found |= {name: advice for name, advice, _ in SIGNALLED.values() if name not in found}
+    found |= {name: advice.format(rank="N") for name, advice in ADVICE.items()}
+    rows = [f"| {name} | {advice} |" for name, advice in found.items()]
+    return "\n".join(["| what failed | what to do |", "| --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from refiner_ds.run_folder import RunFolder
@@ -105,6 +106,10 @@ def _never_started(run_folder: RunFolder, job_id: str, state: JobState | None) -
         return f"{found[0].name}: {found[1]}; {found[0].advice}"
     if state is None:
         return "it has not started, as far as its run folder tells"
+    if state.reason == "DependencyNeverSatisfied":
+        before = re.search(r"(\d+)\(failed\)", state.fields.get("Dependency", ""))
+        which = f"job {before[1]}, which it follows," if before else "the job that it follows"
+        return f"{which} did not finish, so Slurm cancelled this one before it started: ask why of that one"
     if state.state == "CANCELLED":
         return "it was cancelled before it started"
     told = f"Slurm: {state.exit_text}"

@@ -33,8 +33,7 @@ from refiner_ds.training.logs import silence_libraries
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
     silence_libraries()
-    options = _parser().parse_args(argv)
-    _refuse_options(options)
+    options = read_options(argv)
     from refiner_ds.evaluation.calibration import RATIOS, calibrate, sweep, write_calibration
     from refiner_ds.evaluation.command import Evaluator, load_for
     from refiner_ds.evaluation.results import make_folder, results_folder
@@ -59,6 +58,13 @@ def main(argv: list[str] | None = None) -> int:
                 write_calibration(folder, loaded, result)
             print(json.dumps(result) if options.json else _sentences(result, folder), flush=True)
     return 0
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options. Raises ConfigError for one that cannot be meant."""
+    options = _parser().parse_args(argv)
+    _refuse_options(options)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,8 +36,14 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code. See the module for what it takes."""
     silence_libraries()
+    return evaluate_model(read_options(argv))
+
+
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options. Raises ConfigError for one that cannot be meant."""
     options = _parser().parse_args(argv)
-    return evaluate_model(options)
+    _refuse_options(options)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +68,6 @@ def evaluate_model(options: argparse.Namespace) -> int:
     from refiner_ds.evaluation.command import Evaluator, load_for
     from refiner_ds.evaluation.results import make_folder, results_folder
 
-    _refuse_options(options)
     loaded = load_for(options)
     places = options.data or [loaded.data]
     if places == [None]:

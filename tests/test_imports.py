@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "glue_table": {"ground"},
     "report": {"ground", "config", "glue_table", "sweep_table"},
     "gallery": LIBRARY | {"analysis", "evaluation", "report"},
-    "launch": {"ground", "config", "data", "train", "sweep_table"},  # train: what a task of a job runs
+    # what a task of a job runs: train, or a command after it
+    "launch": {"ground", "config", "data", "train", "evaluate", "calibrate", "export", "sweep_table"},
     "data_tools": {"ground", "config", "data"},
 }
 

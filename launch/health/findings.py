@@ -72,6 +72,9 @@ class Host:
         """From what they measured; where they are not bound to cores of their own they share them."""
         return cls(len(nodes), len({core for node in nodes for core in node.cores}) / len(nodes))
 
+    def __str__(self) -> str:
+        return _count(self.tasks, "process", "es")
+
 
 Found = Iterator[tuple[bool, str]]  # whether it is serious, and the sentence
 
@@ -118,7 +121,10 @@ def _cores(node: Node, needs: Requirements, host: Host) -> Found:
 def _memory(node: Node, needs: Requirements, host: Host) -> Found:
     for serious, limit in ((True, MEMORY_ERROR), (False, MEMORY_WARNING)):
         if 0 <= node.memory < limit * host.tasks:
-            yield serious, f"{node.memory / GIB:.1f} GiB of memory for {host.tasks} processes; ask for more with mem_gb"
+            yield (
+                serious,
+                f"{node.memory / GIB:.1f} GiB of memory for {host}; ask for more with mem_gb",
+            )
             return
 
 
@@ -127,7 +133,7 @@ def _shared_memory(node: Node, needs: Requirements, host: Host) -> Found:
         yield (
             True,
             (
-                f"/dev/shm has {max(0, node.shared_memory) / MIB:.0f} MiB free for {host.tasks} processes; remove what "
+                f"/dev/shm has {max(0, node.shared_memory) / MIB:.0f} MiB free for {host}; remove what "
                 "others left there, or give a container more (--shm-size)"
             ),
         )
@@ -250,13 +256,13 @@ def _absent(reports: Reports) -> Iterator[Finding]:
 def _different(nodes: Sequence[Node]) -> Iterator[Finding]:
     """What should be alike on all nodes and is not."""
     kinds = {name: {node.host: node.versions.get(name, "none") for node in nodes} for name in _names(nodes)}
-    kinds["GPUs"] = {node.host: ", ".join(gpu.name for gpu in node.gpus) or "none" for node in nodes}
+    kinds["the GPU"] = {node.host: ", ".join(gpu.name for gpu in node.gpus) or "none" for node in nodes}
     for name, by_host in kinds.items():
         usual, times = Counter(by_host.values()).most_common(1)[0] if by_host else ("", 0)
         for host, found in by_host.items():
             if found != usual:
                 yield Finding(
-                    name != "GPUs",
+                    name != "the GPU",
                     (host,),
                     f"{name} is {found} here and {usual} on {_count(times, 'other node')}; make all nodes alike",
                 )
@@ -266,8 +272,8 @@ def _names(nodes: Sequence[Node]) -> list[str]:
     return list(dict.fromkeys(name for node in nodes for name in node.versions))
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'s' * (number != 1)}"
+def _count(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{plural if number != 1 else ''}"
 
 
 def _slower(nodes: Sequence[Node], shared: Sequence[Shared]) -> Iterator[Finding]:

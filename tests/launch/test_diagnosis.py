@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from launch import symptoms
 from launch.attempts import Failure
 from launch.diagnosis import Diagnosis, TaskEnd, diagnose, task_ends
 from launch.policy import Cause
@@ -126,3 +128,8 @@ def test_the_kernels_out_of_memory_is_told_from_other_kills() -> None:
     found = judge(ends("node2: task 1: Out Of Memory"), 137, said=said)
     assert (found.symptom, found.rank, found.blames_node) == ("out of memory on the host", 1, False)
     assert "mem_gb" in found.advice
+
+
+def test_the_docs_hold_the_table_as_it_is() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs/cluster.md"
+    assert symptoms.table() in page.read_text(), "print it anew with python -m launch.symptoms"

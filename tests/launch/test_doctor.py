@@ -117,7 +117,7 @@ PLANTED: dict[str, tuple[Callable[[Reports], None], bool, str]] = {
     "hot GPU": (gpu(slowed_by="heat"), False, "GPU 1 is slowed down by heat"),
     "GPU in use": (gpu(used=40_000), False, "GPU 1 has 40,000 MiB in use by another process"),
     "MIG": (gpu(mig=True), False, "GPU 1 is split by MIG"),
-    "another GPU": (gpu(name="NVIDIA A100"), False, "GPUs is NVIDIA H100 80GB HBM3, NVIDIA A100 here"),
+    "another GPU": (gpu(name="NVIDIA A100"), False, "the GPU is NVIDIA H100 80GB HBM3, NVIDIA A100 here"),
     "another driver": (version("NVIDIA driver", "550.54"), True, "NVIDIA driver is 550.54 here and 580.65 on 3"),
     "another torch": (version("torch", "2.6.0"), True, "torch is 2.6.0 here and 2.14.1 on 3 other nodes"),
     "another clone": (version("refiner_ds", "/home/x"), True, "refiner_ds is /home/x here"),
@@ -246,7 +246,7 @@ def test_faults_planted_in_real_processes_are_found(tmp_path: Path, port: int) -
     assert said(found, "your quota leaves 0.1 GiB") == {"node3"}, shown
     assert said(found, "GPU 0 has 2 uncorrectable memory errors") == {"node3"}, shown
     assert said(found, "GPU 0 is slowed down by heat") == {"node3"}, shown
-    assert said(found, "GPUs is NVIDIA H100") == {"node3"}, shown
+    assert said(found, "the GPU is NVIDIA H100") == {"node3"}, shown
     assert said(found, "NVIDIA driver is 550.54 here and none") == {"node3"}, shown
     assert said(found, "/dev/shm has") == {"node4"}, shown
     assert said(found, "does not see what node1, node2, node3 wrote") == {"node4"}, shown

@@ -166,7 +166,7 @@ def _waiting(stage: Stage) -> Iterator[None]:
     stage.jobs["held"] = runs["held"].submit_here(slurm, sbatch={"begin": "now+60"})
     slurm.client("scontrol", "uhold", stage.jobs["held"])
     stage.jobs["begin"] = runs["begin"].submit_here(slurm, sbatch={"begin": "now+600"})
-    stage.jobs["dependency"] = runs["dependency"].submit_here(slurm, dependency=f"afterok:{failed}")
+    stage.jobs["dependency"] = runs["dependency"].submit_here(slurm, sbatch={"dependency": f"afterok:{failed}"})
     blocker = slurm.client("sbatch", "--parsable", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 600")
     slurm.wait(blocker, "RUNNING")
     stage.jobs["resources"] = runs["resources"].submit_here(slurm)

@@ -9,6 +9,7 @@
 #SBATCH --exclude=node7,node9
 #SBATCH --gpus-per-node=h100:8
 #SBATCH --job-name=refiner_s
+#SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=922112M
 #SBATCH --no-requeue
 #SBATCH --nodes=4
