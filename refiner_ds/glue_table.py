@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import ConfigError, DataError
+from refiner_ds.files import has_numbers, read_object
 from refiner_ds.shipped import or_shipped
 
 __all__ = ["PUBLISHED", "TASKS", "GlueRun", "GlueTable", "glue_folder", "is_glue_table", "read_glue_table"]
@@ -74,14 +75,11 @@ class GlueRun:
             DataError: the file is not what a run writes.
         """
         file = self.folder / RESULTS
-        if not file.is_file():
+        if not file.exists():
             return None
-        try:
-            found = json.loads(file.read_text())
-            if isinstance(found, dict) and isinstance(found["dev"], dict) and float(found["score"]) == found["score"]:
-                return found
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
+        found = read_object(file)
+        if found and isinstance(found.get("dev"), dict) and has_numbers(found, "score"):
+            return found
         raise DataError(f"{file}: is not what a fine-tuning writes; move it away, and the sweep runs it again")
 
 
