@@ -10,8 +10,10 @@ import pytest
 from refiner_ds.plan.__main__ import main
 
 # A quarter of L's blocks, each in four times the images: the memory of L in a quarter of the operations.
-FEWER = ("refiner.model.depth=8", "refiner.model.cos_reg_pairs=null", "train_batch_size=1536")
-FEWER = (*FEWER, "train_micro_batch_size_per_gpu=48")
+FEWER = (
+    "refiner.model.depth=8", "refiner.model.cos_reg_pairs=null", "train_batch_size=1536",
+    "train_micro_batch_size_per_gpu=48",
+)  # fmt: skip
 L448 = ("--config", "ds_configs/refiner_l_448.json", *(word for key in FEWER for word in ("--set", key)))
 
 

@@ -28,7 +28,7 @@ from refiner_ds.training.resuming import config_before, refuse_unfit_checkpoint
 from tests.training.launched import ROOT, environment, ranks
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
-# Dropout, drop-path, mixing and random crops on, all of it drawn again in recomputed blocks: all of it has to come back.
+# Dropout, drop-path, mixing and random crops on, drawn again in recomputed blocks: all of it has to come back.
 TINY = {
     "refiner.model.depth": 2, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
     "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1, "refiner.model.drop_path": 0.1,
