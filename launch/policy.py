@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 STUCK = 3  # attempts in a row without a new checkpoint, after which another would change nothing
+CANCELLED = "it was cancelled"
 NODE_STRIKES = 2  # failures in a row on one node, after which the job goes on without it
 
 
@@ -88,6 +89,11 @@ class Decision:
     exit_code: int = 0
     node: str = ""
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job ends because a person cancelled it."""
+        return self.reason == CANCELLED
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -159,7 +165,7 @@ RULES = (
         "all ranks save if `KillWait` leaves them the time; the job ends",
         lambda now, before, limits: limits.cancelled,
         Action.END,
-        "it was cancelled",
+        CANCELLED,
     ),
     Rule(
         "`scontrol requeue`, preemption, or a lost node: Slurm has requeued the job",

@@ -213,7 +213,7 @@ class Supervisor(ABC):
             self.notify("end", "finished")
         else:
             log(f"job {self.job_id} is not requeued: {decision.reason}")
-            self.notify("failure", f"{record}; {decision.reason}")
+            self.notify("end" if decision.cancelled else "failure", f"{record}; {decision.reason}")
         log(cost_line(None if self.job.label else self.run_folder, self.attempts))
         return decision.exit_code
 

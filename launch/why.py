@@ -9,7 +9,7 @@ from refiner_ds.run_folder import RunFolder
 
 from .attempts import Attempts, Record
 from .diagnosis import last_lines
-from .policy import Action, Cause
+from .policy import CANCELLED, Action, Cause
 from .slurm import JobState
 from .symptoms import recognise
 
@@ -75,8 +75,8 @@ def explain(record: Record) -> str:
     decided = f"; it was requeued: {record.reason}" if record.action != Action.END else ""
     stopped = f"; not requeued: {record.reason}" if record.action == Action.END and record.reason else ""
     advice = f"; {record.advice}" if record.advice else ""
-    if record.cause == Cause.INTERRUPTED and "cancelled" in record.reason:
-        return f"it was cancelled, and {str(record).removeprefix('asked to stop; ')}"
+    if record.cause == Cause.INTERRUPTED and record.reason == CANCELLED:
+        return f"{CANCELLED}, and {str(record).removeprefix('asked to stop; ')}"
     return f"{record}{decided or stopped}{advice}"
 
 

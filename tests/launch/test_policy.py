@@ -68,3 +68,9 @@ def test_every_rule_decides_somewhere() -> None:
 def test_the_docs_hold_the_table_as_it_is() -> None:
     page = Path(__file__).resolve().parents[2] / "docs/cluster.md"
     assert policy.table() in page.read_text(), "print it anew with python -m launch.policy"
+
+
+def test_a_cancelled_job_is_told_apart_from_one_that_failed() -> None:
+    now = Attempt(Cause.INTERRUPTED, 75)
+    assert decide(now, [], Limits(cancelled=True)).cancelled
+    assert not decide(now, [], Limits(requeue=False)).cancelled
