@@ -47,7 +47,7 @@ def steps_of(sizes: Sizes, out: Path) -> list[Step]:
     benchmark = [sys.executable, "-m", "refiner_ds.benchmark"]
     interpreted: dict[str, str | None] = {"TRITON_INTERPRET": "1" if sizes.tiny else None}
     wanted = ["tests/attention/triton/test_moments.py"] if sizes.tiny else ["-m", "gpu", "tests/attention/triton"]
-    times = 5 if sizes.long or sizes.tiny else 1
+    times = 20 if sizes.tiny else 5 if sizes.long else 1
     steps = [
         Step("self-check", "The check that a process makes before it uses the kernels.",
              [*benchmark, "selfcheck", "--device", sizes.device, *(["--tokens", "9"] if sizes.tiny else [])],

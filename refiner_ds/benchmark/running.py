@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ def _run(step: Step, log: Path, seconds: float) -> int | None:
             environment.pop(name, None)
     root = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH", "")]))
+    # Terminated, this process ends the part as it does on Ctrl-C, rather than leave it behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with open(log, "w") as printed, open(log.with_suffix(".err.txt"), "w") as complained:
         process = subprocess.Popen(
             step.command, cwd=root, env=environment, stdout=printed, stderr=complained, start_new_session=True
@@ -121,6 +124,7 @@ def _run(step: Step, log: Path, seconds: float) -> int | None:
             except ProcessLookupError:
                 pass
             process.wait()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _last_line(file: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -63,6 +65,24 @@ def test_a_part_that_runs_too_long_ends_with_all_it_started(out: Path) -> None:
     else:
         pytest.fail("what it had started lives on")
     assert run_step(step("print(1)"), out, 0.5).state == "not run"
+
+
+def test_a_report_that_is_terminated_leaves_nothing_running(out: Path) -> None:
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_step(step(program), out, 600)
+        finally:
+            os._exit(0)
+    log = out / "logs" / "one.txt"
+    for _ in range(300):
+        if log.exists() and log.read_text().endswith("\n"):
+            break
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+    assert not Path(f"/proc/{int(log.read_text())}").exists()
 
 
 def test_variables_are_set_and_taken_away_and_what_is_missing_is_a_failure(
