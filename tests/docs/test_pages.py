@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from refiner_ds.config.sections import key_paths
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -164,13 +165,15 @@ def test_keys_and_run_files_that_commands_name_exist(command: Command) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_in_prose_exist(page: Path) -> None:
     known = set(key_paths())
-    for key in re.findall(r"`(refiner\.(?:model|data|recipe|run)(?:\.\w+)?)`", page.read_text()):
+    sections = {path.partition(".")[0] for path in known if "." in path} - {"refiner"}
+    keys = rf"`((?:refiner\.(?:model|data|recipe|run)|{'|'.join(sections)})(?:\.\w+)?)`"
+    for key in re.findall(keys, page.read_text()):
         assert key in known, f"{page.name}: {key} is not a key"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    for path in re.findall(r"`((?:refiner_ds|launch|data_tools|tests|docs|ds_configs)/[\w/.]+)`", page.read_text()):
+    for path in re.findall(r"`((?:refiner_ds|launch|data_tools|tests|docs|ds_configs)/[\w/.-]+)`", page.read_text()):
         assert (ROOT / path).exists(), f"{page.name}: there is no {path}"
 
 
@@ -187,6 +190,16 @@ def test_make_targets_and_extras_exist(page: Path) -> None:
             assert set(re.findall(r"\.\[([\w,]+)\]", line)) <= extras.keys(), f"{page.name}: {line}"
 
 
-def test_files_that_the_makefile_names_exist() -> None:
-    for path in re.findall(r"(?:refiner_ds|tests|docs)/[\w/.]+", (ROOT / "Makefile").read_text()):
+def test_files_and_modules_that_the_makefile_names_exist() -> None:
+    text = (ROOT / "Makefile").read_text()
+    modules = re.findall(r"-m ((?:refiner_ds|tests)\.[\w.]+)", text)
+    assert modules, "modules are no longer read"
+    for path in re.findall(r"(?:refiner_ds|tests|docs)/[\w/.]+", text):
         assert (ROOT / path).exists(), path
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_files_that_come_first_exist() -> None:
+    assert not [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -48,11 +47,9 @@ def test_all_nodes_processes_run_here_and_meet(clone: Clone) -> None:
 
 def test_the_first_process_to_fail_ends_the_others_and_says_so(clone: Clone) -> None:
     clone.behave(r0=["hang"], r1=[3], r2=["hang"])
-    begun = time.monotonic()
-    done = clone.submit("--nodes", "3", *LOCAL)
+    done = clone.submit("--nodes", "3", *LOCAL)  # the others hang: nothing else ends them
     assert done.returncode == 3, done.stdout + done.stderr
     assert "FAILED, exit code 3; rank 1 (" in done.stdout and "diverged" in done.stdout
-    assert time.monotonic() - begun < 60
     assert not left_of(clone)
 
 

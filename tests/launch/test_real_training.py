@@ -27,7 +27,7 @@ SMALL = (
     *("--set", "refiner.recipe.cooldown_epochs=0", "--set", "refiner.run.eval_epochs=1"),
     *("--set", "refiner.run.picture_epochs=5", "--set", "refiner.run.log_steps=1", "--set", "train_batch_size=120"),
 )
-FOUR = ("--nodes", "4", "--gpus-per-node", "0", *SMALL)
+TWO = ("--nodes", "2", "--gpus-per-node", "0", *SMALL)
 
 
 def metrics(run_folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
@@ -38,9 +38,9 @@ def metrics(run_folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Clone:
-    """The run as four processes of this machine."""
+    """The run as two processes of this machine."""
     here = Clone(ROOT, tmp_path_factory.mktemp("undisturbed") / "runs", cache)
-    done = here.submit("--local", *FOUR, seconds=280)
+    done = here.submit("--local", *TWO, seconds=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return here
 
@@ -48,26 +48,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Clone:
 def test_a_local_job_trains_to_the_end_and_says_how_well(undisturbed: Clone) -> None:
     summary = json.loads((undisturbed.run_folder / "complete.json").read_text())
     assert summary["step"] == 12
-    assert summary["model"]["images"] == 364  # every held-out image once, though four processes shared them
+    assert summary["model"]["images"] == 364  # every held-out image once, though two processes shared them
     assert 0 < summary["model"]["top1"] <= 100
     kept = sorted(file.name for file in (undisturbed.run_folder / "logs").iterdir())
-    assert kept == [f"rank_{rank}.log" for rank in range(4)]
+    assert kept == [f"rank_{rank}.log" for rank in range(2)]
     assert list((undisturbed.run_folder / "tensorboard").iterdir())
 
 
 def test_a_complete_run_is_not_submitted_again(undisturbed: Clone) -> None:
-    again = undisturbed.submit("--local", *FOUR)
+    again = undisturbed.submit("--local", *TWO)
     assert again.returncode == 2
     assert "is complete: 12 steps" in again.stderr
 
 
 @pytest.mark.slurm
-def test_four_nodes_interrupted_on_the_way_end_where_an_undisturbed_machine_does(
+def test_two_nodes_interrupted_on_the_way_end_where_an_undisturbed_machine_does(
     undisturbed: Clone, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
     there = Clone(ROOT, tmp_path / "runs", undisturbed.cache)
     env = slurm.env | {"REFINER_DS_CACHE": str(there.cache), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(there.command("--wait", *FOUR), env=env, stdout=subprocess.PIPE, text=True) as waiting:
+    with subprocess.Popen(there.command("--wait", *TWO), env=env, stdout=subprocess.PIPE, text=True) as waiting:
         try:
             signal_after_the_first_metrics(there, slurm)
             said, _ = waiting.communicate(timeout=280)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.training.launched import ranks
 
 STAGES = ["0", "1", "2", "3"]
 
@@ -15,13 +14,8 @@ STAGES = ["0", "1", "2", "3"]
 @pytest.fixture(scope="module")
 def results() -> dict:
     """What deepspeed_cases.py found, in a process of its own: DeepSpeed leaves a process group behind."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.deepspeed_cases"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=240,  # the first run on a machine compiles DeepSpeed's shared-memory operator
-    )
+    # The first run on a machine compiles DeepSpeed's shared-memory operator.
+    done = ranks("-m", "tests.models.deepspeed_cases", processes=1, timeout=240)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))

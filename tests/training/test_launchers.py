@@ -22,7 +22,7 @@ import pytest
 from refiner_ds.run_folder import RunFolder, read_state
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.parent import Process
-from tests.training.launched import ROOT, environment, run
+from tests.training.launched import ROOT, environment, ranks, run
 from tests.training.test_resume import TINY, pid_of_rank
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
@@ -121,7 +121,7 @@ def test_whatever_kills_a_launcher_its_ranks_save_and_leave(tmp_path: Path) -> N
 def a_second_run_is_refused(output: Path) -> None:
     holder = lock_holder(output / "quickstart")
     before = (output / "quickstart" / "config.json").read_bytes()
-    second = run(*PYTHON, TRAIN, *arguments(output))
+    second = ranks(TRAIN, *arguments(output), processes=1)
     assert second.returncode == 2 and f"process {holder} on {os.uname().nodename} trains here already" in second.stderr
     assert (output / "quickstart" / "config.json").read_bytes() == before
 
