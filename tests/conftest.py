@@ -31,9 +31,9 @@ LONGEST = (
     "training/test_launchers.py", "launch/test_doctor.py", "commands/test_starting.py", "training/test_resume.py",
     "launch/test_local_jobs.py", "launch/test_refusals.py", "models/test_inference.py", "training/test_elastic.py",
     "training/test_rollback.py", "packaging/test_wheel.py", "attention/triton/test_loops.py",
-    "training/test_combinations.py", "drill/test_drill.py", "training/test_watchdog.py", "training/test_golden_curves.py",
-    "benchmark/test_kernels_benchmark.py", "benchmark/test_compiled_benchmark.py", "attention/test_operators.py",
-    "plan/test_trace.py", "plan/test_plan.py", "models/test_deepspeed.py",
+    "training/test_combinations.py", "drill/test_drill.py", "training/test_watchdog.py",
+    "training/test_golden_curves.py", "benchmark/test_kernels_benchmark.py", "benchmark/test_compiled_benchmark.py",
+    "attention/test_operators.py", "plan/test_trace.py", "plan/test_plan.py", "models/test_deepspeed.py",
 )  # fmt: skip
 STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launched
 
