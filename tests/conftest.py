@@ -20,6 +20,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup: tests c
 import pytest
 import torch
 
+from tests.costs import pytest_runtest_setup, pytest_runtest_teardown, pytest_terminal_summary  # noqa: F401  (hooks)
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks when kernels are defined: before anything imports it
 
