@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,6 +94,7 @@ class Incident:
         why: what was wrong with it.
         tries: how often it has gone wrong.
         verdict: "persistent" or "transient" once it has been taken again; None before; "skipped" where it was.
+        time: when it last went wrong, unix seconds.
     """
 
     step: int
@@ -100,6 +102,7 @@ class Incident:
     tries: int = 1
     verdict: str | None = None
     suspects: list[dict[str, Any]] = field(default_factory=list)
+    time: float = 0.0
 
 
 class Incidents:
@@ -147,13 +150,13 @@ class Incidents:
         else:
             incident.tries += 1
             incident.verdict = "persistent"
-        incident.suspects = _written(found)
+        incident.suspects, incident.time = _written(found), time.time()
         self.rollbacks += 1
         return incident
 
     def skipped(self, step: int, why: str, found: list[MicroBatch]) -> None:
         """Note that a step went wrong and did not change the weights."""
-        self._incidents[step] = Incident(step, why, verdict="skipped", suspects=_written(found))
+        self._incidents[step] = Incident(step, why, verdict="skipped", suspects=_written(found), time=time.time())
 
     def fine(self, step: int) -> Incident | None:
         """Note that a step was fine; the incident where it had gone wrong before."""

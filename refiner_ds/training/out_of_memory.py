@@ -1,8 +1,7 @@
 """What a rank that runs out of memory says: where, how much, and what each remedy would save.
 
-weights      16 bytes a parameter on one process in fp32: weights, gradients, two moments of Adam. In bf16, 2 + 2 + 12
-EMA           4 bytes a parameter over all processes
-activations  what is left of the peak; proportional to the micro-batch
+States are counted as the planner counts them (model_states.py); activations are what is left of the peak, and
+proportional to the micro-batch.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from refiner_ds.config import BatchSplit, RunFile
+from refiner_ds.config.deepspeed_keys import ZeroKeys
 from refiner_ds.errors import RefinerError
+from refiner_ds.training.engine import computes_in_bf16
 from refiner_ds.training.interval import peak_memory_gib
+from refiner_ds.training.model_states import model_states
 from refiner_ds.training.world import World
 
 GIB = 2**30
-# Bytes a parameter that every process holds, by ZeRO stage, and bytes that are spread over processes, in fp32.
-HELD = {0: 16, 1: 8, 2: 4, 3: 0}
 
 
 class OutOfMemory(RefinerError):
@@ -31,17 +31,19 @@ class MemoryUse:
 
     Attributes:
         peak: bytes allocated at most.
-        parameters: of the model.
-        stage, world_size: how ZeRO spreads what belongs to them.
+        trained, frozen: parameters of the model.
+        zero, world_size, bf16: how DeepSpeed spreads what belongs to them, and in which precision.
         micro_batch, img_size: of a step.
         checkpointing, save_for_backward: as in the run file.
         blocks: of the model.
     """
 
     peak: int
-    parameters: int
-    stage: int
+    trained: int
+    frozen: int
+    zero: ZeroKeys
     world_size: int
+    bf16: bool
     micro_batch: int
     img_size: int
     checkpointing: str
@@ -49,14 +51,14 @@ class MemoryUse:
     blocks: int
 
     def state(self, stage: int) -> float:
-        """Bytes of weights, gradients, moments and EMA on each process at a ZeRO stage."""
-        spread = 16 - HELD[stage]
-        return self.parameters * (HELD[stage] + (spread + 4) / self.world_size)
+        """Bytes of weights, gradients, moments, EMA and buckets on each process at a ZeRO stage."""
+        zero = self.zero.model_copy(update={"stage": stage})
+        return model_states(zero, self.trained, self.frozen, self.bf16, self.world_size).total
 
     @property
     def activations(self) -> float:
         """Bytes of everything else."""
-        return max(0.0, self.peak - self.state(self.stage))
+        return max(0.0, self.peak - self.state(self.zero.stage))
 
     def remedies(self) -> list[str]:
         """What to lower and about how much that would save, the largest first."""
@@ -69,8 +71,8 @@ class MemoryUse:
             savings.append((saved, "refiner.model.checkpointing pair"))
         if self.save_for_backward == "activations":
             savings.append((0.0, "refiner.model.save_for_backward map"))
-        for stage in range(self.stage + 1, 4):
-            if (saved := self.state(self.stage) - self.state(stage)) > 0:
+        for stage in range(self.zero.stage + 1, 4):
+            if (saved := self.state(self.zero.stage) - self.state(stage)) > 0:
                 savings.append((saved, f"zero_optimization.stage {stage}"))
         savings.sort(key=lambda saving: -saving[0])
         return [f"{what} (saves about {saved / GIB:.2g} GiB)" if saved else what for saved, what in savings]
@@ -93,11 +95,15 @@ def out_of_memory(rank: int, step: int, doing: str, use: MemoryUse, error: BaseE
 def memory_use(run: RunFile, model: nn.Module, batch: BatchSplit, world: World) -> MemoryUse:
     """What this rank's steps take."""
     keys = run.refiner.model
+    # At stage 3 a rank's own parameters are empty.
+    counts = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in model.parameters()]
     return MemoryUse(
         int(peak_memory_gib(world.device) * GIB),
-        sum(parameter.numel() for parameter in model.parameters()),
-        run.keys.zero_optimization.stage,
+        sum(count for count, trained in counts if trained),
+        sum(count for count, trained in counts if not trained),
+        run.keys.zero_optimization,
         world.size,
+        computes_in_bf16(run, world),
         batch.micro_batch,
         keys.img_size,
         keys.checkpointing,

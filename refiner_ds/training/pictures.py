@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -150,4 +151,8 @@ def _pixels(figure: Figure, axes: np.ndarray) -> np.ndarray:
     figure.tight_layout(pad=0.4)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    figure.clear()
+    del figure, canvas, axes
+    gc.collect()  # figures are full of cycles, and so large a process comes to collect them by itself only seldom
+    return pixels

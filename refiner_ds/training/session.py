@@ -28,6 +28,7 @@ from refiner_ds.training.heartbeat import FIRST_COMPILED_STEPS, FIRST_STEPS, Hea
 from refiner_ds.training.history import record_start
 from refiner_ds.training.logs import write_logs
 from refiner_ds.training.loop import Trainer
+from refiner_ds.training.lost_rank import report_lost_ranks
 from refiner_ds.training.output import lasting_output
 from refiner_ds.training.parent import follow_launchers
 from refiner_ds.training.preparation import Preparation, refuse_missing_files
@@ -62,7 +63,7 @@ def run_training(ready: Preparation) -> int:
                 trainer = Trainer(ready, world, stop, heartbeat)
                 _record_start(ready, world, trainer, before)
                 try:
-                    with report_rank_errors(world.rank), explain_worker_death():
+                    with report_rank_errors(world.rank), report_lost_ranks(folder, world), explain_worker_death():
                         code = trainer.run()
                 finally:
                     trainer.close()

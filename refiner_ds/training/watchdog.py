@@ -8,6 +8,8 @@ running rank) writes a verdict:
     else the ranks with the fewest beats             they are stuck in what they last began
     else all of them                                 they wait in one collective: the network, or NCCL
 
+Ranks of this machine that would run, and are kept from it by other work, are given four times as long.
+
     heartbeats/verdict.json    {"ranks": [1], "sentence": …}     every rank leaves with exit code 75 when it sees it
     logs/rank_1.stacks         Python stacks of its threads; `kill -QUIT` writes them at any other time, too
 
@@ -42,6 +44,7 @@ LOOK_SECONDS = 0.5
 APART_SECONDS = 4.0  # between two looks at the others: a busy machine may keep a living one from writing for a while
 TURN_SECONDS, TURNS = 0.5, 20  # each rank gives those below it time to write the verdict first
 STEPS_OF_PATIENCE = 4  # with ``seconds`` below 30, a stopped rank is named within max(30 s, 5 steps)
+STARVED_SHARE, STARVED_PATIENCE = 0.5, 4.0  # of a core; times the usual, for a rank that other work keeps from one
 SHARE_OF_PATIENCE = 0.9  # of the collectives' time-out: the verdict says more than its error would
 GONE_SECONDS = 5.0
 UNREADABLE: dict[str, Any] = {"ranks": [], "sentence": "a rank has found that the run hangs", "by": None}
@@ -85,6 +88,7 @@ class Watchdog:
         self._written = 0.0
         self._before: dict[int, Beat | None] = {}
         self._before_read = 0.0
+        self._cpu_before: dict[int, float] = {}  # seconds by process of this machine, read with ``_before``
         self._excused = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -137,6 +141,8 @@ class Watchdog:
             self._before = {}
         elif not self._before:
             self._before, self._before_read = self._read(), now
+            here = [beat for beat in self._before.values() if beat is not None and self._is_here(beat)]
+            self._cpu_before = {beat.pid: cpu_seconds(beat.pid) for beat in here}
         elif still > limit + min(self._rank, TURNS) * TURN_SECONDS and now - self._before_read > APART_SECONDS:
             after = self._read()
             blamed: Mapping[int, Beat | None]
@@ -145,7 +151,7 @@ class Watchdog:
                 why = "is stopped" if len(blamed) == 1 else "are stopped"
             else:
                 blamed, why = blame(self._before, after)
-            if blamed:
+            if blamed and not (still < STARVED_PATIENCE * limit and self._are_starved(blamed, now)):
                 self._write_verdict(blamed, why, still)
 
     def _write(self) -> None:
@@ -164,6 +170,20 @@ class Watchdog:
     def _is_stopped(self, beat: Beat) -> bool:
         """Whether a process of this machine is stopped or has ended; of another machine nobody here can tell."""
         return self._is_here(beat) and _state_of(beat) in ("T", "t", "gone")
+
+    def _are_starved(self, blamed: Mapping[int, Beat | None], now: float) -> bool:
+        """Whether all these processes run on this machine and want more of a core than they get.
+
+        Their own watchdogs are as starved, and may not have counted up ``alive`` meanwhile.
+        """
+        wall = now - self._before_read
+        return all(
+            beat is not None
+            and self._is_here(beat)
+            and _state_of(beat) == "R"
+            and cpu_seconds(beat.pid) - self._cpu_before.get(beat.pid, 0.0) < STARVED_SHARE * wall
+            for beat in blamed.values()
+        )
 
     def _write_verdict(self, blamed: Mapping[int, Beat | None], why: str, still: float) -> None:
         named = ", ".join(str(beat) if beat else f"rank {rank}" for rank, beat in blamed.items())
@@ -246,6 +266,19 @@ def _state_of(beat: Beat) -> str:
     with suppress(OSError):
         return Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
     return "gone"
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process of this machine has used; 0.0 where there is none."""
+    with suppress(OSError, IndexError, ValueError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def has_ended(beat: Beat) -> bool:
+    """Whether the process of a heartbeat is one of this machine and has ended."""
+    return beat.machine == Holder.this_process().machine and _state_of(beat) == "gone"
 
 
 def _within(seconds: float, ask: Callable[[], str | None]) -> str | None:

@@ -140,10 +140,9 @@ class Course:
         if kind == NAN:
             self._wait(lambda: len(self._incidents()) > incidents, kind)
             self._wait(lambda: self._incidents()[-1]["verdict"] == "transient", kind)
-            wrong = self._incidents()[-1]["step"]  # which was taken again, and before it those since the last save
-            back = min(line["step"] for line in self._lines() if line["time"] > at and line["step"] <= wrong)
-            again = next(line["time"] for line in self._lines() if line["step"] == wrong)
-            self.recoveries.append(Recovery(kind, again - at, wrong - back))
+            wrong = self._incidents()[-1]
+            again = next(line for line in self._lines() if line["time"] > wrong["time"])
+            self.recoveries.append(Recovery(kind, again["time"] - wrong["time"], wrong["step"] - again["step"]))
         elif kind == FULL:
             self._wait(lambda: self.log().count("not saved: step") > said, kind)
             self._make_room(kind, before)

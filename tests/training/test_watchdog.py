@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from refiner_ds.training import heartbeat as heartbeats
+from refiner_ds.training import watchdog as watchdogs
 from refiner_ds.training.heartbeat import Beat, Heartbeat
-from refiner_ds.training.watchdog import blame, prepare_heartbeats
+from refiner_ds.training.run_lock import Holder
+from refiner_ds.training.watchdog import Watchdog, blame, prepare_heartbeats
 from tests.training.launched import ROOT, environment
 
 SECONDS = 2.0  # that a step may stand still here
@@ -113,6 +116,27 @@ def test_a_rank_that_is_stopped_while_others_do_something_patient_is_found_as_so
         wait_for(lambda: "saving" in json.dumps((Beat.read(tmp_path / "heartbeats", 0) or BEAT).doing))
         os.kill(processes[1].pid, signal.SIGSTOP)
         assert [process.wait(60) for process in processes] == [75, 75]
+
+
+@pytest.mark.parametrize("state, share, patience", [("R", 0.1, 4.0), ("R", 1.0, 1.0), ("S", 0.0, 1.0), ("T", 0.0, 1.0)])
+def test_a_rank_that_other_work_keeps_from_running_is_given_longer(
+    state: str, share: float, patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 looks; rank 0 does not even count up."""
+    now = [1000.0]
+    monkeypatch.setattr(heartbeats, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(watchdogs, "_state_of", lambda beat: state)
+    monkeypatch.setattr(watchdogs, "cpu_seconds", lambda pid: share * now[0])
+    heartbeat = Heartbeat(first_steps=0)
+    watchdog = Watchdog(heartbeat, tmp_path, 1, 2, 25.0, 1800.0, tmp_path / "stacks")
+    me = Holder.this_process()
+    Beat(0, me.host, me.pid, me.machine, me.began, 9, 7, "backward", 5).write(tmp_path)
+    heartbeat.beat(7, "backward")
+    while not (tmp_path / "verdict.json").exists():
+        now[0] += 0.5
+        watchdog._look(now[0])
+    found = json.loads((tmp_path / "verdict.json").read_text())
+    assert found["ranks"] == [0] and now[0] - 1000.0 == pytest.approx(25.0 * patience, abs=1.5)
 
 
 def later(beat: Beat, **changes: object) -> Beat:

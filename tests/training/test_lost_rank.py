@@ -1,0 +1,80 @@
+"""A rank whose peer is gone says so in a sentence, with who it was, and leaves at once; its log has the traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from refiner_ds.run_folder import RunFolder
+from refiner_ds.training.heartbeat import Beat
+from refiner_ds.training.lost_rank import report_lost_ranks
+from refiner_ds.training.parent import Process
+from refiner_ds.training.run_lock import Holder
+from refiner_ds.training.world import World
+
+GLOO = (
+    "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] {} This is typically caused by a remote"
+    " worker hanging or bugs in the application. Check the logs of the remote worker before reporting an error. GLHF! 🏖️"
+)
+
+
+def beat_of(folder: RunFolder, rank: int, pid: int) -> Beat:
+    me, process = Holder.this_process(), Process.at(pid)
+    assert process is not None
+    beat = Beat(rank, me.host, pid, me.machine, process.began, 9, 40, "backward", 1)
+    beat.write(folder.heartbeats)
+    return beat
+
+
+def fails(folder: RunFolder, size: int, error: RuntimeError) -> list[int]:
+    left: list[int] = []
+    with (
+        pytest.raises(RuntimeError),
+        report_lost_ranks(folder, World(0, size, 0, torch.device("cpu")), left.append),
+    ):
+        raise error
+    return left
+
+
+@pytest.mark.parametrize(
+    "words", ["Connection closed by peer [127.0.0.1]:61142", "Read error [127.0.0.1]:61142: Connection reset by peer."]
+)
+def test_a_rank_that_is_gone_is_named_with_what_is_lost_and_what_comes_next(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.heartbeats.mkdir()
+    folder.checkpoint(36).mkdir(parents=True)
+    folder.latest_file.write_text("step_00000036\n")
+    other = subprocess.Popen(["sleep", "60"])
+    beat_of(folder, 2, os.getpid())
+    killed = beat_of(folder, 1, other.pid)
+    other.kill()
+    other.wait()
+    with caplog.at_level(logging.WARNING):
+        assert fails(folder, 3, RuntimeError(GLOO.format(words))) == [1]
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: rank 0: {killed} is gone ({words.removesuffix('.')}); what was trained since step_00000036 is lost;"
+        f" this rank leaves with exit code 1, and the same command continues; traceback: {folder.rank_log(0)}\n"
+    )
+    assert "Traceback" in caplog.text and "GLHF" in caplog.text
+
+
+def test_where_nobody_here_can_tell_no_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    folder.heartbeats.mkdir()
+    beat_of(folder, 1, os.getpid())
+    assert fails(folder, 2, RuntimeError(GLOO.format("Connection closed by peer [10.0.0.2]:1"))) == [1]
+    said = capsys.readouterr().err
+    assert "another rank is gone (Connection closed by peer [10.0.0.2]:1); nothing had been saved" in said
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(RunFolder(tmp_path), 2, RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == []
+    assert capsys.readouterr().err == ""
