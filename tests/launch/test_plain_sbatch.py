@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +24,8 @@ def test_ranks_of_two_nodes_meet_save_when_told_and_come_back(launcher: str, clo
     folder, log = clone.output.parent, clone.output.parent / "log"
     run = {"extends": str(clone.root / "ds_configs/quickstart.json"), "refiner": {"run": {"output": str(clone.output)}}}
     (folder / "quickstart.json").write_text(json.dumps(run))
-    variables = f"--export=ALL,PYTHONPATH={clone.root},PROCESSES=1,OMP_NUM_THREADS=1"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launchers are commands of the environment
+    variables = f"--export=ALL,PATH={path},PYTHONPATH={clone.root},PROCESSES=1,OMP_NUM_THREADS=1"
     flags = (f"--chdir={folder}", f"--output={log}", variables, "--nodes=2", "--cpus-per-task=1")
     script = str(ROOT / f"launch/scripts/{launcher}.sbatch")
     job = slurm.client("sbatch", "--parsable", *flags, script, "--config", "quickstart.json")
