@@ -10,14 +10,13 @@ table.json ─▶ rows × tasks × seeds ─▶ GlueRun: run file, task, seed, a
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import ConfigError, DataError
 from refiner_ds.files import has_numbers, read_object
-from refiner_ds.shipped import or_shipped
+from refiner_ds.shipped import or_shipped, read_given
 
 __all__ = ["PUBLISHED", "TASKS", "GlueRun", "GlueTable", "glue_folder", "is_glue_table", "read_glue_table"]
 
@@ -119,22 +118,14 @@ def glue_folder(output: Path, config: Path, task: str, seed: int) -> Path:
 
 def is_glue_table(file: Path) -> bool:
     """Whether a table file is of GLUE tasks rather than of image models; False where it cannot be read."""
-    try:
-        given = json.loads(or_shipped(file, file).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(given, dict) and ("tasks" in given or "seeds" in given)
+    given = read_object(or_shipped(file, file)) or {}
+    return "tasks" in given or "seeds" in given
 
 
 def read_glue_table(path: Path) -> GlueTable:
     """Read a table. Raises ConfigError, naming the file and the key."""
     file = or_shipped(path, path)
-    try:
-        given = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such table") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as a table: {error}") from None
+    given = read_given(file, "table")
     if not isinstance(given, dict):
         raise ConfigError(f"{file}: a table must be an object with {', '.join(KEYS)}")
     for key in given.keys() - set(KEYS):

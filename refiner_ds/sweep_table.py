@@ -22,6 +22,7 @@ from refiner_ds.config import RunFile, load
 from refiner_ds.errors import ConfigError
 from refiner_ds.files import has_numbers, read_objects
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.shipped import read_given
 
 __all__ = [
     "SEED",
@@ -153,12 +154,7 @@ def word_of(value: Any) -> str:
 
 def read_table(file: Path) -> Table:
     """Read a table. Raises ConfigError, naming the file and the key."""
-    try:
-        given = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such table") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as a table: {error}") from None
+    given = read_given(file, "table")
     _refuse_unknown(file, "", given, KEYS)
     rows = given.get("rows", [{}])
     grid = given.get("grid", {})

@@ -56,23 +56,20 @@ def steps_of(sizes: Sizes, out: Path) -> list[Step]:
              [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out}/tests.xml", *wanted],
              120 * times, _tests, interpreted),
     ]  # fmt: skip
-    for name, options in _kernel_sizes(sizes):
-        steps.append(
-            Step(f"kernels {name}", "Each kernel: predicted from its machine code beside measured, milliseconds.",
-                 [*benchmark, "kernels", "--json", *options], 50 * times, _kernels(name), {"TRITON_INTERPRET": None})
-        )  # fmt: skip
-    for name, options in _layer_sizes(sizes):
-        steps.append(
-            Step(f"layer {name}", "One layer of refined attention by every backend.",
-                 [*benchmark, "attention", "--json", "--device", sizes.device, *options], 60 * times, _layer(name),
+    on = ["--device", sizes.device]
+    for kind, about, command, cases, seconds, read in (
+        ("kernels", "Each kernel: predicted from its machine code beside measured, milliseconds.",
+         ["kernels"], _kernel_sizes(sizes), 50, _kernels),
+        ("layer", "One layer of refined attention by every backend.",
+         ["attention", *on], _layer_sizes(sizes), 60, _layer),
+        ("model", "A whole model by every backend, beside a vanilla ViT of its size.",
+         ["model", *on], _model_sizes(sizes), 60, _model),
+    ):  # fmt: skip
+        steps += [
+            Step(f"{kind} {name}", about, [*benchmark, *command, "--json", *options], seconds * times, read(name),
                  {"TRITON_INTERPRET": None})
-        )  # fmt: skip
-    for name, options in _model_sizes(sizes):
-        steps.append(
-            Step(f"model {name}", "A whole model by every backend, beside a vanilla ViT of its size.",
-                 [*benchmark, "model", "--json", "--device", sizes.device, *options], 60 * times, _model(name),
-                 {"TRITON_INTERPRET": None})
-        )  # fmt: skip
+            for name, options in cases
+        ]  # fmt: skip
     steps.append(
         Step("quickstart", "The command a user types first, on all cards.", _training(sizes, out, "quickstart"),
              70 * times, _quickstart, _on(sizes))

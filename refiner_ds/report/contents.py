@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from refiner_ds.page import Heading, Page, Part, Picture, Table, Text
 from refiner_ds.report.curves import curves_svg
 from refiner_ds.report.runs import RunFacts
-from refiner_ds.report.statistics import Estimate, estimate, verdict_on_difference, verdict_on_paper
+from refiner_ds.report.statistics import (
+    NOTHING,
+    Estimate,
+    estimate,
+    interval_cell,
+    mean_cell,
+    verdict_on_difference,
+    verdict_on_paper,
+)
 from refiner_ds.sweep_table import SEED, setting, word_of
 from refiner_ds.sweep_table import Table as RunTable
 
 __all__ = ["build_page"]
 
-NOTHING = "–"
 HEADER = ("row", "keys", "paper, top-1", "here, top-1", "95 % interval", "n", "verdict", "hours a run")
 ABOUT = (
     "Top-1 in percent, of the EMA weights at the end of training, means over finished runs of different seeds."
@@ -96,8 +103,8 @@ def _row(row: Row) -> list[str]:
         row.name,
         ", ".join(f"{key.rpartition('.')[2]} {word_of(value)}" for key, value in differs.items() if key != SEED),
         NOTHING if paper is None else f"{paper:g}",
-        NOTHING if found is None else f"{found.mean:.2f}",
-        _interval(found),
+        mean_cell(found),
+        interval_cell(found),
         f"{len(row.finished)} of {len(row.runs)}",
         _verdict(row, paper, found),
         _duration(sum(hours) / len(hours)) if hours else NOTHING,
@@ -132,21 +139,14 @@ def _against(baseline: str, rows: list[Row]) -> list[Part]:
         lines.append(
             [
                 row.name,
-                NOTHING if found is None else f"{found.mean:+.2f}",
-                _interval(found, signed=True),
+                mean_cell(found, "+"),
+                interval_cell(found, "+"),
                 str(len(both)),
                 verdict_on_difference(found, baseline) if found else "no seed has finished in both",
             ]
         )
     header = ("row", f"top-1 less that of {baseline}", "95 % interval", "n", "verdict")
     return [Heading(f"Beside {baseline}, seed by seed", 3), Table(header, lines)]
-
-
-def _interval(found: Estimate | None, signed: bool = False) -> str:
-    if found is None or found.interval is None:
-        return NOTHING
-    low, high = found.interval
-    return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
 
 
 def _differing(facts: list[RunFacts]) -> str:

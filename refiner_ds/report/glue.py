@@ -8,11 +8,10 @@ from statistics import mean
 
 from refiner_ds.glue_table import PUBLISHED, GlueRun, GlueTable
 from refiner_ds.page import Heading, Part, Table, Text
-from refiner_ds.report.statistics import Estimate, estimate, verdict_on_difference
+from refiner_ds.report.statistics import estimate, interval_cell, mean_cell, verdict_on_difference
 
 __all__ = ["glue_parts", "states"]
 
-NOTHING = "–"
 AVERAGE = "average"
 ABOUT = (
     "Scores in hundredths on the development sets: Matthews correlation for CoLA, the mean of accuracy and F1 for MRPC"
@@ -54,7 +53,7 @@ def glue_parts(table: GlueTable, output: Path) -> list[Part]:
         line = [name, *([_published(table, name)] if table.published else [])]
         for label in table.rows:
             found = estimate(list(scores[label][name].values()))
-            line += [_mean(found), _interval(found), f"{len(scores[label][name])} of {len(table.seeds)}"]
+            line += [mean_cell(found), interval_cell(found), f"{len(scores[label][name])} of {len(table.seeds)}"]
         lines.append(line)
     parts.append(Table(header, lines))
     if table.baseline:
@@ -89,17 +88,6 @@ def _against(table: GlueTable, scores: dict[str, dict[str, Scores]], names: Sequ
             mine, base = scores[label][name], scores[table.baseline][name]
             found = estimate([mine[seed] - base[seed] for seed in mine if seed in base])
             verdict = verdict_on_difference(found, table.baseline) if found else "no seed has finished in both"
-            lines.append([label, name, _mean(found, "+"), _interval(found, "+"), verdict])
+            lines.append([label, name, mean_cell(found, "+"), interval_cell(found, "+"), verdict])
     header = ("row", "task", f"score less that of {table.baseline}", "95 % interval", "verdict")
     return [Heading(f"Beside {table.baseline}, seed by seed", 3), Table(header, lines)]
-
-
-def _mean(found: Estimate | None, sign: str = "") -> str:
-    return NOTHING if found is None else f"{found.mean:{sign}.2f}"
-
-
-def _interval(found: Estimate | None, sign: str = "") -> str:
-    if found is None or found.interval is None:
-        return NOTHING
-    low, high = found.interval
-    return f"{low:{sign}.2f} to {high:{sign}.2f}"

@@ -7,11 +7,23 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import mean, stdev
 
-__all__ = ["Estimate", "estimate", "t95", "verdict_on_difference", "verdict_on_paper"]
+__all__ = [
+    "NOTHING",
+    "Estimate",
+    "estimate",
+    "interval_cell",
+    "mean_cell",
+    "t95",
+    "verdict_on_difference",
+    "verdict_on_paper",
+]
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
 T95 = (12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814)
 Z95 = 1.959963984540054
+
+
+NOTHING = "–"  # in a table's cell
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,19 @@ class Estimate:
     mean: float
     interval: tuple[float, float] | None
     count: int
+
+
+def mean_cell(found: Estimate | None, sign: str = "") -> str:
+    """The mean as a table's cell; ``sign`` is "+" for a difference."""
+    return NOTHING if found is None else f"{found.mean:{sign}.2f}"
+
+
+def interval_cell(found: Estimate | None, sign: str = "") -> str:
+    """The interval as a table's cell; ``sign`` is "+" for a difference."""
+    if found is None or found.interval is None:
+        return NOTHING
+    low, high = found.interval
+    return f"{low:{sign}.2f} to {high:{sign}.2f}"
 
 
 def t95(freedom: int) -> float:

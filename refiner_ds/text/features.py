@@ -32,9 +32,8 @@ BATCH = 16
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = _parser().parse_args(argv)
-    from transformers import AutoTokenizer
-
     from refiner_ds.analysis.results import write_table
+    from refiner_ds.text.loading import tokenizer_at
     from refiner_ds.text.pretrain import read_lines
     from refiner_ds.text.training import quiet
 
@@ -42,13 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = [line for line in read_lines(given.text) if line]
     rows = []
     for place in given.models:
-        try:
-            words = AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(f"{place}: holds no tokenizer of transformers ({first})") from None
-        model = _load(place)
-        rows += layer_features(str(place), model, _batches(lines, words, given.length, given.lines))
+        words, model = tokenizer_at(place), _load(place)
+        length = min(given.length, getattr(model.config, "max_position_embeddings", given.length))
+        rows += layer_features(place, model, _batches(lines, words, length, given.lines))
     given.out.mkdir(parents=True, exist_ok=True)
     write_table(rows, COLUMNS, given.out / "text_features.csv")
     draw(rows, given.out / "text_features.png")

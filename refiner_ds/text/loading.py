@@ -12,7 +12,7 @@ from refiner_ds.text.interface import NAME
 from refiner_ds.text.options import RefinerOptions
 from refiner_ds.text.run_file import TextRun
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "tokenizer_at"]
 
 
 def load_tokenizer(run: TextRun) -> Any:
@@ -25,6 +25,11 @@ def load_tokenizer(run: TextRun) -> Any:
     place = run.tokenizer if run.tokenizer is not None else run.model
     if not isinstance(place, str):
         raise ConfigError(f"{run.path}: text.tokenizer must be a folder or a name on the hub")
+    return tokenizer_at(place)
+
+
+def tokenizer_at(place: str) -> Any:
+    """The tokenizer of a folder or a name on the hub. Raises CheckpointError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:

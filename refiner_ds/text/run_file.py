@@ -9,14 +9,13 @@ trains without DeepSpeed.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from refiner_ds.errors import ConfigError
-from refiner_ds.shipped import or_shipped
+from refiner_ds.shipped import or_shipped, read_given
 from refiner_ds.text.options import RefinerOptions
 
 __all__ = ["TextRun", "read_run"]
@@ -56,12 +55,7 @@ def read_run(path: str | Path) -> TextRun:
         ConfigError: it is not there, not JSON, or a key or value cannot be; the sentence names the file.
     """
     file = or_shipped(Path(path), Path(path))
-    try:
-        keys = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such run file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: is not JSON: {error}") from None
+    keys = read_given(file, "run file")
     section = keys.get("text") if isinstance(keys, dict) else None
     if not isinstance(section, dict):
         raise ConfigError(f"{file}: has no section text; it must say text.model at least")

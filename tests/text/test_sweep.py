@@ -113,11 +113,11 @@ def test_the_command_writes_a_table_and_a_picture(tmp_path, tokenizer, capsys):
         (add_refiner(model) if name == "refined" else model).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "text.txt").write_text(
-        "good film the plot\nbad plot the cast of\nwarm cast a story\ncold of a story\na\n"
+        "good film the plot\nbad plot the cast of\nwarm cast a story\ncold of a story\na\n" + "good film " * 30
     )
     models = [str(tmp_path / name) for name in ("plain", "refined")]
-    told = ["--text", str(tmp_path / "text.txt"), "--length", "8", "--out", str(tmp_path / "out")]
-    assert features([*models, *told]) == 0 and "2 models, 4 lines" in capsys.readouterr().out
+    told = ["--text", str(tmp_path / "text.txt"), "--length", "64", "--out", str(tmp_path / "out")]
+    assert features([*models, *told]) == 0 and "2 models, 5 lines" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "out/text_features.csv").open()))
     assert [row["model"] for row in rows] == [one for one in models for _ in range(len(rows) // 2)]
     assert (tmp_path / "out/text_features.png").read_bytes()[:4] == b"\x89PNG"
