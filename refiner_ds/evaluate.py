@@ -23,6 +23,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from refiner_ds import garbage
 from refiner_ds.command_line import command_parser
 from refiner_ds.errors import ConfigError, DataError, report_errors
 from refiner_ds.evaluation.options import add_model_options, check_crop_ratio, check_model_options
@@ -65,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate_model(options: argparse.Namespace) -> int:
     """Load what the options name, evaluate it on all processes of the group, print and keep the results."""
-    from refiner_ds.evaluation.command import Evaluator, load_for
-    from refiner_ds.evaluation.results import make_folder, results_folder
+    with garbage.paused():
+        from refiner_ds.evaluation.command import Evaluator, load_for
+        from refiner_ds.evaluation.results import make_folder, results_folder
 
     loaded = load_for(options)
     places = options.data or [loaded.data]

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 
+from refiner_ds import garbage
 from refiner_ds.command_line import command_parser
 from refiner_ds.config import RunFile, load
 from refiner_ds.errors import ConfigError, RefinerError, report_errors
@@ -68,7 +69,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan_line(run: RunFile, machines: str) -> str:
-    from refiner_ds.plan.checking import plan_for
+    with garbage.paused():
+        from refiner_ds.plan.checking import plan_for
 
     try:
         return json.dumps(plan_for(run, json.loads(machines)))
@@ -80,7 +82,8 @@ def _plan_line(run: RunFile, machines: str) -> str:
 
 def ready_to_start(run: RunFile, world_size: int) -> int:
     """Check a run, its data and its run folder as ``world_size`` processes would at their start; submit asks this."""
-    from refiner_ds.training.preparation import prepare, refuse_missing_files
+    with garbage.paused():
+        from refiner_ds.training.preparation import prepare, refuse_missing_files
 
     ready = prepare(run, world_size)
     refuse_missing_files(run, ready.sets)
@@ -92,9 +95,10 @@ def ready_to_start(run: RunFile, world_size: int) -> int:
 
 def train(run: RunFile, arguments: list[str]) -> int:
     """Train one run on the processes that the environment describes, resuming what its run folder holds."""
-    from refiner_ds.training import relaunch
-    from refiner_ds.training.environment import world_size_of
-    from refiner_ds.training.preparation import prepare
+    with garbage.paused():
+        from refiner_ds.training import relaunch
+        from refiner_ds.training.environment import world_size_of
+        from refiner_ds.training.preparation import prepare
 
     world_size = world_size_of(os.environ)
     relaunching = relaunch.is_lone_cpu_child_of_deepspeed()
@@ -106,7 +110,8 @@ def train(run: RunFile, arguments: list[str]) -> int:
     if relaunching:
         return relaunch.run_processes(Path(__file__).resolve(), arguments)
 
-    from refiner_ds.training import session
+    with garbage.paused():
+        from refiner_ds.training import session
 
     return session.run_training(ready)
 

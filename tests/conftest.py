@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Generator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several threads on a busy two-core box slow torch down many times over
@@ -20,6 +21,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup: tests c
 import pytest
 import torch
 
+from refiner_ds import garbage
 from tests.costs import pytest_runtest_setup, pytest_runtest_teardown, pytest_terminal_summary  # noqa: F401  (hooks)
 
 if not torch.cuda.is_available():
@@ -44,6 +46,15 @@ STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launche
 def same_randomness_each_test() -> None:
     """Start every test from the same torch generator, so that order does not matter."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None]:
+    """Keep all that tests import out of garbage collections, and out of what forked processes copy."""
+    with garbage.paused():
+        found = yield
+    garbage.freeze()
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

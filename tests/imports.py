@@ -19,6 +19,7 @@ GROUND = {
             "errors",
             "exit_codes",
             "files",
+            "garbage",
             "gpus",
             "page",
             "memory",

@@ -339,8 +339,10 @@ class RunKeys(Section):
     keep_epochs: float | None = Field(
         None, gt=0, description="epochs between checkpoints that are kept for good; null: none are"
     )
-    picture_epochs: float = Field(
-        10, gt=0, description="epochs between pictures in TensorBoard: training views with labels, attention maps"
+    picture_epochs: float | None = Field(
+        10,
+        gt=0,
+        description="epochs between pictures in TensorBoard: training views with labels, attention maps; null: none",
     )
     peak_tflops: float | None = Field(
         None,

@@ -12,6 +12,7 @@ import json
 import sys
 from typing import Any
 
+from refiner_ds import garbage
 from refiner_ds.config import load
 from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.gpus import gpu
@@ -44,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     card = None if given.gpu.lower() == "cpu" else gpu(given.gpu)
     run = load(given.config, given.set)
 
-    from refiner_ds.plan.checking import full_plan
-    from refiner_ds.plan.planning import Machines
+    with garbage.paused():
+        from refiner_ds.plan.checking import full_plan
+        from refiner_ds.plan.planning import Machines
 
     machines = Machines(
         card, given.nodes, given.gpus_per_node, given.network, given.disk, given.price, given.step_seconds

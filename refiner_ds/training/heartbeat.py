@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-FIRST_STEPS = 2  # of a process: they compile, autotune and fill caches
+FIRST_STEPS = 2  # they compile, autotune, fill caches and wait for the loader's workers to start
 # With torch.compile the step is compiled again as long as a side of mix-token's box has had but one value.
 FIRST_COMPILED_STEPS = 20
 REMEMBERED_STEPS = 8
@@ -71,7 +71,7 @@ class Heartbeat:
     """What this process does, as its loop tells it.
 
     Args:
-        first_steps: steps of the process that may take long without anything being wrong.
+        first_steps: steps after a start that may take long without anything being wrong.
     Attributes:
         beats, step, doing: as in `Beat`.
         since: when it began that, seconds of the monotonic clock.
@@ -107,6 +107,10 @@ class Heartbeat:
         self.patient = patient or self._steps_begun <= self._first_steps
         self.step, self.doing, self.since = step, doing, now
         self.beats += 1
+
+    def starts_from(self, step: int) -> None:
+        """Say that the loop starts, or starts again, after ``step`` steps: the first ones that come may take long."""
+        self.step, self._steps_begun, self._elapsed = step, 0, 0.0
 
     @property
     def recent_step(self) -> float:

@@ -117,6 +117,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until asked to stop. Returns the exit code."""
+        self.heartbeat.starts_from(self.step)
         if self._evaluation_is_missing() and not self.validation.evaluate(self.step):
             return self._stop()
         self.batches = self._batches()
@@ -127,7 +128,6 @@ class Trainer:
                 code = self._go_back(divergence)
             if code is not None:
                 return code
-        self.heartbeat.beat(self.step, "saving", patient=True)
         return self._finish()
 
     def _one_step(self) -> int | None:
@@ -143,7 +143,8 @@ class Trainer:
         self.stop.something_to_save()
         last = self.step == self.ready.schedule.total_steps
         saves, evaluates = last or self.save_times.due(self.step), self._evaluation_is_due()
-        draws = last or self._due(self.ready.run.refiner.run.picture_epochs)
+        pictures = self.ready.run.refiner.run.picture_epochs
+        draws = self._due(pictures) or (pictures is not None and last)
         if shows:
             self.heartbeat.beat(self.step, "drawing", patient=True)  # every rank: their beats are compared
             if self.take_step.views is not None:
@@ -163,7 +164,6 @@ class Trainer:
         self._report(self.checkpoints.outcome())
         # Before the evaluation, which takes its time: a signal in it costs nothing then.
         if saves or STOP in requests or SAVE in requests:
-            self.heartbeat.beat(self.step, "saving", patient=True)
             self._save()
         if STOP in requests and not last:
             return self._stop()
@@ -212,6 +212,7 @@ class Trainer:
             return self._diverged(what)
         self.console.print(f"step {divergence.step}: {what}")
         self.step = self.checkpoints.load(newest).step
+        self.heartbeat.starts_from(self.step)
         self.console.print(f"back at {newest} (step {self.step})")
         self.progress.rewind(self.step)
         self._close_batches()
@@ -236,14 +237,15 @@ class Trainer:
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
-    def _due(self, epochs: float) -> bool:
-        return falls_into(self.step, epochs * self.ready.schedule.steps_an_epoch)
+    def _due(self, epochs: float | None, step: int | None = None) -> bool:
+        """Whether what comes every so many epochs, or never, comes after ``step`` steps; None: those taken so far."""
+        step = self.step if step is None else step
+        return epochs is not None and falls_into(step, epochs * self.ready.schedule.steps_an_epoch)
 
     def _shows_views(self) -> bool:
         """Whether the views of the step that comes are drawn: the first of a run, and whenever a picture is due."""
-        return self.step == 0 or falls_into(
-            self.step + 1, self.ready.run.refiner.run.picture_epochs * self.ready.schedule.steps_an_epoch
-        )
+        epochs = self.ready.run.refiner.run.picture_epochs
+        return self._due(epochs, self.step + 1) or (epochs is not None and self.step == 0)
 
     def _evaluation_is_due(self) -> bool:
         return self.step == self.ready.schedule.total_steps or self._due(self.ready.run.refiner.run.eval_epochs)
@@ -260,7 +262,7 @@ class Trainer:
     def _save(self) -> None:
         """Begin to save the state as it is, beside what comes next."""
         began = time.perf_counter()
-        self._report(self.checkpoints.outcome(wait=True))  # never two at once
+        self._report(self._end_of_the_save())  # never two at once
         samples, keys = self.step * self.ready.batch.global_batch, self.ready.run.refiner.run
         state = State(
             self.step,
@@ -275,6 +277,11 @@ class Trainer:
         self.save_alarm.reset()
         self.progress.stalled(time.perf_counter() - began)
 
+    def _end_of_the_save(self) -> Outcome | None:
+        """Wait for the save that is under way, if one is."""
+        self.heartbeat.beat(self.step, "saving", patient=True)
+        return self.checkpoints.outcome(wait=True)
+
     def _report(self, outcome: Outcome | None) -> None:
         if outcome is not None and outcome.failure:
             self.console.print(
@@ -284,7 +291,7 @@ class Trainer:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _stop(self) -> int:
-        outcome = self.checkpoints.outcome(wait=True)
+        outcome = self._end_of_the_save()
         self.console.done()
         if outcome is not None and not outcome.finite:
             return self._diverged("weights are no longer finite")
@@ -295,7 +302,7 @@ class Trainer:
         return RUN_AGAIN
 
     def _diverged(self, why: str) -> int:
-        self.checkpoints.outcome(wait=True)
+        self._end_of_the_save()
         numbers, good = self.progress.write(self.step), self.folder.latest_checkpoint()
         shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in numbers if name.startswith("loss_"))
         self.console.done()
@@ -313,7 +320,7 @@ class Trainer:
         return "lower refiner.recipe.lr or set gradient_clipping"
 
     def _finish(self) -> int:
-        outcome = self.checkpoints.outcome(wait=True)
+        outcome = self._end_of_the_save()
         self.console.done()
         if outcome is not None and not outcome.finite:
             return self._diverged("weights are no longer finite")

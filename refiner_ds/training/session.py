@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import refiner_ds
+from refiner_ds import garbage
 from refiner_ds.data.workers import explain_worker_death
 from refiner_ds.errors import LaunchError, report_rank_errors
 from refiner_ds.exit_codes import FINISHED, REFUSED
@@ -62,6 +63,7 @@ def run_training(ready: Preparation) -> int:
             with _watched(ready, world) as heartbeat:
                 trainer = Trainer(ready, world, stop, heartbeat)
                 _record_start(ready, world, trainer, before)
+                garbage.freeze()
                 try:
                     with report_rank_errors(world.rank), report_lost_ranks(folder, world), explain_worker_death():
                         code = trainer.run()

@@ -24,7 +24,7 @@ FEW_STEPS = {
     "refiner.recipe.epochs": 0.1,
     "refiner.recipe.warmup_epochs": 0,
     "refiner.recipe.cooldown_epochs": 0,
-    "refiner.run.picture_epochs": 1000,
+    "refiner.run.picture_epochs": None,
 }
 
 EVALUATE = """

@@ -35,7 +35,7 @@ KEYS: dict[str, object] = {
     "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1, "refiner.model.drop_path": 0.1,
     "refiner.recipe.schedule": "constant", "refiner.recipe.warmup_epochs": 0.1, "refiner.recipe.cooldown_epochs": 0,
     "refiner.data.workers": 1, "refiner.run.log_steps": 1, "refiner.run.checkpoint_epochs": None,
-    "refiner.run.checkpoint_steps": STEPS_A_SAVE, "refiner.run.eval_epochs": 10000, "refiner.run.picture_epochs": 10000,
+    "refiner.run.checkpoint_steps": STEPS_A_SAVE, "refiner.run.eval_epochs": 10000, "refiner.run.picture_epochs": None,
     "refiner.run.hang_seconds": 8, "refiner.run.on_divergence": "rollback", "refiner.run.rollbacks": 10000,
     "train_batch_size": 16,
 }  # fmt: skip

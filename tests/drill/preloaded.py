@@ -12,14 +12,12 @@ cluster that gives what nodes are left:
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ from typing import Any, NoReturn
 from refiner_ds import restart
 from refiner_ds.training import parent, relaunch
 from refiner_ds.training.signals import STOPPING
-from tests.training.forkserver import preload, run_program
+from tests.training.forkserver import end_with, preload, run_program
 from tests.training.launched import ROOT
 
 NAME = "tests.drill.preloaded"
@@ -81,21 +79,10 @@ class Forked:
 
 def _be(body: Callable[[], int]) -> NoReturn:
     """Be a process that was just started."""
-    code: int | str | None = 1
-    try:
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = body()
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_with(body)
 
 
 def _rank(command: list[str], env: dict[str, str]) -> int:

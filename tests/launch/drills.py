@@ -31,7 +31,7 @@ SMALL = (
         "refiner.recipe.warmup_epochs=0.5",
         "refiner.run.log_steps=1",
     ),
-    *("refiner.recipe.cooldown_epochs=0", "refiner.run.eval_epochs=100", "refiner.run.picture_epochs=100"),
+    *("refiner.recipe.cooldown_epochs=0", "refiner.run.eval_epochs=100", "refiner.run.picture_epochs=null"),
     *("train_batch_size=120", "refiner.run.checkpoint_epochs=0.25", "refiner.run.hang_seconds=10"),
 )
 SECONDS = 240

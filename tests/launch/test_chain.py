@@ -28,7 +28,7 @@ from .conftest import ROOT, Clone
 
 TINY = {
     "refiner.model.depth": 2, "refiner.recipe.epochs": 0.25, "refiner.recipe.warmup_epochs": 0.1,
-    "refiner.recipe.cooldown_epochs": 0, "refiner.run.picture_epochs": 100, "refiner.run.eval_epochs": 100,
+    "refiner.recipe.cooldown_epochs": 0, "refiner.run.picture_epochs": "null", "refiner.run.eval_epochs": 100,
     "refiner.model.attention": "tiled", "train_batch_size": 120,
 }  # fmt: skip
 
@@ -71,9 +71,10 @@ def submitted(slurm: SlurmCluster, folder: Path, cache: Path, *then: str) -> lis
 
 
 @pytest.fixture(scope="module")
-def chain(slurm_of_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Chain]:
+def chain(slurm_of_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """Two trainings and what follows them; the evaluation is requeued on its way, and all are over."""
     slurm, folder = slurm_of_session, tmp_path_factory.mktemp("chain")
+    cache = folder / "cache"  # which knows of no other runs by these names
     (folder / "names").write_text("\n".join(map(str, range(10))) + "\n")
     jobs = submitted(slurm, folder, cache, "b.json", "evaluate --classes names", "export --license apache-2.0")
     chain = Chain(slurm, folder, cache, jobs)

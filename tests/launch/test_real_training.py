@@ -25,7 +25,7 @@ SMALL = (
         "refiner.recipe.warmup_epochs=0.5",
     ),
     *("--set", "refiner.recipe.cooldown_epochs=0", "--set", "refiner.run.eval_epochs=1"),
-    *("--set", "refiner.run.picture_epochs=5", "--set", "refiner.run.log_steps=1", "--set", "train_batch_size=120"),
+    *("--set", "refiner.run.picture_epochs=null", "--set", "refiner.run.log_steps=1", "--set", "train_batch_size=120"),
 )
 TWO = ("--nodes", "2", "--gpus-per-node", "0", *SMALL)
 

@@ -21,6 +21,7 @@ ONE_STEP = {
     "refiner.recipe.warmup_epochs": 0,
     "refiner.recipe.cooldown_epochs": 0,
     "refiner.data.val": "null",
+    "refiner.run.picture_epochs": "null",
 }
 
 

@@ -35,7 +35,7 @@ FILES = (
 )  # fmt: skip
 KEYS = {
     "refiner.data.workers": 0, "refiner.run.checkpoint_epochs": None, "refiner.run.checkpoint_steps": 1,
-    "refiner.run.picture_epochs": 1000, "refiner.run.on_divergence": "rollback", "train_batch_size": 96,
+    "refiner.run.picture_epochs": None, "refiner.run.on_divergence": "rollback", "train_batch_size": 96,
     "refiner.recipe.warmup_epochs": 0,
 }  # fmt: skip
 STEPS_AN_EPOCH = 15

@@ -10,37 +10,42 @@ are started as Slurm starts them, by environment variables alone; what launchers
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PACKAGES = (
     "torch", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "timm",
     "torchvision", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "safetensors.torch", "pydantic",
-    "webdataset", "xxhash", "zstandard", "simplejpeg", "sklearn.datasets",
+    "webdataset", "xxhash", "zstandard", "simplejpeg", "sklearn.datasets", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "matplotlib.patches",
 )  # fmt: skip
 GRACE_SECONDS = 40  # for other ranks, once one has failed
 PR_SET_PDEATHSIG = 1
 
 
 def serve() -> None:
-    """Fork ranks until standard input ends; in a rank, return from here and be that rank."""
+    """Fork ranks until standard input ends."""
     for line in sys.stdin:
         job = json.loads(line)
         pids: list[int] = []
         for rank in job["ranks"]:
             pid = os.fork()
             if pid == 0:
-                become(job, rank)
-                return
+                end_with(lambda: become(job, rank))  # noqa: B023  (it does not return)
             pids.append(pid)
         print(json.dumps(wait(pids, job["timeout"])), flush=True)
 
@@ -85,6 +90,25 @@ def become(job: dict[str, Any], rank: dict[str, Any]) -> None:
     run_program(list(job["argv"]))
 
 
+def end_with(body: Callable[[], int | None]) -> NoReturn:
+    """End this process with ``body``'s exit code, as Python would but for what takes a second: taking all apart."""
+    code: int | str | None = 1
+    try:
+        code = body()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        threading._shutdown()  # waits for threads
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def run_program(words: list[str]) -> None:
     """Run a script, or ``-m`` and a module, with its arguments, as Python would."""
     sys.argv = words
@@ -104,6 +128,8 @@ def preload() -> None:
     for package in PACKAGES:
         importlib.import_module(package)
     _ = importlib.import_module("deepspeed.ops").__compatible_ops__  # runs compilers, once
+    gc.collect()
+    gc.freeze()  # a rank's collections need not go through all of that, nor copy its memory
 
 
 if __name__ == "__main__":

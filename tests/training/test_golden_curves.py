@@ -41,7 +41,7 @@ TINY_MODEL = {
     "name": "refined_vit", "img_size": 32, "patch_size": 8, "stem_chs": [4, 4, 8], "embed_dim": 24, "depth": 4,
     "num_heads": 2, "mlp_ratio": 2, "kernel_size": 3,
 }  # fmt: skip
-EVERY_STEP = {"seed": 7, "log_steps": 1, "eval_epochs": 100, "checkpoint_epochs": 100, "picture_epochs": 100}
+EVERY_STEP = {"seed": 7, "log_steps": 1, "eval_epochs": 100, "checkpoint_epochs": 100, "picture_epochs": None}
 
 
 def run_file(case: str, data: Path, output: Path) -> dict[str, Any]:

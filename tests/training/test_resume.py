@@ -36,6 +36,7 @@ TINY = {
     "refiner.recipe.mixup": 0.8, "refiner.recipe.cutmix": 1.0, "refiner.recipe.epochs": 1,
     "refiner.recipe.warmup_epochs": 0.1, "refiner.recipe.cooldown_epochs": 0, "refiner.run.log_steps": 1,
     "refiner.run.checkpoint_epochs": 0.2, "refiner.run.eval_epochs": 1, "refiner.run.keep_checkpoints": 9,
+    "refiner.run.picture_epochs": None,
 }  # fmt: skip
 
 
