@@ -31,6 +31,8 @@ SET_STORAGE = torch.ops.aten.set_.source_Storage_storage_offset
 # Arguments of the operators that have an entry for every image.
 PER_IMAGE = {"map", "q", "k", "value", "residual", "grad", "map_grad", "lse", "source", "activations"}
 
+_WORKSPACES: dict[str, tuple[int, int]] = {}  # bytes for one image and for two, by operator and arguments
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -51,7 +53,6 @@ class LiveBytes(TorchDispatchMode):
         self.operations: list[Operation] = []
         self._gpu, self._look_inside = gpu, look_inside
         self._known: weakref.WeakKeyDictionary[Any, weakref.finalize[..., Any] | None] = weakref.WeakKeyDictionary()
-        self._workspaces: dict[str, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -104,18 +105,19 @@ class LiveBytes(TorchDispatchMode):
         """
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        leaves = tree_leaves(given)
-        key = f"{func} {[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves]}"
-        if key not in self._workspaces:
-            batch = next(len(x) for x in tree_leaves([given.get(n) for n in ("map", "q", "value")]) if x is not None)
+        tile_bytes = GPU_TILE_BYTES if self._gpu else tiling.CPU_TILE_BYTES
+        key = f"{func} {self._gpu} {tile_bytes} {[_of_one_image(name, value) for name, value in given.items()]}"
+        if key not in _WORKSPACES:
             function = IMPLEMENTATIONS[func._schema.name]
-            one, two = (self._inside(function, given, few) for few in (1, 2))
-            self._workspaces[key] = one + (two - one) * (batch - 1)
-        return self._workspaces[key]
+            one, two = (self._inside(function, given, few, tile_bytes) for few in (1, 2))
+            _WORKSPACES[key] = one, two
+        batch = next(len(x) for x in tree_leaves([given.get(n) for n in ("map", "q", "value")]) if x is not None)
+        one, two = _WORKSPACES[key]
+        return one + (two - one) * (batch - 1)
 
-    def _inside(self, function: Callable[..., Any], given: dict[str, Any], few: int) -> int:
+    def _inside(self, function: Callable[..., Any], given: dict[str, Any], few: int, tile_bytes: int) -> int:
         def cut(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x.dim() < 3:
+            if not _has_images(x):
                 return x
             if "triton" in given.values() and x.dim() == 4 and x.shape[-1] == x.shape[-2]:
                 from refiner_ds.attention.kernels.padded import empty_padded
@@ -128,11 +130,23 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(fewer):
             if isinstance(tensor, Tensor):
                 inner.know(tensor)
-        with inner, torch.no_grad(), _tiles_of(GPU_TILE_BYTES if self._gpu else tiling.CPU_TILE_BYTES):
+        with inner, torch.no_grad(), _tiles_of(tile_bytes):
             out = [x for x in tree_leaves(function(**_by_position(function, fewer))) if isinstance(x, Tensor)]
         return max(
             0, inner.peak - sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in out}.values())
         )
+
+
+def _has_images(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() >= 3
+
+
+def _of_one_image(name: str, value: Any) -> list[Any]:
+    """What of an argument decides how many bytes an operator takes for an image."""
+    return [
+        (tuple(x.shape)[_has_images(x) and name in PER_IMAGE :], x.stride(), x.dtype) if isinstance(x, Tensor) else x
+        for x in tree_leaves(value)
+    ]
 
 
 @contextmanager

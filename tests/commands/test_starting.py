@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from refiner_ds.run_folder import RunFolder, read_state
 from refiner_ds.train import main
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, environment, run
+from tests.training.launched import ROOT, environment, ranks, run
 from tests.training.test_resume import arguments
 
 BIN = Path(sys.executable).parent
@@ -25,8 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 WAYS = {
-    "python script": (["python", "refiner_ds/train.py"], 1),
-    "python module": (["python", "-m", "refiner_ds.train"], 1),
+    "python": (["python", "refiner_ds/train.py"], 1),
     "torchrun": (["torchrun", "--standalone", "--nproc_per_node", "3", "refiner_ds/train.py"], 3),
     "deepspeed module": (["deepspeed", "--master_port", "29600", "--module", "refiner_ds.train"], 2),
     "deepspeed count": (
@@ -34,18 +34,30 @@ WAYS = {
         2,
     ),
 }
+LONG = {"deepspeed count"}  # training/test_launchers.py starts runs like that, too
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_starting_trains_with_its_number_of_processes(way: str, cache: str, tmp_path: Path) -> None:
-    command, processes = WAYS[way]
-    env = environment(REFINER_DS_CACHE=cache, PATH=f"{BIN}:{os.environ['PATH']}")
-    done = run(*command, *arguments(tmp_path, **SHORT), env=env)
+def has_trained(done: subprocess.CompletedProcess[str], folder: Path, processes: int) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    folder = tmp_path / "quickstart"
     state = read_state(RunFolder(folder).latest_checkpoint())
     assert (state.world_size, state.step) == (processes, 6)
     assert read_metrics(folder, "train")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.long] if way in LONG else []) for way in WAYS]
+)
+def test_every_way_of_starting_trains_with_its_number_of_processes(way: str, cache: str, tmp_path: Path) -> None:
+    command, processes = WAYS[way]
+    env = environment(REFINER_DS_CACHE=cache, PATH=f"{BIN}:{os.environ['PATH']}")
+    has_trained(run(*command, *arguments(tmp_path, **SHORT), env=env), tmp_path / "quickstart", processes)
+
+
+def test_the_module_trains_as_the_script_does(cache: str, tmp_path: Path) -> None:
+    done = ranks(
+        "-m", "refiner_ds.train", *arguments(tmp_path, **SHORT), processes=1, env=environment(REFINER_DS_CACHE=cache)
+    )
+    has_trained(done, tmp_path / "quickstart", 1)
 
 
 @pytest.fixture

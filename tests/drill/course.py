@@ -27,7 +27,6 @@ from tests.training.launched import ROOT, environment
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LOOK_SECONDS = 0.2
-AGAIN_SECONDS = 900.0  # in which a run has to train again
 STEPS_AN_EPOCH, STEPS_A_SAVE, LAST_STEPS = 90, 4, 8
 ENDLESS = 1000.0  # epochs
 KEYS: dict[str, object] = {
@@ -70,11 +69,12 @@ class Course:
         folder: for everything of it.
         chance: of the moments of events.
         disk: the file system that ``folder`` is on, if it is one that can be made full.
+        again: seconds in which the run has to train again, whatever happened.
     """
 
-    def __init__(self, folder: Path, chance: random.Random, disk: SmallDisk | None) -> None:
+    def __init__(self, folder: Path, chance: random.Random, disk: SmallDisk | None, again: float) -> None:
         folder.mkdir(parents=True)
-        self.folder, self._chance, self._disk = folder, chance, disk
+        self.folder, self._chance, self._disk, self._again = folder, chance, disk, again
         self.run = RunFolder(folder / "quickstart")
         self.recoveries: list[Recovery] = []
         self.unlogged: set[int] = set()  # steps that a full disk may have had no room for
@@ -112,7 +112,7 @@ class Course:
         finally:
             if self._supervisor.poll() is None:
                 self._supervisor.send_signal(signal.SIGTERM)  # the run saves, and what comes next goes on with it
-                self._supervisor.wait(AGAIN_SECONDS)
+                self._supervisor.wait(self._again)
             self._supervisor = None
 
     def finish(self) -> int:
@@ -123,7 +123,7 @@ class Course:
         ends = ["--set", f"refiner.recipe.epochs={steps / STEPS_AN_EPOCH}"]
         self._next.write_text(json.dumps({"ranks": ranks, "arguments": ends}))
         os.kill(self._launcher()[0].pid, signal.SIGTERM)
-        assert self._supervisor.wait(AGAIN_SECONDS) == 0, self.log()[-4000:]
+        assert self._supervisor.wait(self._again) == 0, self.log()[-4000:]
         return steps
 
     # -- one event ---------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Course:
         return json.loads(file.read_text())["incidents"] if file.exists() else []
 
     def _wait(self, true: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + AGAIN_SECONDS
+        end = time.monotonic() + self._again
         while not self._holds(true):
             ended = self._supervisor is not None and self._supervisor.poll() not in (None, 0)
             assert not ended, f"{what}: the run is over: {self.log()[-4000:]}"

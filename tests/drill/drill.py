@@ -33,6 +33,7 @@ class Plan:
         same, changing: events while two processes train, and while their number changes; forked, see preloaded.py.
         real: events under each of torchrun and deepspeed, started anew every time.
         seconds: after which no more happens.
+        again: seconds in which a run has to train again after each.
         seed: of their order and moments.
         kinds: of events that happen.
     """
@@ -41,6 +42,7 @@ class Plan:
     changing: int
     real: int
     seconds: float
+    again: float = 900.0
     seed: int = 0
     kinds: tuple[str, ...] = tuple(EVENTS)
 
@@ -55,8 +57,8 @@ class Drill:
 
     def __init__(self, folder: Path, plan: Plan, disk: SmallDisk | None) -> None:
         self._folder, self._plan, self._chance = folder, plan, random.Random(plan.seed)
-        self._same = Course(folder / "same", self._chance, disk)
-        self._changing = Course(folder / "changing", self._chance, disk)
+        self._same = Course(folder / "same", self._chance, disk, plan.again)
+        self._changing = Course(folder / "changing", self._chance, disk, plan.again)
         self._kinds = [kind for kind in plan.kinds if disk is not None or kind != FULL]
         self._undisturbed = RunFolder(folder / "undisturbed" / "quickstart")
         self.seconds = 0.0

@@ -102,7 +102,7 @@ def end_with(body: Callable[[], int | None]) -> NoReturn:
     finally:
         if isinstance(code, str):
             print(code, file=sys.stderr)
-        threading._shutdown()  # waits for threads
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

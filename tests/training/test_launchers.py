@@ -1,6 +1,6 @@
 """Nobody is left behind, whichever launcher started the ranks and whatever kills it; and what each one returns.
 
-One run folder goes through all of them, one after the other: each is killed in its own way, and the next continues.
+One run folder goes through several of them, one after the other: each is killed in its own way, and the next continues.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerat
 LONE_DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", "29612"]
 
 # launcher, who is signalled, and how: the launcher's own process, one rank, or all as a terminal does.
-CASES = [
-    (TORCHRUN, "launcher", signal.SIGUSR2),
+Case = tuple[list[str], str, signal.Signals]
+CASES: list[Case] = [(TORCHRUN, "launcher", signal.SIGUSR2), (LONE_DEEPSPEED, "all", signal.SIGHUP)]
+MORE_CASES: list[Case] = [
     (DEEPSPEED, "launcher", signal.SIGKILL),
     (LONE_DEEPSPEED, "launcher", signal.SIGTERM),
-    (LONE_DEEPSPEED, "all", signal.SIGHUP),
     (DEEPSPEED, "rank", signal.SIGINT),
 ]
 
@@ -94,9 +94,12 @@ def lock_holder(run: Path) -> int:
 
 
 @pytest.mark.timeout(900)
-def test_whatever_kills_a_launcher_its_ranks_save_and_leave(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cases", [pytest.param(CASES, id="two"), pytest.param(MORE_CASES, id="more", marks=pytest.mark.long)]
+)
+def test_whatever_kills_a_launcher_its_ranks_save_and_leave(cases: list[Case], tmp_path: Path) -> None:
     folder = tmp_path / "quickstart"
-    for launcher, whom, number in CASES:
+    for launcher, whom, number in cases:
         case, before = f"{' '.join(launcher[2:])}, {number.name} to {whom}", saved(folder)
         with started(launcher, *arguments(tmp_path)) as process:
             wait_for(lambda: steps(folder) >= before + 2 and (folder / "lock").exists(), case)  # noqa: B023
@@ -141,9 +144,12 @@ RETURNS = {
 }
 
 
-def test_what_each_launcher_returns_is_what_the_table_in_the_docs_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "codes", [pytest.param((75,), id="75"), pytest.param((2, 3), id="others", marks=pytest.mark.long)]
+)
+def test_what_each_launcher_returns_is_what_the_table_in_the_docs_says(codes: tuple[int, ...], tmp_path: Path) -> None:
     (tmp_path / "leave.py").write_text("import sys; sys.exit(int(sys.argv[-1]))")
-    cases = [(name, code) for name, (_, returned) in RETURNS.items() for code in returned]
+    cases = [(name, code) for name in RETURNS for code in codes]
 
     def returned(case: tuple[str, int]) -> int:
         name, code = case
@@ -154,8 +160,8 @@ def test_what_each_launcher_returns_is_what_the_table_in_the_docs_says(tmp_path:
         found = dict(zip(cases, pool.map(returned, cases), strict=True))
     assert found == {(name, code): RETURNS[name][1][code] for name, code in cases}
     table = (ROOT / "docs" / "training.md").read_text()
-    for name, (_, codes) in RETURNS.items():
-        assert f"| `{name}` | {' | '.join(str(codes[code]) for code in (2, 3, 75))} |" in table
+    for name, (_, returns) in RETURNS.items():
+        assert f"| `{name}` | {' | '.join(str(returns[code]) for code in (2, 3, 75))} |" in table
 
 
 def test_a_stopped_rank_is_named_and_deepspeed_returns_75(tmp_path: Path) -> None:
