@@ -44,9 +44,7 @@ def has_trained(done: subprocess.CompletedProcess[str], folder: Path, processes:
     assert read_metrics(folder, "train")[-1]["step"] == 6
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.long] if way in LONG else []) for way in WAYS]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.long] if way in LONG else []) for way in WAYS])
 def test_every_way_of_starting_trains_with_its_number_of_processes(way: str, cache: str, tmp_path: Path) -> None:
     command, processes = WAYS[way]
     env = environment(REFINER_DS_CACHE=cache, PATH=f"{BIN}:{os.environ['PATH']}")
@@ -137,7 +135,14 @@ def test_another_run_under_the_same_name_is_refused(train, tmp_path: Path) -> No
     assert code == 2 and "holds a run with refiner.run.seed 1, not 42" in said
 
 
-@pytest.mark.parametrize("size, parameters", [("s", "25,408,656"), ("m", "55,450,932"), ("l", "81,150,192")])
+@pytest.mark.parametrize(
+    "size, parameters",
+    [
+        ("s", "25,408,656"),
+        pytest.param("m", "55,450,932", marks=pytest.mark.long),
+        pytest.param("l", "81,150,192", marks=pytest.mark.long),
+    ],
+)
 def test_check_reckons_the_released_models_without_data_or_gpu(train, size: str, parameters: str) -> None:
     config = ROOT / "ds_configs" / f"refiner_{size}_relabel.json"
     code, out, said, work = train("--config", str(config), "--check", "--world-size", "32")

@@ -27,7 +27,7 @@ from timm.data import create_transform, resolve_data_config
 from refiner_ds.data.writer import SetWriter
 from refiner_ds.evaluation.sets import imagenet_synsets
 from refiner_ds.exit_codes import REFUSED
-from tests.training.launched import ROOT, environment, torchrun
+from tests.training.launched import ROOT, environment, ranks
 
 IMAGES = 13  # over two processes in batches of five: seven and six, and a padded tail on both
 SYNSETS = imagenet_synsets()
@@ -58,7 +58,7 @@ class Suites:
             [self.spec],
         ]
         self.told = self.say([[*self.words, "--out", str(place / "one")], *refused])
-        self.on_two = torchrun(
+        self.on_two = ranks(
             ROOT / "refiner_ds" / "evaluate.py", *self.words, "--out", place / "two", cwd=place, env=self.env
         )
 

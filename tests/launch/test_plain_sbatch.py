@@ -17,7 +17,7 @@ from .conftest import ROOT, Clone
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.long), "deepspeed"])
 def test_ranks_of_two_nodes_meet_save_when_told_and_come_back(launcher: str, clone: Clone, slurm: SlurmCluster) -> None:
     """DeepSpeed's launcher by a hostfile, and without ssh."""
     clone.behave(reduce=True, r0=["saved"], r1=["saved"])

@@ -102,7 +102,7 @@ def test_an_installed_package_trains_and_evaluates(installed: Installed) -> None
 
 
 def test_an_installed_launcher_runs_a_job_of_its_own_snapshot(installed: Installed) -> None:
-    local = ("--local", "--gpus-per-node", "0", "--tasks-per-node", "2")
+    local = ("--local", "--gpus-per-node", "0", "--tasks-per-node", "1")
     installed.type("refiner-submit", *local, *settings(**{"refiner.run.name": "submitted"}))
     run = installed.work / "runs/submitted"
     assert len(list(run.glob("code/*/refiner_ds/launch/job.py"))) == 1

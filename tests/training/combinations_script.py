@@ -1,10 +1,10 @@
 """On every rank: train a tiny model with each row of keys, at each ZeRO stage, as it is and compiled.
 
-    combinations_script.py REPORT
+    combinations_script.py REPORT STAGES        a list in JSON
 
 REPORT gets, by "row | stage | compiled", how far weights and statistics ended from those of the same row that it is to
-be like (stage 0; or, compiled, the same stage as it is), over the way they had come; or the sentence of a refusal. As
-"graphs" it gets how many were compiled.
+be like (the first stage; or, compiled, the same stage as it is), over the way they had come; or the sentence of a
+refusal. As "graphs" it gets how many were compiled.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def train(run: RunFile, world: World) -> tuple[Tensor, Tensor]:
     return start, flat({name: found[name] for name in names})
 
 
-def train_row(row: str, world: World) -> dict[str, object]:
-    """What became of each cell of a row."""
+def train_row(row: str, stages: list[int], world: World) -> dict[str, object]:
+    """What became of each cell of a row at these stages."""
     found: dict[str, object] = {}
     ends: dict[tuple[int, bool], Tensor] = {}
-    for stage in range(4):
+    for stage in stages:
         for compiled in (False, True):
             cell = f"{row} | {stage} | {compiled}"
             try:
@@ -120,7 +120,7 @@ def main() -> None:
     world.barrier()
     found: dict[str, object] = {}
     for row in ROWS:
-        found |= train_row(row, world)
+        found |= train_row(row, json.loads(sys.argv[2]), world)
     found["graphs"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from data_tools import shard
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, ranks, run
+from tests.training.launched import ROOT, ranks
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 RECIPE = {
@@ -20,7 +19,7 @@ RECIPE = {
     "refiner.recipe.epochs": "50", "refiner.recipe.lr": "2e-3", "refiner.recipe.mix_token": "true",
     "refiner.recipe.hflip": "0.5", "refiner.recipe.label_smoothing": "0",
     "refiner.data.score_maps": "true", "train_batch_size": "24", "refiner.run.eval_epochs": "60",
-    "refiner.run.checkpoint_epochs": "60",
+    "refiner.run.checkpoint_epochs": "60", "refiner.run.picture_epochs": "null",
 }  # fmt: skip
 
 
@@ -61,9 +60,7 @@ def test_a_relabel_run_learns_what_its_maps_say(shards: Path, tmp_path: Path) ->
 
 
 def test_maps_that_are_not_there_are_asked_for_in_one_sentence(tmp_path: Path) -> None:
-    done = run(
-        sys.executable, ROOT / "refiner_ds" / "train.py", "--set", "refiner.data.score_maps=true",
-        "--set", f"refiner.data.cache={tmp_path}", cwd=tmp_path,
-    )  # fmt: skip
+    words = ("--set", "refiner.data.score_maps=true", "--set", f"refiner.data.cache={tmp_path}")
+    done = ranks(ROOT / "refiner_ds" / "train.py", *words, processes=1, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert "map" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,8 +60,8 @@ ALONE_SUMS = Rank(0, 1, 0, ALONE.device)
 
 
 def test_what_it_interrupts_is_saved_before_and_made_up_for_on_resume(tmp_path: Path) -> None:
-    """One rank on one image at a time: long enough to be interrupted."""
-    keys = {"refiner.data.eval_batch": 1, "refiner.run.eval_epochs": 0.2, "refiner.recipe.epochs": 0.2}
+    """One rank on two images at a time: long enough to be interrupted."""
+    keys = {"refiner.data.eval_batch": 2, "refiner.run.eval_epochs": 0.2, "refiner.recipe.epochs": 0.2}
     keys |= {"refiner.recipe.warmup_epochs": 0, "refiner.data.workers": 0}
     folder = RunFolder(tmp_path / "quickstart")
     process = subprocess.Popen(
@@ -69,11 +70,12 @@ def test_what_it_interrupts_is_saved_before_and_made_up_for_on_resume(tmp_path: 
     )  # fmt: skip
     while folder.latest_checkpoint() is None:
         assert process.poll() is None
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 75 and "asked to stop: saved step 6" in out, out + err
     assert not read_metrics(folder.path, "eval") and not folder.complete.exists()
-    again = ranks(TRAIN, *arguments(tmp_path, **keys), processes=1)
+    again = ranks(TRAIN, *arguments(tmp_path, **{**keys, "refiner.data.eval_batch": 64}), processes=1)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [(line["step"], line["weights"]) for line in read_metrics(folder.path, "eval")] == [(6, "model"), (6, "ema")]
     assert folder.complete.exists()

@@ -23,7 +23,7 @@ from refiner_ds.training.build import training_flops
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.peak import TFLOPS, peak_flops_of
 from refiner_ds.training.pictures import Views, views_picture
-from tests.training.launched import ROOT, torchrun
+from tests.training.launched import ROOT, ranks
 from tests.training.test_resume import arguments
 
 STEPS, LOGGED = 6, [2, 4, 6]
@@ -37,7 +37,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("tensorboard")
-    done = torchrun(ROOT / "refiner_ds" / "train.py", *arguments(output, **KEYS))
+    done = ranks(ROOT / "refiner_ds" / "train.py", *arguments(output, **KEYS))
     assert done.returncode == 0, done.stderr[-3000:]
     return output / "quickstart"
 
