@@ -25,7 +25,7 @@ from tests.training.launched import ROOT, environment, ranks, run
 
 BIN = Path(sys.executable).parent
 TRAIN = ROOT / "refiner_ds" / "train.py"
-SHORT = ("--set", "refiner.recipe.epochs=4")
+SHORT = ("--set", "refiner.recipe.epochs=4", "--set", "refiner.run.checkpoint_epochs=1")
 STEPS, LONG_STEPS = 150, 390  # with the epoch that cools down
 
 
