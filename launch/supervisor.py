@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from refiner_ds.errors import LaunchError
+from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.exit_codes import REFUSED, RUN_AGAIN
 from refiner_ds.files import read_object
 from refiner_ds.run_folder import RunFolder
@@ -76,10 +76,13 @@ class Job:
 
     @staticmethod
     def read(code: Path) -> Job:
-        """The job of a snapshot."""
-        known = json.loads((code / JOB_FILE).read_text())
-        profile = ClusterProfile.model_validate(known["profile"])
-        return Job(profile, known["nodes"], known["tasks"], known["gpus"], known["min_nodes"], known["label"])
+        """The job of a snapshot. Raises LaunchError where its file is not what was written."""
+        try:
+            known = json.loads((code / JOB_FILE).read_text())
+            profile = ClusterProfile.model_validate(known["profile"])
+            return Job(profile, known["nodes"], known["tasks"], known["gpus"], known["min_nodes"], known["label"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise LaunchError(f"{code / JOB_FILE}: missing or cut; the snapshot is damaged: submit again") from None
 
     def to_json(self) -> dict[str, object]:
         """What ``read`` reads."""
@@ -401,6 +404,7 @@ def log(what: str) -> None:
     print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """``supervisor RUN_FOLDER -- COMMAND …``, or ``--setup-failed LINE``; on the first node of a job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -73,6 +73,8 @@ def build_model(run: RunFile, num_classes: int) -> RefinedViT:
         model.freeze(keys.freeze)
     except ValueError as error:
         raise ConfigError(f"{run.path}: refiner.model.freeze: {error}") from None
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"{run.path}: refiner.model.freeze leaves nothing to train; name parts of the model")
     return model
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import snapshot
+from launch import snapshot, supervisor
 from launch.snapshot import KEPT, MANIFEST, Snapshot, prune, sources
 from refiner_ds.config import RunFile, load
 from refiner_ds.run_folder import RunFolder
@@ -97,6 +97,22 @@ def test_a_snapshot_that_lost_files_is_not_run(loss: str | None, clone: Clone, r
     done = subprocess.run((sys.executable, "-c", CHECK), cwd=code, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (loss is None)
     assert loss is None or "submit again" in done.stderr
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"profile": {}, "nodes": 1', b"\0" * 9, None])
+def test_a_supervisor_without_its_job_ends_with_one_sentence(
+    damage: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    file = RunFolder(tmp_path).code / "7" / "job.json"
+    file.parent.mkdir(parents=True)
+    if damage is not None:
+        file.write_bytes(damage)
+    before = sorted(tmp_path.rglob("*"))
+    assert supervisor.main([str(tmp_path), "--", "true"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {file}: missing or cut; the snapshot is damaged: submit again\n"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_another_installation_in_place_of_a_purged_package_is_noticed(clone: Clone, run: RunFile) -> None:

@@ -147,6 +147,7 @@ def _without_mixup(keys: RefinerKeys) -> RefinerKeys:
         (["refiner.model.init_from=nowhere"], r"refiner.model.init_from \S+nowhere does not exist; give a run folder"),
         (["refiner.model.init_from=README.md"], r"refiner.model.init_from: \S+README.md cannot be read as weights"),
         (["refiner.model.init_from=docs"], r"refiner.model.init_from: \S+docs: holds no checkpoint"),
+        (['refiner.model.freeze=["*"]'], "refiner.model.freeze leaves nothing to train; name parts of the model"),
         (['refiner.model.freeze=["blokcs.0"]'], r"refiner.model.freeze: blokcs.0 names no parameter; names begin with"),
     ],
 )
