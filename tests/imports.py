@@ -58,6 +58,17 @@ def _named(module: str, files: dict[str, Path]) -> Iterator[str]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             submodules = {f"{source}.{alias.name}" for alias in node.names} & files.keys()
             yield from submodules or {source}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            literal = "".join(_literal(argument) for argument in node.args[:1])
+            if not f"{module}.".startswith(f"{literal}."):  # a module of its own package, chosen by name
+                yield literal
+
+
+def _literal(argument: ast.expr) -> str:
+    """A module's name as it is written, or the part of it before what is filled in."""
+    if isinstance(argument, ast.JoinedStr) and argument.values:
+        return _literal(argument.values[0]).rstrip(".")
+    return argument.value if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else ""
 
 
 def room_of(module: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,21 @@ def test_rooms_import_only_what_lies_below_them() -> None:
         if room_of(imported) not in MAY_IMPORT[room_of(module)] | {room_of(module)}
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import refiner_ds.training.loop", "from ..training import loop", "import_module('refiner_ds.training.loop')"],
+)
+def test_an_import_is_seen_however_it_is_written(line: str, tmp_path: Path) -> None:
+    for name, text in {"data/index.py": f"def late():\n    {line}\n", "training/loop.py": ""}.items():
+        (tmp_path / "refiner_ds" / name).parent.mkdir(parents=True)
+        (tmp_path / "refiner_ds" / name).write_text(text)
+    assert import_graph(tmp_path)["refiner_ds.data.index"] == {"refiner_ds.training.loop"}
+    named = tmp_path / "refiner_ds/data/index.py"
+    named.write_text("importlib.import_module(f'refiner_ds.training.{name}')")
+    (tmp_path / "refiner_ds/training/__init__.py").touch()
+    assert import_graph(tmp_path)["refiner_ds.data.index"] == {"refiner_ds.training"}
 
 
 def test_no_import_goes_in_a_circle() -> None:
