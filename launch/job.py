@@ -16,7 +16,6 @@ is nothing to save yet.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -28,8 +27,9 @@ from typing import NoReturn
 
 import submitit
 
-from refiner_ds.errors import RefinerError
+from refiner_ds.errors import RefinerError, print_error
 from refiner_ds.exit_codes import CRASHED, FINISHED, REFUSED, RUN_AGAIN
+from refiner_ds.files import is_full
 from refiner_ds.run_folder import RunFolder
 
 from . import slurm
@@ -43,7 +43,6 @@ from .snapshot import RUN_FILE, check_code
 from .standby import standby
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # what Slurm sends before a time limit, and when it ends or preempts a job
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -80,13 +79,13 @@ class Task:
             self._check_node(task)
             exit_code = self._main(code)
         except RefinerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(str(error))
             self._note(task, REFUSED, str(error))
             sys.exit(REFUSED)
         except OSError as error:
             self._note(task, CRASHED, f"{type(error).__name__}: {error}")
-            if error.errno in FULL:  # a traceback would be cut off by the very disk that is full
-                print(f"error: {error.strerror}: {error.filename or self.run_folder}", file=sys.stderr, flush=True)
+            if is_full(error):  # a traceback would be cut off by the very disk that is full
+                print_error(f"{error.strerror}: {error.filename or self.run_folder}")
                 sys.exit(CRASHED)
             raise
         except Exception as error:
@@ -112,7 +111,7 @@ class Task:
         wanted = len(seen.split(",")) if self.gpus and seen else int(self.gpus)
         faults = node_faults(Path(self.run_folder), wanted, self.workers)
         if faults:
-            print(f"error: {task.hostname}: {'; '.join(faults)}", file=sys.stderr, flush=True)
+            print_error(f"{task.hostname}: {'; '.join(faults)}")
             self._note(task, CRASHED, UNHEALTHY + "; ".join(faults))
             sys.exit(CRASHED)
 

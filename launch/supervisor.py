@@ -28,6 +28,7 @@ from pathlib import Path
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.exit_codes import REFUSED, RUN_AGAIN
 from refiner_ds.files import read_object
+from refiner_ds.output import lasting_output
 from refiner_ds.run_folder import RunFolder
 
 from . import policy, slurm
@@ -401,7 +402,8 @@ def last_step(run_folder: RunFolder) -> int | None:
 
 def log(what: str) -> None:
     """A line of the launcher's in the job's log."""
-    print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
+    with lasting_output():
+        print(f"launch {time.strftime('%Y-%m-%d %H:%M:%S')}: {what}", flush=True)
 
 
 @report_errors

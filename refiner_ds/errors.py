@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import wraps
 
 from refiner_ds.exit_codes import CRASHED, REFUSED
+from refiner_ds.output import lasting_output
 
 
 class RefinerError(Exception):
@@ -49,6 +50,12 @@ def reports_errors() -> bool:
     return "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
 
 
+def print_error(sentence: str) -> None:
+    """Print a refusal, or lose it where standard error cannot be written: the exit code stays what it is to be."""
+    with lasting_output():
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Decorator: a refused command prints one sentence on stderr and returns exit code 2.
 
@@ -61,7 +68,7 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
             return main(*arguments, **named)
         except RefinerError as error:
             if reports_errors():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print_error(str(error))
             return error.exit_code
 
     return reported
@@ -78,5 +85,5 @@ def report_rank_errors(rank: int) -> Iterator[None]:
     except RefinerError as error:
         logging.getLogger("refiner_ds").error("%s", error)
         if not reports_errors():
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            print_error(f"rank {rank}: {error}")
         raise

@@ -23,6 +23,7 @@ GROUND = {
             "gpus",
             "page",
             "memory",
+            "output",
             "run_folder",
             "seeds",
             "shipped",

@@ -19,10 +19,8 @@ from refiner_ds.checkpoint.files import MANIFEST
 from refiner_ds.checkpoint.retention import Retention, Saved
 from refiner_ds.checkpoint.tensors import Written
 from refiner_ds.errors import CheckpointError
-from refiner_ds.files import fsync_folder, sha256_of, write_atomically
+from refiner_ds.files import fsync_folder, is_full, sha256_of, write_atomically
 from refiner_ds.run_folder import RunFolder, read_state
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def checkpoint_bytes(shapes: Iterable[torch.Size]) -> int:
@@ -99,7 +97,7 @@ class Draft:
 
     def failure(self, error: OSError) -> str:
         """The sentence for a save that failed."""
-        if error.errno in FULL:
+        if is_full(error):
             return no_room(self._final, self._needed, free_bytes(self._run.path))
         return f"{self._final}: cannot be written ({error.strerror or error})"
 

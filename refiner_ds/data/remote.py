@@ -16,7 +16,6 @@ into place only after its size and sha256 agree with the index.
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from refiner_ds.config.addresses import is_redacted, redacted, scrubbed, with_va
 from refiner_ds.data.index import INDEX_NAME, MEMBERS_NAME, ShardIndex
 from refiner_ds.data.writer import cannot_write, locked, write_whole
 from refiner_ds.errors import DataError
+from refiner_ds.files import is_full
 
 STALL_SECONDS = 60.0  # a server that sends nothing for so long is given up
 ATTEMPTS = 3
@@ -124,7 +124,7 @@ def _fetch(source: str, name: str, path: Path, verify: Callable[[int, str], str]
             reason = str(error)
             break
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 temporary.unlink(missing_ok=True)
                 raise DataError(cannot_write(path, error)) from None
             reason = _reason(error)

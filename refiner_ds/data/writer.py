@@ -9,7 +9,6 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ import numpy as np
 from refiner_ds.data.index import FORMAT, INDEX_NAME, MEMBERS_NAME, VERSION, MapFormat, Shard
 from refiner_ds.data.tar_format import END_OF_TAR, MEMBER, checksum, tar_member
 from refiner_ds.errors import DataError
-from refiner_ds.files import exclusive_lock, fsync_folder, write_atomically
+from refiner_ds.files import exclusive_lock, fsync_folder, is_full, write_atomically
 
 
 def shard_name(number: int) -> str:
@@ -62,7 +61,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def cannot_write(path: Path, error: OSError) -> str:
     """The sentence for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return f"{path}: no room left on its disk; free some or choose another folder"
     return f"{path}: cannot be written ({error.strerror}); choose a folder that can"
 

@@ -6,11 +6,11 @@ The communication library knows an address at most; heartbeats know whose proces
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from refiner_ds.errors import print_error
 from refiner_ds.exit_codes import CRASHED
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.console import log
@@ -48,7 +48,7 @@ def report_lost_ranks(folder: RunFolder, world: World, leave: Callable[[int], No
             f"rank {world.rank}: {_who(folder.heartbeats, world)} ({said.group().strip()}); {lost}; this rank leaves"
             f" with exit code {CRASHED}, and the same command continues; traceback: {folder.rank_log(world.rank)}"
         )
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print_error(sentence)
         leave(CRASHED)
         raise
 

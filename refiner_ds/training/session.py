@@ -14,9 +14,10 @@ from typing import Any
 import refiner_ds
 from refiner_ds import garbage
 from refiner_ds.data.workers import explain_worker_death
-from refiner_ds.errors import LaunchError, report_rank_errors
+from refiner_ds.errors import LaunchError, print_error, report_rank_errors
 from refiner_ds.exit_codes import FINISHED, REFUSED
 from refiner_ds.files import write_atomically
+from refiner_ds.output import lasting_output
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.attention_choice import choose_backends
 from refiner_ds.training.build import choose_attention
@@ -30,7 +31,6 @@ from refiner_ds.training.history import record_start
 from refiner_ds.training.logs import write_logs
 from refiner_ds.training.loop import Trainer
 from refiner_ds.training.lost_rank import report_lost_ranks
-from refiner_ds.training.output import lasting_output
 from refiner_ds.training.parent import follow_launchers
 from refiner_ds.training.preparation import Preparation, refuse_missing_files
 from refiner_ds.training.resuming import config_before
@@ -98,7 +98,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 def _leave_to_another(sentence: str) -> None:
     """What this process would write from here on, another run writes too."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    print_error(sentence)
     leave_at_once(REFUSED)
 
 

@@ -78,7 +78,8 @@ class Course:
         self.run = RunFolder(folder / "quickstart")
         self.recoveries: list[Recovery] = []
         self.unlogged: set[int] = set()  # steps that a full disk may have had no room for
-        self._poison, self._next, self._log_file = folder / "poison", folder / "next", folder / "log"
+        self._poison, self._next = folder / "poison", folder / "next"
+        self._log = os.memfd_create("log")  # not on the disk, which would have no room for what is waited for
         self._next.write_text(json.dumps({"ranks": 2, "arguments": []}))
         self._supervisor: subprocess.Popen[bytes] | None = None
 
@@ -102,10 +103,9 @@ class Course:
         module = [preloaded.NAME, str(self._next)] if launcher == "preloaded" else ["refiner_ds.restart"]
         command = [sys.executable, "-m", *module, "--times", "100000", "--", *starts, *training]
         env = sample_log(self.folder / "samples", REFINER_POISON=f"once:{self._poison}")
-        with open(self._log_file, "ab") as log:
-            self._supervisor = subprocess.Popen(
-                command, cwd=ROOT, env=env, start_new_session=True, stdout=log, stderr=log
-            )
+        self._supervisor = subprocess.Popen(
+            command, cwd=ROOT, env=env, start_new_session=True, stdout=self._log, stderr=self._log
+        )
         try:
             self._wait(self._has_progressed(), f"the start of {launcher}")
             yield self._supervisor
@@ -216,4 +216,4 @@ class Course:
 
     def log(self) -> str:
         """What the run has said."""
-        return self._log_file.read_text(errors="replace")
+        return os.pread(self._log, os.fstat(self._log).st_size, 0).decode(errors="replace")

@@ -1,6 +1,7 @@
 """Standard output that may go away: a terminal that hangs up, a launcher that dies with the pipe, ``| head``.
 
-The run goes on, or saves and leaves; what it prints is in ``logs/rank_N.log`` as well.
+The run goes on, or saves and leaves; what it prints is in ``logs/rank_N.log`` as well. A log on a full disk loses
+lines, and has those that come once there is room again.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from refiner_ds.files import is_full
+
 
 class LastingStream:
-    """A text stream whose writes never fail: once they would, they go nowhere."""
+    """A text stream whose writes never fail: what nobody can read goes nowhere, and what finds no room is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -22,15 +25,26 @@ class LastingStream:
         """Write, or lose what cannot be written."""
         try:
             return self._stream.write(text)
-        except OSError:
-            self._switch_to_devnull()
+        except OSError as error:
+            self._lose(error)
             return len(text)
 
     def flush(self) -> None:
         """Flush, or lose what cannot be written."""
         try:
             self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def end(self) -> None:
+        """Flush for the last time."""
+        try:
+            self._stream.flush()
         except OSError:
+            self._switch_to_devnull()
+
+    def _lose(self, error: OSError) -> None:
+        if not is_full(error):
             self._switch_to_devnull()
 
     def _switch_to_devnull(self) -> None:
@@ -48,10 +62,11 @@ class LastingStream:
 def lasting_output() -> Iterator[None]:
     """Let standard output and standard error outlast whoever reads them while the block runs."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = LastingStream(before[0]), LastingStream(before[1])
+    lasting = LastingStream(before[0]), LastingStream(before[1])
+    sys.stdout, sys.stderr = lasting
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        for stream in lasting:
+            stream.end()
         sys.stdout, sys.stderr = before
