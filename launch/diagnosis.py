@@ -106,7 +106,7 @@ def diagnose(
         said: what srun and Slurm said.
         verdict: what the heartbeats' watchdog wrote in this attempt, of ranks that hang.
     """
-    if not ends and any(ABORTED.search(line) for line in said):
+    if not ends and (exit_code == SIGNAL_CODES["terminated"] or any(ABORTED.search(line) for line in said)):
         return Diagnosis(Cause.INTERRUPTED, RUN_AGAIN)  # Slurm ended the tasks before they had ended themselves
     if not ends and exit_code == FINISHED:
         return Diagnosis(Cause.FINISHED, 0)

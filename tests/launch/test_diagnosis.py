@@ -98,6 +98,11 @@ def test_tasks_that_slurm_ended_have_not_finished_though_srun_says_zero() -> Non
     assert judge([], 0, said=said).cause == Cause.INTERRUPTED
 
 
+def test_an_srun_that_slurm_ended_before_it_could_say_so_was_interrupted() -> None:
+    assert judge([], 143).cause == Cause.INTERRUPTED
+    assert judge([], 137).cause == Cause.CRASHED
+
+
 @pytest.mark.parametrize(
     "line, symptom, node",
     [
