@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("refiner_ds", "launch", "data_tools", "ds_configs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 ONE_STEP = {
+    "refiner.model.depth": 2,
     "refiner.recipe.epochs": 0.03,
     "refiner.recipe.warmup_epochs": 0,
     "refiner.recipe.cooldown_epochs": 0,
