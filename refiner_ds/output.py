@@ -36,22 +36,16 @@ class LastingStream:
         except OSError as error:
             self._lose(error)
 
-    def end(self) -> None:
-        """Flush for the last time."""
-        try:
-            self._stream.flush()
-        except OSError:
-            self._switch_to_devnull()
-
     def _lose(self, error: OSError) -> None:
-        if not is_full(error):
-            self._switch_to_devnull()
-
-    def _switch_to_devnull(self) -> None:
-        # What is still buffered would fail again when Python exits, and turn the exit code into 120.
+        """Let what is still buffered go nowhere, and all that follows, too, unless it is only room that is wanting."""
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
+            number = self._stream.fileno()
+            before, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            self._stream.flush()  # it would fail again when Python exits, and turn the exit code into 120
+            if is_full(error):
+                os.dup2(before, number)
+            os.close(before)
             os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
@@ -68,5 +62,5 @@ def lasting_output() -> Iterator[None]:
         yield
     finally:
         for stream in lasting:
-            stream.end()
+            stream.flush()
         sys.stdout, sys.stderr = before

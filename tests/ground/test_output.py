@@ -60,17 +60,22 @@ def test_a_full_disk_changes_neither_the_run_nor_its_exit_code(program: str, cod
     assert done.returncode == code
 
 
-def test_a_log_on_a_full_disk_goes_on_once_there_is_room(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks", ["one block", "a block a line"])
+def test_a_log_on_a_full_disk_goes_on_once_there_is_room(blocks: str, tmp_path: Path) -> None:
     def test(disk: SmallDisk) -> None:
         file = disk.folder / "log"
-        with file.open("w", buffering=1) as log, contextlib.redirect_stdout(log), lasting_output():
+        for_each = lasting_output if blocks == "a block a line" else contextlib.nullcontext
+        for_all = lasting_output if blocks == "one block" else contextlib.nullcontext
+        with file.open("w", buffering=1) as log, contextlib.redirect_stdout(log), for_all():
             print("x" * 5000)
             disk.resize(disk.used()[0])
             for line in range(100):
-                print(f"lost {line} " + "x" * 500, flush=True)
+                with for_each():
+                    print(f"lost {line} " + "x" * 500, flush=True)
             disk.resize()
             for line in range(20):
-                print(f"kept {line} " + "x" * 500, flush=True)
+                with for_each():
+                    print(f"kept {line} " + "x" * 500, flush=True)
         lines = file.read_text().splitlines()
         assert [line.split()[1] for line in lines if line.startswith("kept")][-10:] == [str(n) for n in range(10, 20)]
         assert sum(line.startswith("lost") for line in lines) < 40
