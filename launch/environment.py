@@ -55,7 +55,7 @@ def master_address(how: str) -> str:
             return socket.gethostbyname(socket.gethostname())
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             with suppress(OSError):
-                probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel picks the interface that leads out
+                probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel picks the interface of the default route
                 return str(probe.getsockname()[0])
         raise LaunchError(
             f"{socket.gethostname()}: has no address; set master_addr to an interface (ip -brief address)"

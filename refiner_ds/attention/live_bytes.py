@@ -143,10 +143,14 @@ def _has_images(x: Any) -> bool:
 
 def _of_one_image(name: str, value: Any) -> list[Any]:
     """What of an argument decides how many bytes an operator takes for an image."""
-    return [
-        (tuple(x.shape)[_has_images(x) and name in PER_IMAGE :], x.stride(), x.dtype) if isinstance(x, Tensor) else x
-        for x in tree_leaves(value)
-    ]
+
+    def of_one(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        shape = x.shape[1:] if name in PER_IMAGE and _has_images(x) else x.shape
+        return tuple(shape), x.stride(), x.dtype
+
+    return [of_one(x) for x in tree_leaves(value)]
 
 
 @contextmanager

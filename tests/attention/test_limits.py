@@ -27,7 +27,7 @@ from tests.attention.cases import (
 BACKENDS = ["eager", "tiled"]
 
 
-def close(ours: list[Tensor], truth: list[Tensor]) -> None:
+def assert_same(ours: list[Tensor], truth: list[Tensor]) -> None:
     """Equal to float64's rounding; some gradients are zero but for it."""
     for one, other in zip(ours, truth, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
@@ -44,17 +44,17 @@ def test_the_smallest_sizes_train_and_evaluate_as_eager(batch, heads, tokens, ra
     truth = forward_and_backward(attn, value, weights, "eager", direction)
     for saved in ("map", "activations"):
         restore(weights, before)
-        close(forward_and_backward(attn, value, weights, "tiled", direction, save_for_backward=saved), truth)
+        assert_same(forward_and_backward(attn, value, weights, "tiled", direction, save_for_backward=saved), truth)
     for parts in ({}, {"reduce": False}, {"expand": False}):
         paper = linear(heads, ratio, kernel_size, **parts)
         maps_out = len(paper.local.kernels[0]) if paper.reduce_HE is None else heads
         direction = torch.randn(batch, maps_out, tokens, 1).double()
         ours, exact = (forward_and_backward(pair, value, paper, name, direction) for name in ("tiled", "eager"))
-        close(ours, exact)
+        assert_same(ours, exact)
     with torch.no_grad():
         weights = bottleneck(heads, ratio, kernel_size, training=False)
         found = [attention.refine(attn, value, weights, SCALE, backend=name) for name in ("tiled", "eager")]
-    close(found[:1], found[1:])
+    assert_same(found[:1], found[1:])
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])

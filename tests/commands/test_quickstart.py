@@ -56,7 +56,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 pytestmark = pytest.mark.timeout(500)
 
 
-def has_learnt(quickstart: Quickstart, percent: float) -> None:
+def assert_has_learnt(quickstart: Quickstart, percent: float) -> None:
     assert quickstart.done.returncode == 0, quickstart.done.stdout[-2000:] + quickstart.done.stderr[-4000:]
     last = {line["weights"]: line for line in read_metrics(quickstart.folder, "eval")}
     assert last["ema"]["top1"] >= percent and last["model"]["top1"] >= percent
@@ -67,12 +67,12 @@ def has_learnt(quickstart: Quickstart, percent: float) -> None:
 @pytest.mark.long
 def test_the_plain_command_learns_digits_to_97_percent(tmp_path: Path) -> None:
     plain = Quickstart(tmp_path)
-    has_learnt(plain, 97)
+    assert_has_learnt(plain, 97)
     assert f"step {LONG_STEPS}/{LONG_STEPS}" in plain.done.stdout
 
 
 def test_it_learns_digits_to_90_percent_in_a_third_of_its_epochs(quickstart: Quickstart) -> None:
-    has_learnt(quickstart, 90)
+    assert_has_learnt(quickstart, 90)
 
 
 def test_it_says_what_it_does_and_what_to_type_next(quickstart: Quickstart) -> None:

@@ -37,7 +37,7 @@ WAYS = {
 LONG = {"deepspeed count"}  # training/test_launchers.py starts runs like that, too
 
 
-def has_trained(done: subprocess.CompletedProcess[str], folder: Path, processes: int) -> None:
+def assert_has_trained(done: subprocess.CompletedProcess[str], folder: Path, processes: int) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     state = read_state(RunFolder(folder).latest_checkpoint())
     assert (state.world_size, state.step) == (processes, 6)
@@ -48,14 +48,14 @@ def has_trained(done: subprocess.CompletedProcess[str], folder: Path, processes:
 def test_every_way_of_starting_trains_with_its_number_of_processes(way: str, cache: str, tmp_path: Path) -> None:
     command, processes = WAYS[way]
     env = environment(REFINER_DS_CACHE=cache, PATH=f"{BIN}:{os.environ['PATH']}")
-    has_trained(run(*command, *arguments(tmp_path, **SHORT), env=env), tmp_path / "quickstart", processes)
+    assert_has_trained(run(*command, *arguments(tmp_path, **SHORT), env=env), tmp_path / "quickstart", processes)
 
 
 def test_the_module_trains_as_the_script_does(cache: str, tmp_path: Path) -> None:
     done = ranks(
         "-m", "refiner_ds.train", *arguments(tmp_path, **SHORT), processes=1, env=environment(REFINER_DS_CACHE=cache)
     )
-    has_trained(done, tmp_path / "quickstart", 1)
+    assert_has_trained(done, tmp_path / "quickstart", 1)
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ FAILURES = {
     "supervisor": Staged({"r0": ["hang"]}, ("supervisor on node", "killed", "requeue: false")),
     "owner": Staged({}, ("belongs to job 999999 now",), {"sbatch": {"begin": "now+5"}}),
 }
-THOROUGH = {  # told by the same few lines of code as others: among the long tests
+LONG = {  # told by the same few lines of code as others: among the long tests
     "peer", "segfault", "host_memory", "gpu_fault", "quota", "port", "module", "library", "checkpoint", "exception",
     "stale", "permission", "interface", "time_limit", "stopped_unsaved",
 }  # fmt: skip
@@ -153,7 +153,7 @@ def _staged(slurm: SlurmCluster, folder: Path, names: Collection[str]) -> Iterat
 @pytest.fixture(scope="module")
 def stage(slurm_of_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Half of the table's failures."""
-    with _staged(slurm_of_session, tmp_path_factory.mktemp("stage"), set(FAILURES) - THOROUGH) as stage:
+    with _staged(slurm_of_session, tmp_path_factory.mktemp("stage"), set(FAILURES) - LONG) as stage:
         yield stage
 
 
@@ -195,17 +195,17 @@ def test_why_tells_every_staged_failure(stage: Stage) -> None:
     """At least 19 of 20 are asked for."""
     failed = list(stage.jobs)
     with _waiting(stage):
-        _all_told(stage, {name: FAILURES[name].words for name in failed} | WAITING)
+        _assert_all_told(stage, {name: FAILURES[name].words for name in failed} | WAITING)
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_why_tells_every_other_failure(slurm_of_session: SlurmCluster, tmp_path: Path) -> None:
-    with _staged(slurm_of_session, tmp_path, THOROUGH) as stage:
-        _all_told(stage, {name: FAILURES[name].words for name in THOROUGH})
+    with _staged(slurm_of_session, tmp_path, LONG) as stage:
+        _assert_all_told(stage, {name: FAILURES[name].words for name in LONG})
 
 
-def _all_told(stage: Stage, wanted: Mapping[str, tuple[str, ...]]) -> None:
+def _assert_all_told(stage: Stage, wanted: Mapping[str, tuple[str, ...]]) -> None:
     told = {name: _why(stage, name) for name in wanted}
     wrong = {
         name: told[name]
@@ -246,7 +246,7 @@ def test_status_and_list_tell_attempts_and_cost_also_without_a_controller(stage:
         assert "attempt 0" in told and "killed (exit code 137)" in told and "process-hours" in told
         rows = {line.split()[0]: line for line in listed.splitlines()}
         assert (
-            FAILURES.keys() - THOROUGH - {"invisible"} <= rows.keys()
+            FAILURES.keys() - LONG - {"invisible"} <= rows.keys()
             and "FAILED" in rows["killed"]
             and stage.jobs["killed"] in rows["killed"]
         )
