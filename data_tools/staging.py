@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -145,13 +146,18 @@ def _map_in_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], processes: int, context: Any, initargs: tuple[Any, ...]
 ) -> Iterator[Result]:
     with ProcessPoolExecutor(min(processes, len(tasks) or 1), context, _start_worker, initargs) as pool:
+        # Not pool.map: it cancels what is pending when it is left early, and a pool whose workers are gone then prints
+        # a traceback from its own thread, which may not set an exception on a cancelled future.
+        pending = deque(pool.submit(function, task) for task in tasks)
         try:
-            yield from pool.map(function, tasks)
-        except BaseException as error:
-            if not isinstance(error, Exception):  # Ctrl-C, here or in the code that consumes the results
-                for child in multiprocessing.active_children():
-                    child.terminate()  # unfinished work is done again
+            while pending:
+                yield pending.popleft().result()
+        except Exception:
             pool.shutdown(cancel_futures=True)
+            raise
+        except BaseException:  # Ctrl-C, here or in the code that consumes the results
+            for child in multiprocessing.active_children():
+                child.terminate()  # unfinished work is done again
             raise
 
 
