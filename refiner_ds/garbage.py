@@ -7,18 +7,21 @@ a process's start, and each later collection of all generations would stall a st
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Import libraries without looking for garbage meanwhile."""
-    was_enabled = gc.isenabled()
+    """Import libraries without looking for garbage meanwhile; what they made is left out of later looks."""
+    was_enabled, imported = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
+        if len(sys.modules) > imported:  # or the first look would go through all of it, a second long
+            gc.freeze()
         if was_enabled:
             gc.enable()
 

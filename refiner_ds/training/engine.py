@@ -14,6 +14,7 @@ from torch import Tensor
 from refiner_ds.attention.compiling import keep_code_by_cpu
 from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.models import RefinedViT
+from refiner_ds.training import muon
 from refiner_ds.training.fragments import Fragment, find_fragments
 from refiner_ds.training.model_states import reduce_bucket_size
 from refiner_ds.training.parameter_groups import parameter_groups
@@ -94,6 +95,7 @@ class Engine:
             # In bf16 at stage 0, DeepSpeed takes a step to make the optimizer's states: it must not decay the weights,
             # nor be counted. `set_lr` comes before every real step.
             group["lr"] = 0.0
+        muon.import_uncompiled()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         if run.refiner.model.compile != "none":
             keep_code_by_cpu()

@@ -61,9 +61,10 @@ def run_training(ready: Preparation) -> int:
             chosen = choose_backends(ready, world, computes_in_bf16(ready.run, world), before)
             _print_header(ready, world, chosen)
             with _watched(ready, world) as heartbeat:
-                trainer = Trainer(ready, world, stop, heartbeat)
-                _record_start(ready, world, trainer, before)
-                garbage.freeze()
+                with garbage.paused():  # DeepSpeed imports the rest of itself while it builds an engine
+                    trainer = Trainer(ready, world, stop, heartbeat)
+                    _record_start(ready, world, trainer, before)
+                    garbage.freeze()
                 try:
                     with report_rank_errors(world.rank), report_lost_ranks(folder, world), explain_worker_death():
                         code = trainer.run()
