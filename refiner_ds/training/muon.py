@@ -1,7 +1,7 @@
 """DeepSpeed's Muon, imported without compiling it.
 
-When DeepSpeed builds an engine it looks whether the optimizer is its Muon. That module compiles three functions as it is
-imported, which loads all of inductor: a quarter of a process's start. Runs train with AdamW and never call them.
+When DeepSpeed builds an engine it looks whether the optimizer is its Muon. That module compiles three functions as it
+is imported, which loads all of inductor: a quarter of a process's start. Runs train with AdamW and never call them.
 """
 
 from __future__ import annotations
