@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.augment import resize
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MapFormat, ShardIndex
@@ -26,25 +25,12 @@ from refiner_ds.data.score_maps import MAX_CLASSES, ScoreMap, encode
 from refiner_ds.data.writer import write_whole
 from refiner_ds.errors import DataError
 
+from .annotation_settings import Settings
 from .annotators import Annotator, load_annotator
 
 CHUNK_BATCHES = 4
 MAX_FP16 = 65504.0
 LENGTH = struct.Struct("<I")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How maps are made."""
-
-    model: str
-    checkpoint: Path | None
-    size: int
-    top: int
-    batch: int
-    device: str
-    bf16: bool
-    decode: DecodeKeys = DecodeKeys()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from refiner_ds.errors import DataError
 
-PACKAGED = "efficientnet-lite0"
+from .annotation_settings import PACKAGED
 
 
 @dataclass

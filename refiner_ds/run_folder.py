@@ -16,7 +16,7 @@
       profiles/step_00000100/     traces of profiled steps; a file named profile asks a live run for one
       jobs/  code/                submitted runs: submitit's files, and the source they run
       evaluation/                 what evaluate.py and calibrate.py found, a folder a checkpoint and way of looking
-      gallery.html                pictures of the run, from refiner_ds/gallery.py
+      gallery.html                pictures of the run, from python -m refiner_ds.gallery
       export/                     model.safetensors, config.json, model card
 
 Nothing here imports torch.

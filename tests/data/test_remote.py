@@ -242,7 +242,7 @@ def test_fetching_killed_on_the_way_leaves_nothing_in_place(server: Server, tmp_
         "fetch_shard(open_index(sys.argv[1], sys.argv[2]), 0)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, server.address, str(tmp_path / "cache")])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("cache/remote/*/shard-000000.tar.tmp")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()

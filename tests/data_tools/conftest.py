@@ -103,7 +103,7 @@ append = ShardWriter._append
 def pausing(self, *sample):
     append(self, *sample)
     self._file.flush()
-    time.sleep(60 if list(self.path.parent.glob("*.tar.json")) else 0.02)
+    time.sleep(400 if list(self.path.parent.glob("*.tar.json")) else 0.02)
 ShardWriter._append = pausing
 if __name__ == "__main__":
     sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
@@ -120,7 +120,7 @@ def start_and_wait_until_it_writes(module: str, arguments: list[object], out: Pa
         command, start_new_session=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root}
     )
     partial = out.with_name(out.name + ".partial")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (list(partial.glob("*.tar.json")) and half_written(partial)):
         assert process.poll() is None and time.monotonic() < deadline, "it could not be met at work"
         time.sleep(0.005)

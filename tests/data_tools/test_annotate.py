@@ -15,6 +15,8 @@ import torch
 
 from data_tools import annotate, annotation, console
 from data_tools.agreement import Agreement
+from data_tools.annotated_set import annotate_set
+from data_tools.annotation_settings import Settings
 from data_tools.annotators import Annotator, _DenseTimm, load_annotator
 from data_tools.verify import main as verify
 from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
@@ -82,7 +84,7 @@ def test_maps_lie_in_a_parallel_set_joined_by_key(images: ShardIndex, checkpoint
     assert run(images, checkpoint) == 0
     maps = find_maps(images)
     assert maps.folder.name == "set.maps" and maps.is_maps_only
-    worker = annotation.Worker(annotation.Settings("test_resnet", checkpoint, 96, 2, 1, "cpu", False), images, 0)
+    worker = annotation.Worker(Settings("test_resnet", checkpoint, 96, 2, 1, "cpu", False), images, 0)
     for number in range(10):
         raw, map_raw = SampleReader(images).read(number), SampleReader(maps).read(number)
         assert raw.name.split(".")[0] == map_raw.name.split(".")[0]
@@ -333,9 +335,9 @@ def test_refusals(images: ShardIndex, checkpoint: Path, tmp_path: Path, capsys: 
 
 def test_annotator_of_other_classes_is_refused(images: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotation, "load_annotator", lambda name, checkpoint, classes: foreign_of(name))
-    settings = annotation.Settings("test_resnet", None, 96, 2, 2, "cpu", False)
+    settings = Settings("test_resnet", None, 96, 2, 2, "cpu", False)
     with pytest.raises(DataError, match="predicts 5 classes where the set has 3"):
-        annotate.annotate_set(images, images.folder.with_name("out"), settings, 1, False)
+        annotate_set(images, images.folder.with_name("out"), settings, 1, False)
 
 
 def foreign_of(name: str) -> Annotator:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.show import OUTLINE, TILE, Example, colour_of, main, outline, patch_classes, tinted
+from data_tools.contact_sheet import OUTLINE, TILE, Example, colour_of, outline, patch_classes, tinted
+from data_tools.show import main
 from refiner_ds.data.augment import TrainView, View, seed_sample
 from refiner_ds.data.index import MapFormat
 from refiner_ds.data.score_maps import ScoreMap, encode

@@ -179,7 +179,7 @@ def test_a_killed_supervisor_brings_the_job_back(clone: Clone, slurm: SlurmClust
     first, last = records(clone, job)
     assert (first.cause, first.symptom, first.action) == ("crashed", "supervisor killed", "requeue")
     assert last.cause == "finished"
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while processes("launch.standby", str(clone.run_folder)):  # one whose task has left leaves too
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -183,7 +183,7 @@ def _waiting(stage: Stage) -> Iterator[None]:
     blocker = slurm.client("sbatch", "--parsable", "-N4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 600")
     slurm.wait(blocker, "RUNNING")
     stage.jobs["resources"] = runs["resources"].submit_here(slurm)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not {"DependencyNeverSatisfied", "Resources"} <= set(slurm.client("squeue", "-ho%r").split()):
         assert time.monotonic() < end, slurm.client("squeue", "-ho%r")
         time.sleep(0.5)

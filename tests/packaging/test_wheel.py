@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,16 +56,20 @@ class Installed:
 
     def type(self, command: str, *words: str) -> str:
         """Run a command of the environment in a folder of its own; what it prints."""
+        return self.run(command, *words).stdout
+
+    def run(self, command: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """The same, with environment variables; output and errors."""
         done = subprocess.run(
             (str(self.venv / "bin" / command), *words),
             cwd=self.work,
-            env=self.environment,
+            env={**self.environment, **more},
             capture_output=True,
             text=True,
             timeout=240,
         )
         assert done.returncode == 0, f"{command} {words}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        return done
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +123,13 @@ def test_run_files_of_the_package_are_found_by_their_name(installed: Installed) 
         assert json.loads(said)["refiner"]["model"]["name"] == "refiner_vit_s"
 
 
-def test_every_command_is_installed(installed: Installed) -> None:
-    for command in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]:
-        assert "usage" in installed.type(command, "--help")
+def test_every_command_is_installed_and_helps_at_once(installed: Installed) -> None:
+    """Torch alone takes seconds to import."""
+    commands = [[name] for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]]
+    for command in [*commands, ["python", "-m", "refiner_ds.gallery"], ["python", "-m", "refiner_ds.plan"]]:
+        helped = installed.run(*command, "--help", PYTHONPROFILEIMPORTTIME="1")
+        assert "usage" in helped.stdout
+        assert "argparse" in helped.stderr and not re.search(r"\| +torch$", helped.stderr, re.MULTILINE), command
     assert "364" in installed.type("refiner-verify", "package:digits/val")
 
 

@@ -60,7 +60,7 @@ def test_a_second_term_leaves_after_a_grace_time_and_usr2_never_does() -> None:
     flag.on_signal(signal.SIGTERM, now=120.0)
     flag.on_signal(signal.SIGTERM, now=130.0)
     assert not exits
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not exits and time.monotonic() < end:
         time.sleep(0.05)
     assert exits == [143]

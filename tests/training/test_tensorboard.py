@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from refiner_ds import gallery
 from refiner_ds.analysis.loading import load_model
 from refiner_ds.config import load
+from refiner_ds.gallery.__main__ import main as gallery
+from refiner_ds.gallery.parts import gallery_parts
 from refiner_ds.page import Picture, Text
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.build import training_flops
@@ -137,7 +138,7 @@ def test_patches_of_views_have_the_colours_of_their_classes() -> None:
 
 
 def test_a_gallery_shows_the_run_and_is_named_in_the_text_tab(run: Path) -> None:
-    assert gallery.main([str(run), "--images", "8"]) == 0
+    assert gallery([str(run), "--images", "8"]) == 0
     page = (run / "gallery.html").read_text()
     for heading in (
         "Training views",
@@ -159,7 +160,7 @@ def test_a_gallery_says_what_it_cannot_show_and_shows_the_rest(run: Path, capsys
         (replace(loaded, data=None), "Not shown: the run has no validation set"),
         (replace(loaded, classes=["cat", "dog"]), "is past the run's 2 classes"),
     ):
-        parts = gallery.gallery_parts(changed, loaded.run, folder, 8, "ema")
+        parts = gallery_parts(changed, loaded.run, folder, 8, "ema")
         told = [part.text for part in parts if isinstance(part, Text)]
         assert sum(said in text for text in told) == 3
         assert sum(isinstance(part, Picture) for part in parts) == 6
@@ -168,5 +169,5 @@ def test_a_gallery_says_what_it_cannot_show_and_shows_the_rest(run: Path, capsys
         ([str(run), "--images", "3"], "takes at least 4"),
         ([str(run), "--out", "page.txt"], "ends in .html"),
     ):
-        assert gallery.main(words) == 2
+        assert gallery(words) == 2
         assert said in capsys.readouterr().err

@@ -1,18 +1,8 @@
-"""A page of pictures from one run folder: what the model is shown, how it learned, and what it has become.
-
-    python -m refiner_ds.gallery runs/quickstart                    the newest checkpoint, EMA weights
-    python -m refiner_ds.gallery RUN --images 500 --out mine.html
-
-Training views with their labels, learning curves, attention maps before and after refining, learned kernels, feature
-evolution, and which classes are taken for which, all in one HTML file that needs nothing else (<run>/gallery.html).
-Exit codes: 0 written, 2 refused.
-"""
+"""Sections of the page, each made from a run folder, its checkpoints and its validation set."""
 
 from __future__ import annotations
 
-import argparse
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,27 +12,25 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from refiner_ds.analysis import cka, features, maps, refiner_weights
-from refiner_ds.analysis.loading import LoadedModel, load_model
+from refiner_ds.analysis import features, maps, refiner_weights
+from refiner_ds.analysis.loading import LoadedModel
 from refiner_ds.analysis.results import new_figure, write_figure
 from refiner_ds.checkpoint.files import integrity_errors, read_weights
-from refiner_ds.command_line import command_parser
 from refiner_ds.config import RunFile
 from refiner_ds.data.augment import AugmentSettings
 from refiner_ds.data.classes import match_classes
 from refiner_ds.data.index import ShardIndex, find_maps
 from refiner_ds.data.loader import train_batches
 from refiner_ds.data.locate import open_index
-from refiner_ds.errors import CheckpointError, ConfigError, DataError, report_errors
+from refiner_ds.errors import DataError
 from refiner_ds.evaluation.metrics import Answers, confusions, figures
-from refiner_ds.files import has_numbers, write_atomically
+from refiner_ds.files import has_numbers
 from refiner_ds.models import RefinedViT
-from refiner_ds.page import Heading, Page, Part, Picture, Table, Text
+from refiner_ds.page import Heading, Part, Picture, Table, Text
 from refiner_ds.report.curves import curves_svg
 from refiner_ds.run_folder import RunFolder, read_state
 from refiner_ds.seeds import derived_seed
 from refiner_ds.training.inputs import InputMaker
-from refiner_ds.training.logs import silence_libraries
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.pictures import MOST_VIEWS, Views, views_picture
 
@@ -50,38 +38,6 @@ SHEET_ROWS = 2  # of training views
 SHOWN_IMAGES = (0, 1, 2)  # whose attention maps are drawn
 NAMED_CLASSES = 30  # a confusion matrix of more has no names
 CONFUSED = 8  # pairs listed
-
-
-@report_errors
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code. See the module for what it takes."""
-    silence_libraries()
-    options = _parser().parse_args(argv)
-    if options.images < cka.FEWEST:
-        raise ConfigError(f"--images {options.images}: feature evolution takes at least {cka.FEWEST}")
-    loaded = load_model(str(options.run), options.weights)
-    if loaded.run is None or loaded.checkpoint is None or not isinstance(loaded.model, RefinedViT):
-        raise CheckpointError(f"{options.run}: is no run folder; give one that refiner_ds/train.py has made")
-    folder = RunFolder(loaded.checkpoint.parents[1])
-    out = options.out or folder.path / "gallery.html"
-    if out.suffix != ".html":
-        raise ConfigError(f"--out {out}: name a file that ends in .html")
-    RunFolder(out.parent).refuse_unwritable()
-    parts = gallery_parts(loaded, loaded.run, folder, options.images, options.weights)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, Page(f"{loaded.label}, step {loaded.step:,}", parts).html())
-    _link(folder, out, loaded.step or 0)
-    print(f"{out}: {sum(isinstance(part, Picture) for part in parts)} pictures of {loaded.label}")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__, "python -m refiner_ds.gallery")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a checkpoint in it")
-    parser.add_argument("--images", type=int, default=1000, metavar="N", help="validation images looked at (1000)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which weights")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="HTML file (default: gallery.html in the run folder)")
-    return parser
 
 
 def gallery_parts(loaded: LoadedModel, run: RunFile, folder: RunFolder, images: int, weights: str) -> list[Part]:
@@ -265,12 +221,8 @@ def _bytes(place: Path, name: str) -> bytes:
     return (place / f"{name}.png").read_bytes()
 
 
-def _link(folder: RunFolder, out: Path, step: int) -> None:
+def link_from_tensorboard(folder: RunFolder, out: Path, step: int) -> None:
     """Name the page in TensorBoard's text tab, where the run has one."""
     if folder.tensorboard.is_dir():
         with SummaryWriter(str(folder.tensorboard)) as board:
             board.add_text("gallery", f"[{out.name}]({out.resolve().as_uri()})", step)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

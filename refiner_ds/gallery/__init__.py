@@ -1,0 +1,1 @@
+"""A page of pictures from one run folder; ``python -m refiner_ds.gallery`` writes it."""
