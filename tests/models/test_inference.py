@@ -63,7 +63,7 @@ def test_fused_half_precision_models_still_agree():
     assert ((logits.float() - truth).norm() / truth.norm()).item() < 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.long  # exports of small models are in tests/commands/test_export.py
 def test_fused_s_exports_to_onnx_and_runs_in_onnxruntime(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -110,7 +110,7 @@ def test_compiled_training_and_evaluation_steps_compute_the_same():
     [
         ("released", {}),
         ("released", {"cos_reg": 0.1}),
-        ("released", {"return_dense": False}),
+        pytest.param("released", {"return_dense": False}, marks=pytest.mark.long),
         ("paper", {"cos_reg": 0.1}),
     ],
     ids=["released", "cos-reg", "class head", "paper"],

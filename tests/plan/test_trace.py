@@ -20,7 +20,7 @@ CASES = [
 def test_activations_are_planned_to_the_byte(
     backend: str, checkpointing: str, save: str, more: tuple[str, ...]
 ) -> None:
-    run = run_file("refiner_vit_s", 64, checkpointing, save, "refiner.model.depth=6", *more)
+    run = run_file("refiner_vit_s", 64, checkpointing, save, "refiner.model.depth=4", *more)
     real = counted(run, 2, backend)
     assert sum(planned(run, 2, backend).saved.values()) == real.saved
 
@@ -37,7 +37,7 @@ def test_the_peak_is_planned_within_5_percent(checkpointing: str) -> None:
 def test_every_backend_of_a_gpu_is_planned_in_bf16(backend: str) -> None:
     from refiner_ds.plan.trace import trace
 
-    run = run_file("refiner_vit_l", 448, "none", "map", "refiner.model.depth=6")
+    run = run_file("refiner_vit_l", 448, "none", "map", "refiner.model.depth=4")
     small, large = (trace(run, 1000, images, True, backend, 80 << 30) for images in (1, 2))
     assert 1.8 < sum(large.saved.values()) / sum(small.saved.values()) < 2.01
     assert small.peak > sum(small.saved.values()) > 0

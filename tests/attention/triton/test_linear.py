@@ -13,6 +13,7 @@ from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import SCALE, leaves
 from tests.attention.cases import linear as refiner_of
 from tests.attention.triton.test_maps import ends_in_zeros
+from tests.marks import long_where
 
 # The interpreter cuts the last bits of bf16 off where a GPU rounds: two roundings are one percent.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -64,16 +65,19 @@ def check(attn, value, refiner, dtype, device) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "ratio", "kernel_size", "steps", "dtype"),
-    [
-        ((2, 3, 18, 5), 2, 3, WHOLE, torch.float32),
-        ((1, 3, 17, 5), 2, 3, WHOLE, torch.bfloat16),
-        ((1, 12, 9, 32), 3, 3, WHOLE, torch.float32),
-        ((1, 12, 9, 32), 3, 3, WHOLE, torch.bfloat16),
-        ((1, 17, 5, 5), 1, 3, WHOLE, torch.float32),
-        ((1, 16, 17, 35), 2, 1, WHOLE, torch.bfloat16),
-        ((1, 3, 7, 5), 6, 3, MANY_OUT, torch.bfloat16),
-        ((2, 3, 7, 5), 1, 3, LOCAL_ALONE, torch.float32),
-    ],
+    long_where(
+        lambda shape, ratio, kernel_size, steps, dtype: dtype == torch.float32 and steps is WHOLE and ratio != 1,
+        [
+            ((2, 3, 18, 5), 2, 3, WHOLE, torch.float32),
+            ((1, 3, 17, 5), 2, 3, WHOLE, torch.bfloat16),
+            ((1, 12, 9, 32), 3, 3, WHOLE, torch.float32),
+            ((1, 12, 9, 32), 3, 3, WHOLE, torch.bfloat16),
+            ((1, 17, 5, 5), 1, 3, WHOLE, torch.float32),
+            ((1, 16, 17, 35), 2, 1, WHOLE, torch.bfloat16),
+            ((1, 3, 7, 5), 6, 3, MANY_OUT, torch.bfloat16),
+            ((2, 3, 7, 5), 1, 3, LOCAL_ALONE, torch.float32),
+        ],
+    ),
 )
 def test_values_and_gradients_equal_eager(shape, ratio, kernel_size, steps, dtype, device):
     q, k, v = projected(*shape, dtype, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from refiner_ds.attention.bottleneck import triton_backward, triton_backward_loc
 from refiner_ds.attention.kernels import padded
 from refiner_ds.attention.kernels.padded import empty_padded, is_padded, row_stride, to_padded, valid_counts
 from tests.attention.cases import SCALE, bottleneck, leaves, on
+from tests.marks import long_where
 
 WRITERS = [triton_forward, triton_inference, triton_backward, triton_backward_local, padded]
 
@@ -51,8 +54,10 @@ def test_entries_are_counted_without_the_zeros():
         assert valid_counts(tokens, length, torch.device("cpu")).tolist() == parts
 
 
-@pytest.mark.parametrize("save_for_backward", ["map", "activations"])
-@pytest.mark.parametrize("tokens", [7, 8])
+@pytest.mark.parametrize(
+    ("tokens", "save_for_backward"),
+    long_where(lambda *case: case in ((7, "map"), (8, "activations")), product([7, 8], ["map", "activations"])),
+)
 def test_whatever_lies_behind_rows_before_is_zero_after(
     tokens, save_for_backward, device, memory_full_of_nan, monkeypatch
 ):
