@@ -1,0 +1,89 @@
+"""Tile configurations: other sizes for some kernels than those at the heads of their files.
+
+    constants at the head of a kernel's file  <  CARDS, by architecture  <  CONFIGURATIONS, the one in use
+
+A configuration belongs to a kind of attention. One of each kind is in use in this process, forward and backward: that
+of the backend's name, "triton[small]", which a run chooses by timing. All give the same numbers to rounding. Needs no
+Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+__all__ = ["CARDS", "CONFIGURATIONS", "configurations_of", "in_use", "joined", "parted", "sizes_of", "use", "using"]
+
+Sizes = Mapping[str, int]
+
+# Kind of attention -> name -> kernel -> the sizes that differ.
+CONFIGURATIONS: dict[str, dict[str, dict[str, Sizes]]] = {}
+
+# Architecture -> kernel -> the sizes that differ: with the constants registers would spill, or spill more.
+CARDS: dict[int | str, dict[str, Sizes]] = {}
+
+# Kind of attention -> the name of the configuration in use, where one is.
+_in_use: dict[str, str] = {}
+
+
+def configurations_of(kind: str) -> tuple[str, ...]:
+    """Names of a kind's configurations beside the usual one."""
+    return tuple(CONFIGURATIONS.get(kind, ()))
+
+
+def in_use(kind: str) -> str:
+    """The name of the configuration in use; "" for the usual one."""
+    return _in_use.get(kind, "")
+
+
+def use(names: Mapping[str, str]) -> None:
+    """From now on, in this process, each kind's kernels are launched with these configurations.
+
+    Args:
+        names: kind -> one of :func:`configurations_of`; the usual one for kinds that are missing.
+    Raises:
+        ValueError: a kind has no such configuration.
+    """
+    for kind, name in names.items():
+        if name not in configurations_of(kind):
+            known = ", ".join(configurations_of(kind)) or "none"
+            raise ValueError(f"{kind} has no configuration {name!r}; it has {known}")
+    _in_use.clear()
+    _in_use.update(names)
+
+
+@contextmanager
+def using(kind: str, name: str) -> Iterator[None]:
+    """Inside, a kind's kernels are launched with this configuration; "" is the usual one."""
+    before = dict(_in_use)
+    use({**{other: one for other, one in before.items() if other != kind}, **({kind: name} if name else {})})
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def sizes_of(kernel: str, architecture: int | str | None, **usual: int) -> dict[str, int]:
+    """The sizes that a kernel is launched with.
+
+    Args:
+        kernel: its name, without the underscore.
+        architecture: 90 for Hopper, "gfx942" for an MI300; ``None`` where kernels are interpreted.
+        usual: the constants at the head of its file.
+    """
+    found = {**usual, **CARDS.get(architecture or "", {}).get(kernel, {})}
+    for kind, name in _in_use.items():
+        found.update(CONFIGURATIONS[kind][name].get(kernel, {}))
+    assert found.keys() == usual.keys(), f"{kernel} has no size {found.keys() - usual.keys()}"
+    return found
+
+
+def joined(backend: str, configuration: str) -> str:
+    """ "triton[small]", or the backend alone."""
+    return f"{backend}[{configuration}]" if configuration else backend
+
+
+def parted(name: str) -> tuple[str, str]:
+    """What :func:`joined` made of a backend and a configuration."""
+    backend, _, configuration = name.partition("[")
+    return backend, configuration.removesuffix("]")
