@@ -16,11 +16,45 @@ __all__ = ["CARDS", "CONFIGURATIONS", "configurations_of", "in_use", "joined", "
 
 Sizes = Mapping[str, int]
 
-# Kind of attention -> name -> kernel -> the sizes that differ.
-CONFIGURATIONS: dict[str, dict[str, dict[str, Sizes]]] = {}
+# Kind of attention -> name -> kernel -> the sizes that differ. Chosen by compiling for Hopper, bf16, S at 224; only a
+# clock can say which is the fastest, so a run on a GPU times them.
+CONFIGURATIONS: dict[str, dict[str, dict[str, Sizes]]] = {
+    "bottleneck": {
+        # Fewer rows computed twice, and 3 % fewer instructions; the scratch memory of a program doubles.
+        "tall": {
+            "expand_local": {"SEGMENT": 99},
+            "bwd_expand_local": {"ROWS": 32},
+            "reduce": {"POSITIONS": 16, "STEPS": 64, "num_warps": 1},
+        },
+        # More warps fit on a multiprocessor (expand_local: 16 instead of 11), for a third more instructions there, and
+        # the scratch memory halves.
+        "narrow": {
+            "expand_local": {"KEYS": 4},
+            "bwd_expand_local": {"ROWS": 8},
+            "reduce": {"POSITIONS": 64, "num_warps": 4},
+        },
+    },
+    "linear": {
+        # Kernel's and map's gradients in a quarter and an eighth fewer instructions, with more registers a thread.
+        "few warps": {
+            "mix_and_shift": {"ROWS": 16},
+            "kernel_gradient": {"num_warps": 4},
+            "map_gradient": {"num_warps": 4},
+        },
+        "long": {"kernel_gradient": {"KEYS": 16}, "map_gradient": {"KEYS": 16}},
+    },
+}
 
-# Architecture -> kernel -> the sizes that differ: with the constants registers would spill, or spill more.
-CARDS: dict[int | str, dict[str, Sizes]] = {}
+# Architecture -> kernel -> the sizes that differ: with the constants hundreds of bytes to kilobytes spill there. On an
+# MI300 nothing spills once tiles are 16 keys wide, and a thread has 512 registers where a program has four warps.
+CARDS: dict[int | str, dict[str, Sizes]] = {
+    "gfx942": {
+        "refine_folded": {"ROWS": 3},
+        "mix_and_shift": {"ROWS": 16, "num_warps": 4, "num_stages": 1},
+        "kernel_gradient": {"KEYS": 16, "num_warps": 4},
+        "map_gradient": {"KEYS": 16, "num_warps": 4, "num_stages": 1},
+    }
+}
 
 # Kind of attention -> the name of the configuration in use, where one is.
 _in_use: dict[str, str] = {}
