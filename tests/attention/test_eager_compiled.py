@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
 from refiner_ds.attention import BACKENDS, dispatch
 from refiner_ds.attention.backends import eager_compiled
@@ -95,6 +97,28 @@ def test_inside_a_compiled_model_it_is_eager_and_compiled_with_what_is_around_it
         lambda value_BHNd: attention.refine(map_BHNN, value_BHNd, weights, 1.0, "eager compiled"), backend="aot_eager"
     )
     assert torch.allclose(whole(value_BHNd), attention.refine(map_BHNN, value_BHNd, weights, 1.0, "eager"))
+
+
+def training_step(backend: str, checkpointing: str) -> dict[str, Tensor]:
+    """A released model's weights, statistics and gradients after a step without an optimiser."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 24, "patch_size": 8, "stem_chs": (4, 4, 4), "embed_dim": 12, "num_heads": 3, "depth": 4}
+    model = timm.create_model("refined_vit", layout="released", num_classes=5, **sizes).train()
+    model.set_grad_checkpointing(unit=checkpointing)
+    with attention.attention_backend(backend):
+        out = model(torch.randn(2, 3, 24, 24), mix_box=(0, 0, 0, 0))
+        (out[0].square().sum() + out[1].square().sum()).backward()
+    gradients = {f"{name}.grad": x.grad for name, x in model.named_parameters() if "bn3.bias" not in name}
+    return {**model.state_dict(), **gradients}
+
+
+@pytest.mark.parametrize("checkpointing", ["pair", "refiner"])
+def test_a_model_trains_as_with_eager_whatever_is_recomputed_and_has_the_same_checkpoint(checkpointing, traced_only):
+    ours, truth = (training_step(backend, checkpointing) for backend in ("eager compiled", "eager"))
+    assert ours.keys() == truth.keys()
+    assert same(list(ours.values()), list(truth.values()), 1e-4)
+    counts = [x for name, x in ours.items() if name.endswith("num_batches_tracked")]
+    assert counts and all(count == 1 for count in counts)
 
 
 @pytest.mark.long
