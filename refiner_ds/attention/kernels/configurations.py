@@ -20,7 +20,7 @@ Sizes = Mapping[str, int]
 # clock can say which is the fastest, so a run on a GPU times them.
 CONFIGURATIONS: dict[str, dict[str, dict[str, Sizes]]] = {
     "bottleneck": {
-        # Fewer rows computed twice, and 3 % fewer instructions; the scratch memory of a program doubles.
+        # Fewer rows computed twice, and 2 % fewer instructions; the scratch memory of a program doubles.
         "tall": {
             "expand_local": {"SEGMENT": 99},
             "bwd_expand_local": {"ROWS": 32},
