@@ -30,7 +30,6 @@ from refiner_ds.attention.timing import OutOfTime, clock_of, limited, seconds_of
 from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
 
 __all__ = [
-    "SETTLED",
     "Candidate",
     "Layer",
     "Measured",
@@ -49,8 +48,6 @@ MARGIN = 1.02  # the device's default is kept unless another is faster by more: 
 SHARE = 1 / 4
 # For compiling one candidate of the second kind. Inductor took 57 s for a bottleneck on a busy CPU, C++ included.
 COMPILE_SECONDS = 60.0
-# How reasons begin that hold whatever memory is free.
-SETTLED = ("fails", "not timed")
 FIRST = ("triton", "tiled", "eager")
 PASSES = 5  # of each candidate where there is time: one to warm up and four of which the shortest counts
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import refiner_ds.attention
-from refiner_ds.attention.choice import SETTLED, Candidate, Layer, Measured, counted_as, fits
+from refiner_ds.attention.choice import Candidate, Layer, Measured, counted_as, fits
 from refiner_ds.files import write_atomically
 from refiner_ds.training.console import log
 from refiner_ds.training.machine import device_name, driver_version
@@ -59,7 +59,7 @@ def read_times(file: Path, layer: Layer, free: int) -> Measured | None:
             if counted_as(one.backend) == measured.candidates[0].backend:
                 continue  # the default and its configurations, which may take what they need
             possible = fits(layer, one, free)
-            if possible and one.milliseconds is None and not one.reason.startswith(SETTLED):
+            if possible and one.milliseconds is None and not one.reason.startswith("fails"):
                 return None
             if not possible:
                 one.milliseconds, one.reason = None, one.reason or "does not fit into a quarter of the free memory"
