@@ -6,7 +6,7 @@
     moments.py     its mean and variance, from those of parts
     choice.py      which backend is the fastest here: counted, then timed      live_bytes.py   memory, on fake tensors
     compiling.py   where torch.compile keeps its code
-    backends/      eager, tiled, triton, and the check of kernels before they become the default
+    backends/      eager, eager compiled, tiled, triton, and the check of kernels before they become the default
 
 By operation, with every backend's implementation side by side:
 
@@ -24,6 +24,7 @@ from refiner_ds.attention.dispatch import (
     attend,
     attention_backend,
     choose_backend,
+    compiles_eager,
     describe_backend,
     is_traced,
     kernels_verified,
@@ -69,6 +70,7 @@ __all__ = [
     "attention_backend",
     "choose_backend",
     "batch_norm",
+    "compiles_eager",
     "describe_backend",
     "expanded_maps",
     "first_order",

@@ -2,6 +2,9 @@
 
     Layer ──count──> bytes of each candidate, on fake tensors ──measure──> ms of those that fit ──choose──> a name
 
+    first      triton, tiled, eager
+    then       eager compiled, on a GPU; the configurations of triton ("triton[small]"), if triton is the fastest so far
+
 Nothing is run whose bytes were not counted first and found to fit. Axes: B batch, H heads, N tokens, d head width.
 """
 
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -21,15 +24,31 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from refiner_ds.attention.backends import Backend
 from refiner_ds.attention.dispatch import BACKENDS
+from refiner_ds.attention.kernels import configurations
 from refiner_ds.attention.live_bytes import LiveBytes
-from refiner_ds.attention.timing import clock_of, seconds_of
+from refiner_ds.attention.timing import OutOfTime, clock_of, limited, seconds_of
 from refiner_ds.attention.weights import Case, DeferredMap, RefinerWeights
 
-__all__ = ["Candidate", "Layer", "Measured", "best_of", "by_rule", "default_backend", "entries", "fits", "measure"]
+__all__ = [
+    "Candidate",
+    "Layer",
+    "Measured",
+    "best_of",
+    "by_rule",
+    "candidates",
+    "counted_as",
+    "default_backend",
+    "entries",
+    "fits",
+    "measure",
+]
 
 MARGIN = 1.02  # the device's default is kept unless another is faster by more: times repeat to a few percent
 # A quarter of the free memory may go to what a faster backend saves and works with, as in saving.py.
 SHARE = 1 / 4
+# For compiling one candidate of the second kind. Inductor took 57 s for a bottleneck on a busy CPU, C++ included.
+COMPILE_SECONDS = 60.0
+FIRST = ("triton", "tiled", "eager")
 PASSES = 5  # of each candidate where there is time: one to warm up and four of which the shortest counts
 
 
@@ -81,13 +100,14 @@ class Layer(NamedTuple):
 
 @dataclass
 class Candidate:
-    """One backend's figures for one kind of attention.
+    """One backend's figures for one kind of attention, or those of one configuration of triton, "triton[small]".
 
     Attributes:
         saved: bytes saved for backward by a layer; None where it was not counted.
         working: the most bytes beyond these that live during forward and backward.
         milliseconds: forward and backward of ``Measured.images``; None where it was not timed.
         reason: why it was not.
+        compiling: seconds of the first call, with all that is compiled in it; None where that is not noted.
     """
 
     backend: str
@@ -95,6 +115,7 @@ class Candidate:
     working: int | None = None
     milliseconds: float | None = None
     reason: str = ""
+    compiling: float | None = None
 
 
 @dataclass
@@ -127,13 +148,19 @@ def by_rule(layer: Layer, kernels: bool) -> str:
 
 
 def candidates(layer: Layer, kernels: bool) -> list[str]:
-    """The backends that support a layer, the default first.
+    """The backends that support a layer, the default first, and configurations of triton.
+
+    "eager compiled" is one of them on a GPU alone: on a CPU it takes longer to compile than most runs would gain by it.
 
     Args:
         kernels: whether triton is one of them, if it supports the layer.
     """
-    names = ["triton", "tiled", "eager"] if kernels else ["tiled", "eager"]
-    return [name for name in names if BACKENDS[name].supports(layer.case) is None]
+    device, names = layer.value_BHNd.device, list(FIRST if kernels else FIRST[1:])
+    if device.type == "cuda" and BACKENDS["eager compiled"].runs_on(device) is None:
+        names.append("eager compiled")
+    able = [name for name in names if BACKENDS[name].supports(layer.case) is None]
+    tiles = configurations.configurations_of(layer.kind) if "triton" in able else ()
+    return [*able, *(configurations.joined("triton", name) for name in tiles)]
 
 
 def best_of(measured: Measured) -> str:
@@ -159,24 +186,35 @@ def measure(layer: Layer, free: int, seconds: float, kernels: bool) -> Measured:
 
     Args:
         free: bytes of memory that nobody uses yet, of which candidates other than the default may take a quarter.
-        seconds: about how long it may take, what is compiled on the first call not counted.
+        seconds: about how long the backends may take, and what comes after them again; what is compiled on the first
+            call is not counted, but limited (:data:`COMPILE_SECONDS`).
         kernels: whether triton is a candidate.
     """
     found = [Candidate(name) for name in candidates(layer, kernels)]
-    budget = SHARE * free
+    default, counted = found[0].backend, dict[str, tuple[int, int]]()
     for one in found:
-        default = one is found[0]  # it is taken wherever nothing else fits, so what it works with decides nothing
-        one.saved, one.working = count(layer, one.backend, layer.images, inside=not default)
-        if not default and not fits(layer, one, free):
+        like = counted_as(one.backend)
+        if like not in counted:  # the default is taken wherever nothing else fits: what it works with decides nothing
+            counted[like] = count(layer, like, layer.images, inside=like != default)
+        one.saved, one.working = counted[like]
+        if like != default and not fits(layer, one, free):
             needed = (one.saved * layer.at_once + one.working) / 2**30
             one.reason = f"would take {needed:.1f} GiB, more than a quarter of what is free"
     able = [one for one in found if not one.reason]
     images = layer.images
     if len(able) > 1:
         largest = max((one.saved or 0) + (one.working or 0) for one in able)
-        images = max(1, min(images, int(layer.images * budget / max(largest, 1))))
-        images = _time(layer, able, images, seconds)
+        images = max(1, min(images, int(layer.images * SHARE * free / max(largest, 1))))
+        images = _time(layer, [one for one in able if one.backend in FIRST], images, seconds)
+        _time_others(layer, found, images, seconds)
     return Measured(layer.kind, images, found)
+
+
+def counted_as(name: str) -> str:
+    """The backend whose bytes a candidate's are taken for before it runs: tiles change none, and what is compiled saves
+    what eager does or less, but for copies of statistics."""
+    backend = configurations.parted(name)[0]
+    return "eager" if backend == "eager compiled" else backend
 
 
 def count(layer: Layer, backend: str, images: int, inside: bool = True) -> tuple[int, int]:
@@ -252,22 +290,45 @@ def _call(
     return forward, [x for x in own if x.requires_grad], own
 
 
-def _step(layer: Layer, backend: str, images: int) -> Callable[[], None]:
+def _step(layer: Layer, name: str, images: int) -> Callable[[], None]:
     """Forward and backward on so many images."""
-
-    def repeated(x: Tensor, images: int | None) -> Tensor:
-        needed, x = x.requires_grad, x.detach()
-        copied = x.clone() if images is None else x.expand(images, *x.shape[1:]).contiguous()
-        return copied.requires_grad_(needed)
-
-    # Statistics and buffers are copied too, so that no number of the model changes.
-    forward, leaves, _ = _call(layer, BACKENDS[backend], images, repeated)
+    backend, configuration = configurations.parted(name)
+    forward, leaves, _ = _call(layer, BACKENDS[backend], images, _repeated)
 
     def step() -> None:
-        outputs = forward()
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs], allow_unused=True)
+        with configurations.using(layer.kind, configuration) if configuration else nullcontext():
+            outputs = forward()
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs], allow_unused=True)
 
     return step
+
+
+def _repeated(x: Tensor, images: int | None) -> Tensor:
+    """A leaf like a tensor for :func:`_call`. Statistics and buffers are copied too, so that no number of the model
+    changes."""
+    needed, x = x.requires_grad, x.detach()
+    copied = x.clone() if images is None else x.expand(images, *x.shape[1:]).contiguous()
+    return copied.requires_grad_(needed)
+
+
+def _saved(layer: Layer, backend: str, images: int) -> int:
+    """Bytes that a forward pass really saves for backward."""
+    forward, _, own = _call(layer, BACKENDS[backend], images, _repeated)
+    known, saved = {x.untyped_storage().data_ptr() for x in own}, dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = forward()
+    del outputs  # until here it held all that is saved, so that no two have one address
+    return sum(saved.values())
+
+
+Steps = list[tuple[Candidate, Callable[[], None]]]
 
 
 def _time(layer: Layer, able: Sequence[Candidate], images: int, seconds: float) -> int:
@@ -282,22 +343,67 @@ def _time(layer: Layer, able: Sequence[Candidate], images: int, seconds: float) 
             an_image += seconds_of(step, device, clock)
         except Exception as error:  # compilers, drivers and allocators fail in more ways than can be listed
             one.reason = f"fails ({type(error).__name__})"
-    working = [one for one in able if not one.reason]
     images = max(1, min(images, int(seconds / max(2 * an_image, 1e-9))))
-    steps = {}
-    for one in working:
+    steps: Steps = []
+    for one in able:
+        if one.reason:
+            continue
         try:
-            steps[one.backend] = _step(layer, one.backend, images)
-            steps[one.backend]()
+            step = _step(layer, one.backend, images)
+            step()
+            steps.append((one, step))
         except RuntimeError as error:
-            steps.pop(one.backend, None)
             one.reason = f"fails on {images} images ({type(error).__name__})"
+    _take_turns(steps, device, begin + seconds)
+    return images
+
+
+def _time_others(layer: Layer, found: Sequence[Candidate], images: int, seconds: float) -> None:
+    """Fill in milliseconds of what is compiled for a while or only changes tiles, each beside the fastest backend."""
+    timed = [one for one in found if one.milliseconds is not None]
+    if not timed:
+        return
+    fastest = min(timed, key=lambda one: one.milliseconds or 0.0)
+    steps: Steps = []
+    for one in found:
+        if one.backend in FIRST or one.reason:
+            continue
+        if configurations.parted(one.backend)[1] and fastest.backend != "triton":
+            one.reason = "not timed, since triton is not the fastest"
+            continue
+        begin = time.monotonic()
+        try:
+            with limited(COMPILE_SECONDS), _lowered_at_once():
+                step = _step(layer, one.backend, images)
+                step()
+                if one.backend == "eager compiled" and one.saved is not None and one.working is not None:
+                    saved = _saved(layer, one.backend, images) * layer.images // images
+                    one.saved, one.working = saved, max(0, one.working + one.saved - saved)
+        except OutOfTime:
+            one.reason = f"fails (not compiled within {COMPILE_SECONDS:.0f} s)"
+        except Exception as error:
+            one.reason = f"fails ({type(error).__name__})"
+        else:
+            one.compiling = time.monotonic() - begin
+            steps.append((one, step))
+    if steps:
+        device = layer.value_BHNd.device
+        steps.append((fastest, _step(layer, fastest.backend, images)))
+        _take_turns(steps, device, time.monotonic() + seconds)
+
+
+def _lowered_at_once() -> Any:
+    """Inside, torch.compile makes a backward's code along with the forward's: in the thread that can be stopped."""
+    return torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+
+
+def _take_turns(steps: Steps, device: torch.device, until: float) -> None:
+    """Time each candidate's step, the shortest of several passes; at least two, and no more after ``until``."""
+    clock = clock_of(device)
     # Interleaved, so that a busy moment of the machine falls on all alike.
     for passed in range(1, PASSES):
-        for one in working:
-            if one.backend in steps:
-                taken = 1000 * seconds_of(steps[one.backend], device, clock)
-                one.milliseconds = taken if one.milliseconds is None else min(taken, one.milliseconds)
-        if passed > 1 and time.monotonic() - begin > seconds:
+        for one, step in steps:
+            taken = 1000 * seconds_of(step, device, clock)
+            one.milliseconds = taken if one.milliseconds is None else min(taken, one.milliseconds)
+        if passed > 1 and time.monotonic() > until:
             break
-    return images

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from refiner_ds.attention.backends import Backend
 from refiner_ds.attention.backends.eager import EagerBackend
+from refiner_ds.attention.backends.eager_compiled import EagerCompiledBackend
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.backends.triton import TritonBackend
 from refiner_ds.attention.checks import check_case
+from refiner_ds.attention.kernels import configurations
 from refiner_ds.attention.masking import outside_mask, zero_padding
 from refiner_ds.attention.refiners import load_implementations, refiner_of
 from refiner_ds.attention.saving import check_save_for_backward
@@ -38,6 +40,7 @@ __all__ = [
     "attend",
     "attention_backend",
     "choose_backend",
+    "compiles_eager",
     "describe_backend",
     "is_traced",
     "kernels_verified",
@@ -51,14 +54,15 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-EAGER, TILED, TRITON = EagerBackend(), TiledBackend(), TritonBackend()
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (EAGER, TILED, TRITON)}
+EAGER, TILED, TRITON, EAGER_COMPILED = EagerBackend(), TiledBackend(), TritonBackend(), EagerCompiledBackend()
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (EAGER, TILED, TRITON, EAGER_COMPILED)}
 
 # Requested backend -> whom to ask, in turn; eager supports every case.
 CANDIDATES: dict[str, tuple[Backend, ...]] = {
     "eager": (EAGER,),
     "tiled": (TILED, EAGER),
     "triton": (TRITON, TILED, EAGER),
+    "eager compiled": (EAGER_COMPILED, EAGER),
 }
 
 _save_for_backward = "auto"
@@ -131,10 +135,20 @@ def use_backends(chosen: dict[str, str]) -> None:
     asked for.
 
     Args:
-        chosen: "map" or a refiner's name -> a key of :data:`BACKENDS`; the default computes what is missing.
+        chosen: "map" or a refiner's name -> a key of :data:`BACKENDS`, or a configuration of triton, "triton[small]",
+            which evaluation by the same kernels then uses too; the default computes what is missing.
+    Raises:
+        ValueError: a kind has no such configuration.
     """
+    parts = {kind: configurations.parted(name) for kind, name in chosen.items()}
+    configurations.use({kind: name for kind, (_, name) in parts.items() if name})
     _chosen.clear()
-    _chosen.update(chosen)
+    _chosen.update({kind: backend for kind, (backend, _) in parts.items()})
+
+
+def compiles_eager() -> bool:
+    """Whether some attention is computed by "eager compiled", so that first calls take long."""
+    return EAGER_COMPILED.name in (os.environ.get("REFINER_ATTENTION"), *_chosen.values())
 
 
 def kind_of(case: Case) -> str:
@@ -181,14 +195,17 @@ def _first_able(requested: str, case: Case) -> tuple[Backend, list[str]]:
 
 
 def choose_backend(case: Case, device: torch.device) -> tuple[str, str | None]:
-    """The name of the backend that would compute a case on a device, and the reason where it is not the requested one.
+    """The name of the backend that would compute a case on a device, with its configuration, and the reason where it is
+    not the requested one.
 
     Raises:
         TypeError: the case's weights are of no known kind.
         ValueError: there is no such backend, or the device cannot run it.
     """
-    candidate, reasons = _first_able(resolve_backend(device=device, kind=kind_of(case)), case)
-    return candidate.name, reasons[0] if reasons else None
+    kind = kind_of(case)
+    candidate, reasons = _first_able(resolve_backend(device=device, kind=kind), case)
+    configuration = configurations.in_use(kind) if candidate is TRITON else ""
+    return configurations.joined(candidate.name, configuration), reasons[0] if reasons else None
 
 
 @torch.compiler.assume_constant_result
@@ -196,7 +213,7 @@ def _compiled_backend(backend: str | None, device: str, kind: str) -> str:
     """:func:`resolve_backend` as the compiler calls it, while it traces."""
     name = resolve_backend(backend, torch.device(device), kind)
     for candidate in CANDIDATES[name]:
-        if candidate is not EAGER:
+        if candidate in (TILED, TRITON):
             load_implementations(candidate.name)
     return name
 

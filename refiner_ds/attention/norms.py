@@ -18,6 +18,7 @@ __all__ = [
     "BatchNorm",
     "Norm",
     "batch_norm",
+    "counted",
     "fold_norm",
     "frozen_statistics",
     "masked_batch_norm",
@@ -66,6 +67,17 @@ def frozen_statistics() -> Iterator[None]:
         yield
     finally:
         _frozen_depth -= 1
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Inside, every training pass counts, in a recomputation too: for whoever hands in copies of the statistics."""
+    global _frozen_depth
+    before, _frozen_depth = _frozen_depth, 0
+    try:
+        yield
+    finally:
+        _frozen_depth = before
 
 
 def recompute_aware(function: Callable[..., Any]) -> Callable[..., Any]:

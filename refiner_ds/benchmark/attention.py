@@ -249,7 +249,11 @@ def measure(setting: Setting, tokens: int, rounds: int) -> list[Row]:
 
 
 def _chosen(layer: Layer, case: str, rows: list[Row]) -> Row:
-    """The row that a run would choose for training; evaluation is the default's."""
+    """The row that a run would choose for training; evaluation is the default's.
+
+    A choice that has no row of its own, "triton[tall]" or "eager compiled", is its backend's, with the time at which it
+    was chosen.
+    """
     q_BHNd, k_BHNd, v_BHNd = layer.leaves("linear", 1)
     layer.train()
     device = v_BHNd.device
@@ -262,8 +266,12 @@ def _chosen(layer: Layer, case: str, rows: list[Row]) -> Row:
     with layer.setting.precision():
         measured = choice.measure(asked, free, CHOICE_SECONDS, kernels)
     mine = [row for row in rows if row.case == case]
-    taken = next(row for row in mine if row.backend.startswith(choice.best_of(measured)))
+    best = choice.best_of(measured)
+    taken = next(row for row in mine if row.backend.startswith(choice.counted_as(best)))
     default = next(row for row in mine if row.backend.startswith(measured.candidates[0].backend))
+    if best != choice.counted_as(best):
+        chosen = next(one for one in measured.candidates if one.backend == best)
+        taken = replace(taken, backend=best, training_ms=(chosen.milliseconds or 0.0) / measured.images)
     return replace(taken, backend=f"auto: {taken.backend}", evaluation_ms=default.evaluation_ms)
 
 

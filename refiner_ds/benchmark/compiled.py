@@ -4,6 +4,7 @@
 
 Every kernel is compiled for every card, model and image size, in several processes, and nothing is run. A row is a
 kernel on a card: the most of all models and sizes, and how many of these spill. Triton keeps what it has compiled.
+``--configurations`` adds the kernels that tile configurations change (attention/kernels/configurations.py).
 """
 
 from __future__ import annotations
@@ -45,11 +46,16 @@ class Row:
 Found = list[tuple[str, int, int, int]]
 
 
-def compile_shape(architecture: str, heads: int, width: int, tokens: int) -> Found:
-    """Every kernel of a shape: name, registers, bytes of plane, and of shared memory."""
+def compile_shape(architecture: str, heads: int, width: int, tokens: int, configurations: bool = False) -> Found:
+    """Every kernel of a shape: name, registers, bytes of plane, and of shared memory.
+
+    Args:
+        configurations: those of configurations, "reduce[tall]", too.
+    """
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
+    from refiner_ds.attention.kernels.configurations import CONFIGURATIONS, joined, using
     from refiner_ds.attention.kernels.launch import compile_only
     from refiner_ds.benchmark.attention import Layer, Setting
     from refiner_ds.benchmark.kernels import run_step
@@ -60,15 +66,31 @@ def compile_shape(architecture: str, heads: int, width: int, tokens: int) -> Fou
     with compile_only(target) as compiled:
         for name, training in product(("map", "bottleneck", "linear"), (True, False)):
             run_step(layer, name, torch.bfloat16, training)
-    return [(one.name.split()[0].lstrip("_"), one.registers, one.spilled, one.shared) for one in compiled.values()]
+    found = [(one.name.split()[0].lstrip("_"), one.registers, one.spilled, one.shared) for one in compiled.values()]
+    for kind, names in CONFIGURATIONS.items() if configurations else ():
+        for name, changed in names.items():
+            with compile_only(target) as compiled, using(kind, name):
+                run_step(layer, kind, torch.bfloat16, True)
+            found += [
+                (joined(kernel, name), one.registers, one.spilled, one.shared)
+                for one in compiled.values()
+                if (kernel := one.name.split()[0].lstrip("_")) in changed
+            ]
+    return found
 
 
-def compile_all(architectures: Sequence[str], models: Sequence[str], sizes: Sequence[int], processes: int) -> list[Row]:
+def compile_all(
+    architectures: Sequence[str],
+    models: Sequence[str],
+    sizes: Sequence[int],
+    processes: int,
+    configurations: bool = False,
+) -> list[Row]:
     """A row for each kernel and architecture."""
     shapes = list(product(architectures, models, sizes))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2)
+            pool.submit(compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2, configurations)
             for architecture, model, size in shapes
         ]
         rows: dict[tuple[str, str], Row] = {}
@@ -86,10 +108,10 @@ def compile_all(architectures: Sequence[str], models: Sequence[str], sizes: Sequ
 def table(rows: list[Row]) -> str:
     """A line for each kernel, three figures for each architecture: registers, bytes spilled, KiB of shared memory."""
     architectures = list(dict.fromkeys(row.architecture for row in rows))
-    lines = [f"{'kernel':<20}" + "".join(f"{_named(one):>22}" for one in architectures)]
+    lines = [f"{'kernel':<28}" + "".join(f"{_named(one):>22}" for one in architectures)]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         cells = {row.architecture: row for row in rows if row.kernel == kernel}
-        lines.append(f"{kernel:<20}" + "".join(f"{_cell(cells.get(one)):>22}" for one in architectures))
+        lines.append(f"{kernel:<28}" + "".join(f"{_cell(cells.get(one)):>22}" for one in architectures))
     return "\n".join(lines)
 
 
@@ -115,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="S, M, L; M has heads of 35")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of images, pixels")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
+    parser.add_argument("--configurations", action="store_true", help="of tiles, those that a run may choose, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(argv)
     try:
@@ -123,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("kernels are Triton's, which is not installed; pip install triton") from None
     if given.processes < 1 or min(given.sizes) < 16:
         raise ConfigError("--processes must be 1 or more, --sizes 16")
-    rows = compile_all(given.architectures, given.models, given.sizes, given.processes)
+    rows = compile_all(given.architectures, given.models, given.sizes, given.processes, given.configurations)
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0

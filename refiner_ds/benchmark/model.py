@@ -82,7 +82,8 @@ class Setting:
 
     def contenders(self) -> list[Contender]:
         """Everything that can run on the device."""
-        found = [Contender(backend, self.model, backend) for backend in attention.BACKENDS if self._runs(backend)]
+        backends = [backend for backend in ("eager", "tiled", "triton") if self._runs(backend)]
+        found = [Contender(backend, self.model, backend) for backend in backends]
         found.append(Contender(BASELINE, self.model, refiner="none"))
         if self.compile:
             found += [replace(one, label=f"{one.label}, compiled", compiled=True) for one in found]

@@ -113,10 +113,11 @@ class ModelKeys(Section):
     cos_reg_pairs: int | None = Field(
         None, gt=0, description="neighbouring pairs of blocks that cos_reg compares, from the first on; null: all"
     )
-    attention: Literal["auto", "eager", "tiled", "triton"] | None = Field(
+    attention: Literal["auto", "eager", "eager compiled", "tiled", "triton"] | None = Field(
         "auto",
         description="backend of refined attention; $REFINER_ATTENTION overrides it; auto: the fastest on the run's"
-        " shapes, timed when the run begins; null: triton on a GPU, else tiled, and nothing is timed",
+        " shapes, timed when the run begins; eager compiled: eager through torch.compile; null: triton on a GPU, else"
+        " tiled, and nothing is timed",
     )
     save_for_backward: Literal["auto", "map", "activations"] = Field(
         "auto",

@@ -117,6 +117,8 @@ class _Sized:
         given = os.environ.get("REFINER_ATTENTION") or (None if asked_backend == "auto" else asked_backend)
         try:
             self.backend = given or ("triton" if on_gpu else resolve_backend())
+            if self.backend == "eager compiled":  # which saves and takes no more
+                self.backend = "eager"
         except ValueError as refusal:
             raise ConfigError(str(refusal)) from None
         with torch.device("meta"):

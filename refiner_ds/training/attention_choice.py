@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from refiner_ds.attention import BACKENDS, kernels_verified, use_backends
+from refiner_ds.attention import kernels_verified, use_backends
 from refiner_ds.attention.choice import Layer, Measured, best_of, by_rule, candidates, entries, measure
 from refiner_ds.config import RunFile
 from refiner_ds.data.locate import default_cache
@@ -85,7 +85,8 @@ def _choose(ready: Preparation, world: World, bf16: bool, before: dict[str, Any]
     records = _read_records(file)
     kept = next((one for one in reversed(records) if one["where"] == here), None)
     if kept is not None and _holds(kept["backends"], layers, kernels):
-        return Choice(kept["backends"], "as chosen when the run first trained here")
+        backends = {layer.kind: kept["backends"][layer.kind] for layer in layers}
+        return Choice(backends, "as chosen when the run first trained here")
     if not records and before is not None and _began_without_choice(before):
         choice = Choice({layer.kind: candidates(layer, kernels)[0] for layer in layers}, "the default, as it began")
     else:
@@ -118,7 +119,7 @@ def _read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def _are_backends(chosen: Any) -> bool:
-    return isinstance(chosen, dict) and all(name in BACKENDS for name in chosen.values())
+    return isinstance(chosen, dict) and all(isinstance(name, str) for name in chosen.values())
 
 
 def _holds(chosen: dict[str, str], layers: list[Layer], kernels: bool) -> bool:
@@ -148,7 +149,7 @@ def _decide(run: RunFile, layers: list[Layer], world: World, kernels: bool) -> C
     return Choice(chosen, f"{why} in logs/rank_0.log")
 
 
-HEADING = f"  {'kind':<12}{'candidate':<11}{'images':>8}{'ms':>10}{'MiB saved':>11}"
+HEADING = f"  {'kind':<12}{'candidate':<16}{'images':>8}{'ms':>10}{'MiB saved':>11}"
 
 
 def table(measured: Measured, chosen: str, images: int) -> list[str]:
@@ -157,9 +158,10 @@ def table(measured: Measured, chosen: str, images: int) -> list[str]:
     for one in measured.candidates:
         time = "" if one.milliseconds is None else f"{one.milliseconds:.2f}"
         saved = "" if one.saved is None else f"{one.saved / 2**20:.1f}"
-        note = one.reason or ("chosen" if one.backend == chosen else "")
+        compiled = "" if one.compiling is None else f"compiled and ran first in {one.compiling:.1f} s"
+        note = one.reason or ", ".join(x for x in ("chosen" if one.backend == chosen else "", compiled) if x)
         shown = str(measured.images) if measured.images == images else f"{measured.images}/{images}"
-        lines.append(f"  {measured.kind:<12}{one.backend:<11}{shown:>8}{time:>10}{saved:>11}  {note}".rstrip())
+        lines.append(f"  {measured.kind:<12}{one.backend:<16}{shown:>8}{time:>10}{saved:>11}  {note}".rstrip())
     return lines
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import refiner_ds.attention
-from refiner_ds.attention.choice import Candidate, Layer, Measured, fits
+from refiner_ds.attention.choice import Candidate, Layer, Measured, counted_as, fits
 from refiner_ds.files import write_atomically
 from refiner_ds.training.console import log
 from refiner_ds.training.machine import device_name, driver_version
@@ -55,7 +55,9 @@ def read_times(file: Path, layer: Layer, free: int) -> Measured | None:
         read = json.loads(file.read_text())
         measured = Measured(read["kind"], read["images"], [Candidate(**one) for one in read["candidates"]])
         assert measured.kind == layer.kind and measured.candidates
-        for one in measured.candidates[1:]:
+        for one in measured.candidates:
+            if counted_as(one.backend) == measured.candidates[0].backend:
+                continue  # the default and its configurations, which may take what they need
             possible = fits(layer, one, free)
             if possible and one.milliseconds is None and not one.reason.startswith("fails"):
                 return None

@@ -13,6 +13,7 @@ from typing import Any
 
 import refiner_ds
 from refiner_ds import garbage
+from refiner_ds.attention import compiles_eager
 from refiner_ds.data.workers import explain_worker_death
 from refiner_ds.errors import LaunchError, print_error, report_rank_errors
 from refiner_ds.exit_codes import FINISHED, REFUSED
@@ -107,7 +108,7 @@ def _leave_to_another(sentence: str) -> None:
 def _watched(ready: Preparation, world: World) -> Iterator[Heartbeat]:
     """Have a watchdog look after this process, and all of them after each other."""
     keys, folder = ready.run.refiner.run, RunFolder(ready.run.folder)
-    compiled = ready.run.refiner.model.compile != "none"
+    compiled = ready.run.refiner.model.compile != "none" or compiles_eager()
     heartbeat = Heartbeat(FIRST_COMPILED_STEPS if compiled else FIRST_STEPS)
     if not keys.hang_seconds:
         yield heartbeat

@@ -3,12 +3,18 @@ what fits."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap, choice, dispatch
+from refiner_ds.attention.backends import eager_compiled
 from refiner_ds.attention.choice import Candidate, Layer, Measured
+from refiner_ds.attention.kernels import configurations
+from refiner_ds.attention.timing import OutOfTime, limited
 from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import bottleneck, leaf, linear
 
@@ -111,3 +117,138 @@ def test_a_layer_too_small_to_time_is_eager_on_a_cpu_and_the_default_elsewhere(m
     there = one._replace(value_BHNd=one.value_BHNd.detach().to("meta"))
     monkeypatch.setattr(choice, "candidates", lambda layer, kernels: ["triton", "tiled"])
     assert choice.by_rule(there, kernels=True) == "triton"
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """Have "eager compiled" offered, as on a GPU, and compiled by somebody else than inductor."""
+
+    def offer(compiler: str | Callable) -> None:
+        monkeypatch.setattr(eager_compiled, "COMPILER", compiler)
+        monkeypatch.setattr(choice, "candidates", lambda layer, kernels: ["tiled", "eager", "eager compiled"])
+
+    yield offer
+    eager_compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["linear", "bottleneck"])
+def test_what_is_compiled_is_timed_with_the_bytes_it_really_saves_and_how_long_compiling_took(kind, compiled_by):
+    compiled_by("aot_eager")
+    _, eager, compiled = choice.measure(layer(kind), 8 * GIB, seconds=0.0, kernels=False).candidates
+    assert compiled.milliseconds and compiled.compiling and not compiled.reason
+    assert eager.compiling is None and 0 < compiled.saved < 1.1 * eager.saved  # and copies of statistics
+    assert compiled.saved + compiled.working >= eager.saved + eager.working
+
+
+def test_on_a_cpu_nothing_is_compiled_when_a_run_begins():
+    assert "eager compiled" not in choice.candidates(layer("map"), kernels=False)
+    there = layer("map")
+    there = there._replace(value_BHNd=Elsewhere(there.value_BHNd))
+    assert choice.candidates(there, kernels=False)[-1] == "eager compiled"
+
+
+class Elsewhere:
+    """A tensor that says it lies on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __getattr__(self, name: str):
+        return getattr(self.x, name)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def test_a_compiler_that_fails_is_a_reason_and_no_error(compiled_by):
+    def fails(*_):
+        raise RuntimeError("no C++ compiler")
+
+    compiled_by(fails)
+    measured = choice.measure(layer("linear"), 8 * GIB, seconds=0.0, kernels=False)
+    assert measured.candidates[2].reason.startswith("fails (") and measured.candidates[2].milliseconds is None
+    assert choice.best_of(measured) in ("tiled", "eager")
+
+
+def test_compiling_ends_when_its_time_is_over(compiled_by, monkeypatch):
+    def dawdles(*given):
+        for _step in range(1000):
+            time.sleep(0.02)
+
+    compiled_by(dawdles)
+    monkeypatch.setattr(choice, "COMPILE_SECONDS", 1.0)
+    measured = choice.measure(layer("linear"), 8 * GIB, seconds=0.0, kernels=False)
+    assert measured.candidates[2].reason == "fails (not compiled within 1 s)"
+
+
+def test_a_limit_within_another_leaves_the_outer_one_in_place():
+    with pytest.raises(OutOfTime), limited(0.2):
+        with limited(60.0):
+            pass
+        for _ in range(100):
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "reason"), [("triton", ""), ("eager", "not timed, since triton is not the fastest")]
+)
+def test_configurations_are_timed_only_where_triton_is_the_fastest_backend(fastest, reason, monkeypatch):
+    monkeypatch.setitem(configurations.CONFIGURATIONS, "map", {"small": {}})
+    names, asked = ["triton", "eager", "triton[small]"], []
+    monkeypatch.setattr(choice, "candidates", lambda layer, kernels: names)
+    monkeypatch.setattr(choice, "count", lambda *_, **__: (1, 1))
+    seconds = dict.fromkeys(names, 0.02) | {fastest: 0.0}
+
+    def step(layer, name, images):
+        return lambda: (asked.append(name), time.sleep(seconds[name]))
+
+    monkeypatch.setattr(choice, "_step", step)
+    monkeypatch.setattr(choice, "clock_of", lambda device: time.perf_counter)
+    measured = choice.measure(layer("map"), GIB, seconds=10.0, kernels=True)
+    assert measured.candidates[2].reason == reason and ("triton[small]" in asked) == (not reason)
+    assert choice.best_of(measured) == fastest
+
+
+def test_a_configuration_is_in_use_forward_and_backward_of_its_own_timing_alone(monkeypatch):
+    monkeypatch.setitem(configurations.CONFIGURATIONS, "map", {"small": {}})
+    used = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            used.append(configurations.in_use("map"))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            used.append(configurations.in_use("map"))
+            return grad
+
+    monkeypatch.setattr(
+        attention.BACKENDS["triton"], "attend", lambda deferred, v, residual: (Noting.apply(v),), raising=False
+    )
+    monkeypatch.setattr(
+        attention.BACKENDS["triton"], "make_map", lambda deferred: torch.zeros(1, 4, 9, 9), raising=False
+    )
+    choice._step(layer("map"), "triton[small]", 1)()
+    assert used == ["small", "small"] and configurations.in_use("map") == ""
+    choice._step(layer("map"), "triton", 1)()
+    assert used[2:] == ["", ""]
+
+
+def test_a_choice_of_a_configuration_sets_it_and_another_choice_takes_it_back(monkeypatch):
+    monkeypatch.delenv("REFINER_ATTENTION", raising=False)
+    monkeypatch.setitem(configurations.CONFIGURATIONS, "map", {"small": {"kernel": {"ROWS": 2}}})
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch.TRITON, "runs_on", lambda device: None, raising=False)
+    attention.use_backends({"map": "triton[small]", "linear": "tiled"})
+    assert attention.resolve_backend(kind="map") == "triton"
+    assert configurations.sizes_of("kernel", None, ROWS=4, KEYS=8) == {"ROWS": 2, "KEYS": 8}
+    assert attention.choose_backend(layer("map").case, torch.device("cpu"))[0] == "triton[small]"
+    with pytest.raises(ValueError, match="map has no configuration 'large'; it has small"):
+        attention.use_backends({"map": "triton[large]"})
+    attention.use_backends({})
+    assert configurations.sizes_of("kernel", None, ROWS=4, KEYS=8) == {"ROWS": 4, "KEYS": 8}

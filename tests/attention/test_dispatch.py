@@ -114,7 +114,8 @@ def test_tiled_is_the_default_on_cpu_and_the_environment_overrides_it(monkeypatc
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("REFINER_ATTENTION", "quick")
-    with pytest.raises(ValueError, match="^REFINER_ATTENTION is 'quick'; it must be one of eager, tiled, triton$"):
+    known = "eager, tiled, triton, eager compiled"
+    with pytest.raises(ValueError, match=f"^REFINER_ATTENTION is 'quick'; it must be one of {known}$"):
         attention.refine(maps(1, 2, 5), leaf(1, 2, 5, 5), linear(2, 2))
 
 

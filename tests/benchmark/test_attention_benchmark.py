@@ -7,6 +7,7 @@ import json
 import pytest
 from PIL import Image
 
+from refiner_ds.attention import choice
 from refiner_ds.benchmark import attention as attention_benchmark
 from refiner_ds.benchmark.__main__ import main
 from refiner_ds.benchmark.attention import CASES, Layer, Row, Setting, table
@@ -85,3 +86,18 @@ def test_kernels_are_measured_where_they_support_the_case_and_nowhere_else(suppo
 def test_refusals_are_one_sentence(options, sentence, capsys):
     assert main(["attention", *options]) == 2
     assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize(("best", "like"), [("triton[tall]", "triton, activations"), ("eager compiled", "eager")])
+def test_a_choice_without_a_row_of_its_own_has_its_backends_bytes_and_its_own_time(best, like, monkeypatch):
+    found = [choice.Candidate("tiled", milliseconds=8.0), choice.Candidate(best, milliseconds=6.0)]
+    monkeypatch.setattr(choice, "measure", lambda *_: choice.Measured("bottleneck", 3, found))
+    names = ["eager", "tiled, activations", "triton, activations"]
+    rows = [
+        Row(9, "bottleneck", name, 5.0, evaluation, saved, 1.0, 1.0, 0.0, 0.0)
+        for name, evaluation, saved in zip(names, (1.0, 2.0, 3.0), (10.0, 20.0, 30.0), strict=True)
+    ]
+    row = attention_benchmark._chosen(Layer(Setting(1, 2, 4), 9), "bottleneck", rows)
+    same = next(one for one in rows if one.backend == like)
+    assert row.backend == f"auto: {best}" and row.training_ms == 2.0
+    assert (row.saved_mib_image, row.evaluation_ms) == (same.saved_mib_image, 2.0)

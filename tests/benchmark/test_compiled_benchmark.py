@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from refiner_ds.attention.kernels.configurations import CONFIGURATIONS
 from refiner_ds.benchmark import compiled
 from refiner_ds.benchmark.compiled import SHARED, compile_all, table
 
@@ -17,6 +18,21 @@ def test_the_linear_kernels_fit_into_the_shared_memory_of_a_card_with_little(mon
     assert {"softmax_map", "expand_local", "bwd_expand_local", "mix_and_shift"} <= rows.keys()
     for row in rows.values():
         assert 0 < row.registers <= 255 and row.shared <= SHARED["89"] and row.too_large == 0, row
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "card_sizes"), [("90", False), ("gfx942", True)])
+def test_no_configuration_of_tiles_spills_on_hopper_and_no_kernel_on_an_mi300(
+    architecture: str, card_sizes: bool
+) -> None:
+    """S at 224, in a process that compiles: on an MI300 with the sizes of that card."""
+    rows = compile_all([architecture], ["S"], [224], 1, configurations=not card_sizes)
+    names = {f"{kernel}[{name}]" for kinds in CONFIGURATIONS.values() for name, ks in kinds.items() for kernel in ks}
+    found = {row.kernel for row in rows if "[" in row.kernel}
+    assert found == (set() if card_sizes else names)
+    for row in rows:
+        assert row.spilled == 0 and row.too_large == 0, row
 
 
 def test_the_table_names_what_spills_and_what_is_too_large() -> None:

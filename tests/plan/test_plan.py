@@ -45,6 +45,15 @@ def test_a_run_with_dropout_of_its_maps_is_planned_too(gpu: str, capsys: pytest.
     assert with_dropout["memory"]["activations"]["heads, loss and checkpoints"] > 0
 
 
+def test_eager_compiled_is_planned_as_eager(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [word for key in ("depth=2", "num_heads=2", "embed_dim=16") for word in ("--set", f"refiner.model.{key}")]
+    one, other = (
+        plan(capsys, "--gpu", "h100", *small, "--set", f"refiner.model.attention={name}")
+        for name in ("eager compiled", "eager")
+    )
+    assert one["memory"] == other["memory"] and one["attention"] == "eager"
+
+
 def test_what_does_not_fit_comes_with_what_would_help_and_by_how_much(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

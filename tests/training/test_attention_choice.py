@@ -168,3 +168,33 @@ def test_a_choice_that_fails_leaves_the_default(
     monkeypatch.setattr(attention_choice, "measure", lambda *_: 1 / 0)
     assert choose_backends(ready, WORLD, False, None) == ""
     assert chosen() == {"map": "tiled", "bottleneck": "tiled"} and "choosing failed" in caplog.text
+
+
+def test_what_was_not_timed_for_a_reason_that_lasts_is_not_measured_anew(
+    ready: Preparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = []
+
+    def measure(layer: Layer, free: int, seconds: float, kernels: bool) -> Measured:
+        noted.append(layer.kind)
+        reasons = {
+            "tiled[tall]": "not timed, since triton is not the fastest",
+            "eager": "fails (not compiled within 60 s)",
+        }
+        left_out = [Candidate(name, 100, 100, reason=reason) for name, reason in reasons.items()]
+        return Measured(layer.kind, layer.images, [Candidate("tiled", 100, 100, 1.0), *left_out])
+
+    monkeypatch.setattr(attention_choice, "measure", measure)
+    for _ in range(2):
+        choose_backends(ready, WORLD, False, None)
+        RunFolder(ready.run.folder).attention.unlink()
+    assert noted == ["map", "bottleneck"]
+
+
+def test_a_configuration_that_is_no_more_is_chosen_anew(ready: Preparation, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest(monkeypatch, "eager")
+    choose_backends(ready, WORLD, False, None)
+    record = RunFolder(ready.run.folder).attention
+    record.write_text(record.read_text().replace('"bottleneck": "eager"', '"bottleneck": "triton[gone]"'))
+    said = choose_backends(ready, WORLD, False, ready.run.resolved())
+    assert said == "chosen anew, since what was chosen is not possible any more" and chosen()["bottleneck"] == "eager"

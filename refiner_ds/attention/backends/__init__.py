@@ -1,8 +1,9 @@
 """The backends of refined attention; they agree to rounding.
 
-    eager    every map materialised, under autograd: any case
-    tiled    tiles of query rows, no expanded map saved; on any device
-    triton   kernels on a GPU, saving what tiled saves
+    eager            every map materialised, under autograd: any case
+    eager compiled   the same through torch.compile
+    tiled            tiles of query rows, no expanded map saved; on any device
+    triton           kernels on a GPU, saving what tiled saves
 
 dispatch.py asks them in turn, the requested one first.
 """

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from refiner_ds.attention.bottleneck.triton_backward import precision, to_columns
 from refiner_ds.attention.bottleneck.triton_forward import GROUP, pad_to_nine_taps
+from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import dot_split_weight, load_taps, padded_size, relu6
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
-from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 
 __all__ = ["bwd_expand_local"]
@@ -264,13 +265,14 @@ def bwd_expand_local(
     batch, heads, tokens, _ = map_BHNN.shape
     stride = row_stride(tokens)
     expanded, side, padded = local_BENN.shape[1], kernel_E1kk.shape[-1], padded_size(heads)
-    fragments, groups = batch * stride // KEYS, triton.cdiv(expanded, GROUP)
-    tiles, blocks = triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, ROWS)
+    keys, rows = sizes_of("bwd_expand_local", architecture(map_BHNN.device), KEYS=KEYS, ROWS=ROWS).values()
+    fragments, groups = batch * stride // keys, triton.cdiv(expanded, GROUP)
+    tiles, blocks = triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, rows)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // tiles))
     segments = triton.cdiv(blocks, steps)
     share_BHNN = empty_padded(map_BHNN)
     programs, wide = tiles * segments, groups * GROUP
-    scratch_PRHL = map_BHNN.new_empty(programs, ROWS, padded, FRAGMENTS * KEYS, dtype=torch.float32)
+    scratch_PRHL = map_BHNN.new_empty(programs, rows, padded, FRAGMENTS * keys, dtype=torch.float32)
     sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=torch.float32)
     cross_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=torch.float32)
     launch(
@@ -278,7 +280,7 @@ def bwd_expand_local(
         to_columns((shift1_E, gain2_E, slope_E, level_E)), pad_to_nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
         scratch_PRHL, sums_P10E, cross_PEH, fragments, steps,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP,
-        KEYS=KEYS, ROWS=ROWS, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
+        KEYS=keys, ROWS=rows, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
     )  # fmt: skip
     sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
     cross_EH = cross_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]

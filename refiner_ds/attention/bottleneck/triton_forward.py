@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import (
     dense_rows,
     dot,
@@ -28,7 +29,7 @@ from refiner_ds.attention.kernels.dot import (
     split_hi_lo,
 )
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
-from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded, valid_counts
 from refiner_ds.attention.moments import combine_each
 
@@ -46,7 +47,7 @@ __all__ = [
 GROUP = 16  # expanded maps at a time: the rows of one product on tensor cores
 KEYS = 8  # of a fragment of expand_local: 20 products for 16 columns of output, in 168 registers
 SEGMENT = 48  # rows of a program of expand_local, approximately; it computes two more
-POSITIONS, STEPS = 32, 32  # of a step of reduce, and steps of a program
+POSITIONS, STEPS, WARPS = 32, 32, 2  # of a step of reduce, steps of a program, and its warps
 ROWS, COLUMNS = 64, 32  # of a tile of output: the fewest rows that warp-group products take, in 106 registers
 
 
@@ -156,8 +157,9 @@ def expand_local(
     batch, heads, tokens, _ = map_BHNN.shape
     expanded, stride = folded_EH.shape[0], row_stride(tokens)
     groups, size = groups_of(expanded)
-    fragments = batch * stride // KEYS
-    rows = triton.cdiv(tokens, max(1, round(tokens / SEGMENT)))
+    sizes = sizes_of("expand_local", architecture(map_BHNN.device), KEYS=KEYS, SEGMENT=SEGMENT)
+    fragments = batch * stride // sizes["KEYS"]
+    rows = triton.cdiv(tokens, max(1, round(tokens / sizes["SEGMENT"])))
     tiles, segments = triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, rows)
     local_BENN = empty_padded(map_BHNN, expanded)
     parts_P3E = map_BHNN.new_empty(tiles * segments, 3, expanded, dtype=torch.float32)
@@ -166,7 +168,7 @@ def expand_local(
         _expand_local, (groups, tiles, segments), map_BHNN, _sixth(folded_EH), _sixth(shift1_E),
         taps_E9, local_BENN, parts_P3E, fragments,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, SIZE=size, PADDED=padded_size(heads), GROUP=GROUP,
-        KEYS=KEYS, ROWS=rows, num_warps=1,
+        KEYS=sizes["KEYS"], ROWS=rows, num_warps=1,
     )  # fmt: skip
     mean_1E, variance_11E = combine_each(parts_P3E[:, 0], parts_P3E[:, 1:2], parts_P3E[:, 2:, None])
     return local_BENN, mean_1E[0], variance_11E[0, 0]
@@ -331,14 +333,17 @@ def reduce(
     batch, heads, tokens, _ = map_BHNN.shape
     expanded, stride = local_BENN.shape[1], row_stride(tokens)
     groups, size = groups_of(expanded)
-    reduced_BHNN, counts_P = empty_padded(map_BHNN), valid_counts(tokens, STEPS * POSITIONS, map_BHNN.device)
+    usual = {"POSITIONS": POSITIONS, "STEPS": STEPS, "num_warps": WARPS}
+    sizes = sizes_of("reduce", architecture(map_BHNN.device), **usual)
+    length = sizes["STEPS"] * sizes["POSITIONS"]
+    reduced_BHNN, counts_P = empty_padded(map_BHNN), valid_counts(tokens, length, map_BHNN.device)
     parts = len(counts_P)
     parts_P6H = map_BHNN.new_empty(batch * parts, 6, heads, dtype=torch.float32)
     launch(
         _reduce, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E))),
         6 * reduce_HE.float().contiguous() + nan_unless_finite(gain2_E, shift2_E), reduced_BHNN, parts_P6H,
         counts_P, TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, SIZE=size,
-        PADDED=padded_size(heads), GROUP=GROUP, POSITIONS=POSITIONS, STEPS=STEPS, num_warps=2,
+        PADDED=padded_size(heads), GROUP=GROUP, **sizes,
     )  # fmt: skip
     return reduced_BHNN, *_joint_moments(parts_P6H)
 

@@ -24,9 +24,10 @@ from refiner_ds.attention.bottleneck.triton_forward import (
     pad_to_nine_taps,
     relu6_unit,
 )
+from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import dot_split_weight, load_taps, padded_size
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
-from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 from refiner_ds.attention.weights import FoldedWeights
 
@@ -137,8 +138,9 @@ def _refined_map(map_BHNN: Tensor, weights: FoldedWeights) -> Tensor:
     batch, heads, tokens, _ = map_BHNN.shape
     expanded, stride = weights.expand_EH.shape[0], row_stride(tokens)
     groups, size = groups_of(expanded)
-    fragments = batch * stride // KEYS
-    rows = SINGLE_ROWS if map_BHNN.dtype == torch.float32 or heads > GROUP else HALF_ROWS
+    keys, rows = sizes_of("refine_folded", architecture(map_BHNN.device), KEYS=KEYS, ROWS=HALF_ROWS).values()
+    rows = min(rows, SINGLE_ROWS) if map_BHNN.dtype == torch.float32 or heads > GROUP else rows
+    fragments = batch * stride // keys
     refined_BHNN = empty_padded(map_BHNN)
     finite_E = nan_unless_finite(weights.expand_EH.sum(1), weights.bias1_E, taps_E9.sum(1), weights.bias2_E)
     launch(
@@ -147,6 +149,6 @@ def _refined_map(map_BHNN: Tensor, weights: FoldedWeights) -> Tensor:
         weights.bias2_E.float() / 6, 6 * weights.reduce_HE.float().contiguous() + finite_E,
         torch.stack((weights.gain_H, weights.shift_H)).float(), refined_BHNN, fragments,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, SIZE=size,
-        PADDED=padded_size(heads), GROUP=GROUP, KEYS=KEYS, ROWS=rows, num_warps=1, num_stages=1,
+        PADDED=padded_size(heads), GROUP=GROUP, KEYS=keys, ROWS=rows, num_warps=1, num_stages=1,
     )  # fmt: skip
     return refined_BHNN

@@ -26,6 +26,7 @@ __all__ = [
     "INTERPRETED",
     "Compiled",
     "Launch",
+    "architecture",
     "compile_only",
     "launch",
     "recording",
@@ -84,6 +85,22 @@ class Launch(NamedTuple):
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of this device."""
     return device.type == "cuda" or INTERPRETED or _compiled is not None or _shapes_only
+
+
+def architecture(device: torch.device) -> int | str | None:
+    """What kernels for a device are compiled for, or are compiled for here: 90 for Hopper, "gfx942" for an MI300.
+
+    ``None`` where nothing is compiled.
+    """
+    if _compiled is not None:
+        found: int | str = driver._active.get_current_target().arch
+        return found
+    if device.type != "cuda" or INTERPRETED or _shapes_only:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return int(10 * properties.major + properties.minor)
 
 
 def shared_memory(device: torch.device) -> int:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import dot, dot_split_weight, padded_size
-from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 from refiner_ds.attention.linear.triton_loads import WARPS, map_tiles, slices, stages, tap, vectors
 
@@ -94,12 +95,14 @@ def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> 
     add = False
     for first in range(0, maps, 16):
         for grad, value in slices(wide, grad_BMNd, value_BHNd):
+            usual = {"ROWS": ROWS, "KEYS": KEYS, "num_warps": WARPS, "num_stages": stages(value)}
+            sizes = sizes_of("map_gradient", architecture(value.device), **usual)
             launch(
-                _map_gradient, (triton.cdiv(tokens, ROWS), triton.cdiv(heads, 16), batch),
+                _map_gradient, (triton.cdiv(tokens, sizes["ROWS"]), triton.cdiv(heads, 16), batch),
                 grad, value, kernel_MHkk, d_map_BHNN, grad.stride()[:3], value.stride()[:3],
                 first, heads, maps, maps // shared, value.shape[-1],
                 TOKENS=tokens, STRIDE=row_stride(tokens), TAPS=taps, WIDTH=padded_size(value.shape[-1]), ADD=add,
-                ROWS=ROWS, KEYS=KEYS, num_warps=WARPS, num_stages=stages(value),
+                **sizes,
             )  # fmt: skip
             add = True
     return d_map_BHNN
@@ -188,7 +191,11 @@ def kernel_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, value_BHNd: Tensor, tap
     map_BHNN = to_padded(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
     maps, shared_by = grad_BMNd.shape[1], grad_BMNd.shape[1] // value_BHNd.shape[1]
-    groups, parts, columns = triton.cdiv(heads, 16), triton.cdiv(tokens, ROWS * STEPS), 1 if taps == 1 else 4
+    # In more stages pipelined loads spill.
+    usual = {"ROWS": ROWS, "KEYS": KEYS, "STEPS": STEPS, "num_warps": WARPS, "num_stages": 1}
+    sizes = sizes_of("kernel_gradient", architecture(map_BHNN.device), **usual)
+    parts = triton.cdiv(tokens, sizes["ROWS"] * sizes["STEPS"])
+    groups, columns = triton.cdiv(heads, 16), 1 if taps == 1 else 4
     d_kernel_MHkk = map_BHNN.new_zeros(maps, groups * 16, taps, taps, dtype=torch.float64)
     sums_PGkkMH = map_BHNN.new_empty(batch * parts, groups, taps, columns, 16, 16, dtype=torch.float32)
     for first in range(0, maps, 16):
@@ -197,8 +204,7 @@ def kernel_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, value_BHNd: Tensor, tap
                 _kernel_gradient, (parts, groups, batch), map_BHNN, grad, value, sums_PGkkMH,
                 grad.stride()[:3], value.stride()[:3], first, heads, maps, shared_by, value.shape[-1],
                 TOKENS=tokens, STRIDE=row_stride(tokens), TAPS=taps, COLUMNS=columns,
-                WIDTH=padded_size(value.shape[-1]), STEPS=STEPS, ROWS=ROWS, KEYS=KEYS,
-                num_warps=WARPS, num_stages=1,  # with more, pipelined loads spill
+                WIDTH=padded_size(value.shape[-1]), **sizes,
             )  # fmt: skip
             sum_MGHkk = sums_PGkkMH.sum(0, dtype=torch.float64).permute(3, 0, 4, 1, 2)[..., :taps]
             d_kernel_MHkk[first : first + 16] += sum_MGHkk.flatten(1, 2)[: maps - first]

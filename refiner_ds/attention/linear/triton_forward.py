@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import dot, dot_split_weight, padded_size
-from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import is_padded, row_stride, to_padded
 from refiner_ds.attention.linear.triton_loads import KEYS, WARPS, map_tiles, slices, stages, tap, vectors
 
@@ -94,13 +95,13 @@ def refined_attend(
     out_BMNd = value_BHNd.new_empty(batch, tokens, maps, width, dtype=dtype).transpose(1, 2)
     kernel_MHkk = kernel_MHkk.contiguous()
     for value, out in slices(WIDEST[value_BHNd.element_size()], value_BHNd, out_BMNd):
-        rows = _rows(value, heads)
+        usual = {"ROWS": _rows(value, heads), "KEYS": KEYS, "num_warps": WARPS, "num_stages": stages(value)}
+        sizes = sizes_of("mix_and_shift", architecture(value.device), **usual)
         launch(
-            _mix_and_shift, (triton.cdiv(tokens, rows), triton.cdiv(maps, 16), batch),
+            _mix_and_shift, (triton.cdiv(tokens, sizes["ROWS"]), triton.cdiv(maps, 16), batch),
             map_BHNN, value, kernel_MHkk, out, value.stride()[:3], out.stride()[:3],
             heads, maps, maps // value.shape[1], value.shape[-1],
             TOKENS=tokens, STRIDE=row_stride(tokens), TRANSPOSED=transposed, TAPS=taps,
-            GROUPS=triton.cdiv(heads, 16), WIDTH=padded_size(value.shape[-1]), ROWS=rows, KEYS=KEYS,
-            num_warps=WARPS, num_stages=stages(value),
+            GROUPS=triton.cdiv(heads, 16), WIDTH=padded_size(value.shape[-1]), **sizes,
         )  # fmt: skip
     return out_BMNd
