@@ -98,7 +98,7 @@ class Setting:
 
     def save(self) -> None:
         state = State(self.step, self.step, 0.0, self.world.size, self.engine.optimizer_steps)
-        self.checkpoints.begin(Contents(state, {"refiner": {}}, [], {}))
+        self.checkpoints.begin(Contents(state, {"refiner": {}}, [], {}, {}))
 
     def wait(self) -> None:
         outcome = self.checkpoints.outcome(wait=True)
