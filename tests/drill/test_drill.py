@@ -13,6 +13,7 @@ from tests.drill.course import Course, Recovery
 from tests.drill.drill import Drill, Plan
 from tests.drill.events import CHANGE, EVENTS, FULL, NAN
 from tests.drill.report import table, write
+from tests.drill.stopped import seconds_until_named
 from tests.training.launched import run  # noqa: F401  (this file starts processes)
 
 KINDS = (
@@ -32,6 +33,12 @@ def test_runs_that_much_happens_to_end_as_the_undisturbed_one(tmp_path: Path) ->
         return 0
 
     assert run_on_small_disk(tmp_path, drill) == 0, "the drill failed; what it said is on stderr"
+
+
+@pytest.mark.long
+def test_a_stopped_rank_is_named_with_the_limits_that_a_run_has_by_default(tmp_path: Path) -> None:
+    named, left = seconds_until_named(tmp_path, stopped=1)
+    assert 0 < named <= left
 
 
 def test_a_step_that_goes_wrong_again_after_others_is_the_newest(tmp_path: Path) -> None:
