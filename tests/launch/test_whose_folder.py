@@ -133,7 +133,7 @@ def test_training_takes_the_run_folder_and_what_follows_it_leaves_it_and_its_sna
     named: list[str] = []
     pruned: list[RunFolder] = []
 
-    def executor(allocation: object, **_: object) -> SimpleNamespace:
+    def executor(allocation: Allocation, **_: object) -> SimpleNamespace:
         named.append(allocation.name)
         return SimpleNamespace(send=lambda task: SimpleNamespace(job_id="9"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,7 +83,8 @@ def test_parameters_are_counted_whole_where_stage_3_has_spread_them() -> None:
     run = load(None, ["zero_optimization.stage=3"])
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 5))
     model[1].requires_grad_(False)
-    for parameter in model.parameters():
+    spread: list[Any] = list(model.parameters())
+    for parameter in spread:
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)  # as DeepSpeed leaves them
     found = memory_use(run, model, run.batch(2), World(0, 2, 0, torch.device("cpu")))
     assert (found.trained, found.frozen) == (2 * 3 + 3, 3 * 5 + 5)
