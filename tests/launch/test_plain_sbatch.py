@@ -35,14 +35,19 @@ SMALL = {
 }
 
 
-def submit(slurm: SlurmCluster, launcher: str, folder: Path, code: Path, *flags: str, **variables: object) -> str:
-    """A script on two nodes, a process each, in a folder and with its log there. Returns the job's number."""
+def submit(slurm: SlurmCluster, launcher: str, folder: Path, code: Path, limit: str, *flags: str) -> str:
+    """A script on two nodes, a process each, in a folder and with its log there. Returns the job's number.
+
+    Args:
+        code: where refiner_ds is imported from.
+        limit: sbatch's flag; "" for none.
+        flags: of the training.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # launchers are commands of the environment
-    given = {"PATH": path, "PYTHONPATH": code, "PROCESSES": 1, "OMP_NUM_THREADS": 1, **variables}
-    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in given.items())])
-    asked = (f"--chdir={folder}", f"--output={folder / 'log'}", f"--export={exported}", "--nodes=2")
+    variables = f"--export=ALL,PATH={path},PYTHONPATH={code},PROCESSES=1,OMP_NUM_THREADS=1"
+    asked = (f"--chdir={folder}", f"--output={folder / 'log'}", variables, "--nodes=2", "--cpus-per-task=1")
     script = str(ROOT / f"launch/scripts/{launcher}.sbatch")
-    return slurm.client("sbatch", "--parsable", *asked, "--cpus-per-task=1", script, *flags)
+    return slurm.client("sbatch", "--parsable", *asked, *filter(None, [limit]), script, *flags)
 
 
 def run_file(folder: Path, cache: Path, name: str) -> Path:
@@ -65,28 +70,57 @@ def course(run: Path) -> tuple[Any, ...]:
     return read_state(newest).step, lines, *((newest / f"{one}.safetensors").read_bytes() for one in ("model", "ema"))
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.long), "deepspeed"])
-def test_ranks_of_two_nodes_meet_save_when_told_and_come_back(launcher: str, clone: Clone, slurm: SlurmCluster) -> None:
-    """DeepSpeed's launcher by a hostfile, and without ssh."""
+@pytest.mark.parametrize(
+    "launcher, limit", [("deepspeed", ""), pytest.param("torchrun", "--time=4", marks=pytest.mark.long)]
+)
+def test_ranks_of_two_nodes_meet_save_when_told_and_come_back(
+    launcher: str, limit: str, clone: Clone, slurm: SlurmCluster
+) -> None:
+    """DeepSpeed's launcher by a hostfile, and without ssh; torchrun is told by Slurm, two minutes before the limit."""
     clone.behave(reduce=True, r0=["saved"], r1=["saved"])
     folder, log = clone.output.parent, clone.output.parent / "log"
     run = {"extends": str(clone.root / "ds_configs/quickstart.json"), "refiner": {"run": {"output": str(clone.output)}}}
     (folder / "quickstart.json").write_text(json.dumps(run))
-    job = submit(slurm, launcher, folder, clone.root, "--config", "quickstart.json")
+    job = submit(slurm, launcher, folder, clone.root, limit, "--config", "quickstart.json")
     end = time.monotonic() + 200
     while not {"0.0", "1.0"} <= set(clone.seen()):
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.1)
     hostfile = folder / f"hostfile.{job}"
     assert launcher == "torchrun" or hostfile.read_text() == "node1 slots=1\nnode2 slots=1\n"
-    slurm.client("scancel", "--batch", "--signal=USR2", job)
-    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=250) == "COMPLETED", log.read_text()
+    if not limit:
+        slurm.client("scancel", "--batch", "--signal=USR2", job)
+    ended = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=400)
+    assert ended == "COMPLETED", log.read_text()
     assert "Restarts=1" in slurm.client("scontrol", "show", "job", job) and not hostfile.exists()
     seen = clone.seen()
     assert seen.keys() == {"0.0", "1.0", "0.1", "1.1"}
     assert {(one["WORLD_SIZE"], one["sum"]) for one in seen.values()} == {("2", 2.0)}
     assert [seen[f"{rank}.1"]["host"] for rank in range(2)] == ["node1", "node2"]
     assert seen["0.0"]["MASTER_PORT"] != seen["0.1"]["MASTER_PORT"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "first, second, told, ended",
+    [("hang", {"say": "a crash", "code": 1}, False, "FAILED"),
+     (*2 * [{"say": "done", "code": 0, "after": 15}], True, "COMPLETED")],
+    ids=["a crash ends it on both nodes", "it has finished though it was told to save"],
+)  # fmt: skip
+def test_a_job_that_was_not_told_to_save_or_has_finished_does_not_start_again(
+    first: Any, second: Any, told: bool, ended: str, clone: Clone, slurm: SlurmCluster
+) -> None:
+    clone.behave(r0=[first], r1=[second])
+    folder, log = clone.output.parent, clone.output.parent / "log"
+    run = {"extends": str(clone.root / "ds_configs/quickstart.json"), "refiner": {"run": {"output": str(clone.output)}}}
+    (folder / "quickstart.json").write_text(json.dumps(run))
+    job = submit(slurm, "deepspeed", folder, clone.root, "", "--config", "quickstart.json")
+    clone.wait_for("0.0", "1.0", seconds=200)
+    if told:
+        slurm.client("scancel", "--batch", "--signal=USR2", job)
+    assert slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED", "PENDING", seconds=200) == ended, log.read_text()
+    assert "Restarts=0" in slurm.client("scontrol", "show", "job", job)
+    assert clone.seen().keys() == {"0.0", "1.0"} and not list(folder.glob("hostfile*"))
 
 
 @pytest.mark.long
@@ -99,7 +133,7 @@ def test_training_told_to_save_and_then_requeued_without_a_word_ends_where_an_un
     assert done.returncode == 0, done.stderr[-3000:]
     disturbed, log = run_file(tmp_path, cache, "disturbed"), tmp_path / "log"
     run = RunFolder(tmp_path / "disturbed")
-    job = submit(slurm, "deepspeed", tmp_path, ROOT, "--config", str(disturbed))
+    job = submit(slurm, "deepspeed", tmp_path, ROOT, "", "--config", str(disturbed))
 
     def until_some_steps_after(step: int) -> None:
         end = time.monotonic() + 150
