@@ -35,6 +35,8 @@ def test_a_rank_without_memory_says_what_to_set_and_the_other_does_not_wait_for_
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-3000:]
     (sentence,) = [line for line in done.stderr.splitlines() if "out of memory" in line]
     assert sentence.startswith("error: rank 1 is out of memory in step 3 (forward) with 24 images of 28 px at once")
+    peak = re.search(r"at once, after a peak of ([\d.]+) GiB", sentence)
+    assert peak and 0.05 < float(peak[1]) < 100, sentence  # of a process that has imported torch
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.); set one of " in sentence
     assert "train_micro_batch_size_per_gpu 12 instead of 24 (saves about " in sentence
     assert "zero_optimization.stage 2" in sentence and "checkpointing pair" not in sentence  # set already
