@@ -95,6 +95,7 @@ def test_ranks_of_two_nodes_meet_save_when_told_and_come_back(
     assert "Restarts=1" in slurm.client("scontrol", "show", "job", job) and not hostfile.exists()
     # Six seconds of saving are more than Slurm leaves to a task of a step that has failed (KillWait).
     assert len(list((clone.run_folder / "seen").glob("*.saved"))) == 2
+    assert "User defined signal" not in log.read_text()  # a launcher that died of it, as srun tells
     seen = clone.seen()
     assert seen.keys() == {"0.0", "1.0", "0.1", "1.1"}
     assert {(one["WORLD_SIZE"], one["sum"]) for one in seen.values()} == {("2", 2.0)}
