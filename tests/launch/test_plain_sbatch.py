@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_ranks_of_two_nodes_meet_save_when_told_and_come_back(
     # Six seconds of saving are more than Slurm leaves to a task of a step that has failed (KillWait).
     assert len(list((clone.run_folder / "seen").glob("*.saved"))) == 2
     assert "User defined signal" not in log.read_text()  # a launcher that died of it, as srun tells
+    assert not re.search(r"STEP .* DUE TO JOB REQUEUE", log.read_text())  # nor were its tasks ended by the requeue
     seen = clone.seen()
     assert seen.keys() == {"0.0", "1.0", "0.1", "1.1"}
     assert {(one["WORLD_SIZE"], one["sum"]) for one in seen.values()} == {("2", 2.0)}
