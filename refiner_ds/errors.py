@@ -85,5 +85,6 @@ def report_rank_errors(rank: int) -> Iterator[None]:
     except RefinerError as error:
         logging.getLogger("refiner_ds").error("%s", error)
         if not reports_errors():
-            print_error(f"rank {rank}: {error}")
+            named = str(error).startswith(f"rank {rank} ")  # as that of a rank without memory, on whichever rank
+            print_error(str(error) if named else f"rank {rank}: {error}")
         raise

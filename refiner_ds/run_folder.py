@@ -135,6 +135,18 @@ class RunFolder:
                 return keys
         return None
 
+    def trained_on(self) -> dict[str, Any] | None:
+        """What the run is trained on, by place and content, or the copy in the newest checkpoint that has one.
+
+        None without, as before the first checkpoint, and in runs whose checkpoints are older than that copy.
+        """
+        checkpoints = reversed(self.saved_checkpoints())
+        for file in (self.data, *(folder / self.data.name for folder in checkpoints)):
+            found = read_object(file)
+            if found is not None and _is_set(found.get("train")) and _is_set(found.get("maps") or found["train"]):
+                return found
+        return None
+
     def reached(self) -> dict[str, Any] | None:
         """What a finished run reached, by ``complete.json``; None where it has not finished or the file is damaged."""
         found = read_object(self.complete)
@@ -178,3 +190,9 @@ class RunFolder:
     def rank_stacks(self, rank: int) -> Path:
         """Where one rank writes the Python stacks of its threads, should it hang."""
         return self.logs / f"rank_{rank}.stacks"
+
+
+def _is_set(described: Any) -> bool:
+    return isinstance(described, dict) and all(
+        isinstance(described.get(key), str) for key in ("place", "content_sha256")
+    )

@@ -4,11 +4,12 @@
     torchrun --nproc_per_node 8 -m refiner_ds.benchmark checkpoint --model refiner_vit_l --batch 64
 
     stall      the loop does not step: the copy to host memory, or the whole save
-    excess     wall time of as many steps with a save among them, over the same steps without; what is still being
-               written at their end is waited for, and counts
+    excess     wall time of as many steps with a save among them, over the same steps without in the same round; what is
+               still being written at their end is waited for, and counts
 
-Rounds of steps without a save, with one and with the other follow each other; the table has the best of each, since
-whatever else runs on a machine only adds. Resumption is timed too, checksums included.
+A round is some steps without a save, with one and with the other, in an order that changes from round to round. The
+table has the median of all rounds, and the lowest and the highest: where these lie far apart, or an excess is negative,
+the machine has done something else meanwhile. Resumption is timed too, checksums included.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -38,34 +41,62 @@ from refiner_ds.training.world import World, init, shutdown
 __all__ = ["Figures", "main", "measure"]
 
 
+class Spread(NamedTuple):
+    """Seconds over all rounds."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Spread:
+        """That of some."""
+        return Spread(median(seconds), min(seconds), max(seconds))
+
+    def __str__(self) -> str:
+        middle, low, high = (f"{1000 * seconds:,.0f}" for seconds in self)
+        return f"{middle:>8} ms{low:>9} to {high} ms"
+
+
 @dataclass
 class Figures:
-    """Best of all rounds, in seconds; ``gib`` of a checkpoint on disk."""
+    """What each way of saving costs, over all rounds; other times in seconds; ``gib`` of a checkpoint on disk.
+
+    Attributes:
+        step: the median of all rounds without a save.
+    """
 
     model: str
     processes: int
     parameters: int
+    rounds: int
     gib: float
     step: float
-    blocking_stall: float
-    blocking_excess: float
-    beside_stall: float
-    beside_excess: float
+    blocking_stall: Spread
+    blocking_excess: Spread
+    beside_stall: Spread
+    beside_excess: Spread
     load: float
 
     def table(self) -> str:
         """For a terminal."""
-        share = 100 * self.beside_excess / self.blocking_stall
+        share = 100 * self.beside_excess.median / self.blocking_stall.median
+        head = f"{'median':>11}{'lowest to highest':>22}"
+        ways = {
+            "training waits": (self.blocking_stall, self.blocking_excess),
+            "beside training": (self.beside_stall, self.beside_excess),
+        }
         return "\n".join(
             [
                 f"{self.model}, {self.parameters:,} parameters, {self.processes} processes, a checkpoint of"
-                f" {self.gib:.2f} GiB, {1000 * self.step:.0f} ms a step, resumed in {self.load:.2f} s",
+                f" {self.gib:.2f} GiB, {1000 * self.step:.0f} ms a step, resumed in {self.load:.2f} s;"
+                f" {self.rounds} rounds",
                 "",
-                f"{'':<24}{'stall':>10}{'excess':>10}",
-                f"{'training waits':<24}{1000 * self.blocking_stall:>7.0f} ms{1000 * self.blocking_excess:>7.0f} ms",
-                f"{'beside training':<24}{1000 * self.beside_stall:>7.0f} ms{1000 * self.beside_excess:>7.0f} ms",
+                f"{'':<18}{'stall':<34}excess",
+                f"{'':<16}{head:<34}{head}",
+                *(f"{way:<16}{f'{stall}':<34}{excess}" for way, (stall, excess) in ways.items()),
                 "",
-                f"beside training, the excess is {share:.1f} % of the stall of a save that training waits for",
+                f"beside training, the median excess is {share:.1f} % of the stall of a save that training waits for",
             ]
         )
 
@@ -98,7 +129,7 @@ class Setting:
 
     def save(self) -> None:
         state = State(self.step, self.step, 0.0, self.world.size, self.engine.optimizer_steps)
-        self.checkpoints.begin(Contents(state, {"refiner": {}}, [], {}))
+        self.checkpoints.begin(Contents(state, {"refiner": {}}, [], {}, {}))
 
     def wait(self) -> None:
         outcome = self.checkpoints.outcome(wait=True)
@@ -129,17 +160,22 @@ def measure(run: RunFile, folder: Path, world: World, steps: int, rounds: int) -
     Args:
         folder: of the checkpoints, on the disk to be measured.
         steps: a round; together longer than a save takes to write.
-        rounds: of each way.
+        rounds: of each way, interleaved.
     """
     setting = Setting(run, folder, world, steps)
     setting.take_step()
     setting.block()  # the first save allocates its buffers
-    plain, blocking, beside = [], [], []
-    for _ in range(rounds):
-        plain.append(setting.round(None))
-        blocking.append(setting.round(setting.block))
-        beside.append(setting.round(setting.save))
-    without = min(seconds for seconds, _ in plain)
+    ways = {"plain": None, "blocking": setting.block, "beside": setting.save}
+    total: dict[str, list[float]] = {way: [] for way in ways}
+    stall: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in [*ways][number % 3 :] + [*ways][: number % 3]:
+            seconds, held_up = setting.round(ways[way])
+            total[way].append(seconds)
+            stall[way].append(held_up)
+    excess = {
+        way: Spread.of([one - without for one, without in zip(total[way], total["plain"], strict=True)]) for way in ways
+    }
     called = time.perf_counter()
     newest = setting.checkpoints.newest()
     assert newest is not None
@@ -149,12 +185,13 @@ def measure(run: RunFile, folder: Path, world: World, steps: int, rounds: int) -
         run.refiner.model.name,
         world.size,
         setting.parameters,
+        rounds,
         checkpoint_bytes(setting.engine.shapes.values()) / 2**30,
-        without / steps,
-        min(stall for _, stall in blocking),
-        min(seconds for seconds, _ in blocking) - without,
-        min(stall for _, stall in beside),
-        min(seconds for seconds, _ in beside) - without,
+        median(total["plain"]) / steps,
+        Spread.of(stall["blocking"]),
+        excess["blocking"],
+        Spread.of(stall["beside"]),
+        excess["beside"],
         loaded,
     )
     setting.engine.close()
@@ -171,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, default=4, metavar="N", help="steps a round; one of them is followed by a save"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of each way of saving")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of each way of saving")
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="where checkpoints go (default: the system's temporary folder)"
     )

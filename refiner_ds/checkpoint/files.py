@@ -8,6 +8,7 @@
         optimizer.safetensors   AdamW's moments, exp_avg/<name> and exp_avg_sq/<name>, fp32
         classes.json            names of the classes, in the order of the model's outputs
         config.json             the resolved run file
+        data.json               what the run is trained on, by place and content
         state.json              step, samples, epoch, number of processes, optimizer's own count of steps
         complete.json           size and sha256 of every file above; written last
     latest                      name of the newest complete one, replaced atomically
@@ -32,6 +33,7 @@ from refiner_ds.run_folder import MANIFEST, STATE, RunFolder
 
 CONFIG = "config.json"
 CLASSES = "classes.json"
+DATA = "data.json"
 
 
 def newest_valid(run: RunFolder) -> Path | None:

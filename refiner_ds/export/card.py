@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from refiner_ds.checkpoint.files import DATA
 from refiner_ds.config import RunFile
 from refiner_ds.export.onnx_file import TOLERANCE
 from refiner_ds.files import has_numbers, read_object, read_objects
@@ -154,7 +155,7 @@ def _recipe(subject: Subject) -> Iterator[str]:
     run = subject.run
     resolved = run.resolved()
     start = _last_start(subject)
-    data = _read(subject.checkpoint.parents[1], "data.json") or {}
+    data = _read(subject.checkpoint, DATA) or RunFolder(subject.checkpoint.parents[1]).trained_on() or {}
     name, known = _name(run.refiner.data.train), ""
     with suppress(*DAMAGED):
         train = data["train"]

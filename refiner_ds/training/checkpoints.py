@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from refiner_ds.checkpoint.files import CLASSES, CONFIG, integrity_errors, newest_valid
+from refiner_ds.checkpoint.files import CLASSES, CONFIG, DATA, integrity_errors, newest_valid
 from refiner_ds.checkpoint.retention import Retention
 from refiner_ds.checkpoint.tensors import Spec, TensorReader, TensorWriter, Written, file_name, index_of
 from refiner_ds.checkpoint.writing import Draft, checkpoint_bytes, remove_old
@@ -37,12 +37,14 @@ class Contents(NamedTuple):
     """What a checkpoint holds beside tensors.
 
     Attributes:
+        data: what the run is trained on, as its ``data.json`` has it; empty where that is no set.
         values: the metric that the best checkpoints are kept by, by step.
     """
 
     state: State
     config: dict[str, Any]
     classes: list[str]
+    data: dict[str, Any]
     values: Mapping[int, float]
 
 
@@ -199,6 +201,7 @@ class Checkpoints:
                 draft.write_json(f"{stem}.safetensors.index.json", index_of(stem, names, size))
         draft.write_json(CLASSES, contents.classes)
         draft.write_json(CONFIG, contents.config)
+        draft.write_json(DATA, contents.data)
         draft.write_json(STATE, asdict(contents.state))
         remove_old(self._run, draft.publish(), self._retention, contents.values)
 

@@ -26,6 +26,7 @@ from refiner_ds.training.batches import train_batches_of
 from refiner_ds.training.build import build_model, set_recompute
 from refiner_ds.training.checkpoints import Checkpoints, Contents, Outcome
 from refiner_ds.training.console import Console
+from refiner_ds.training.data_identity import described
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.heartbeat import Heartbeat
@@ -273,7 +274,9 @@ class Trainer:
             self.engine.skipped_steps,
         )
         values = self.progress.metrics.evaluations.get(keys.best_metric, {})
-        self.checkpoints.begin(Contents(state, self.ready.run.resolved(), list(self.ready.train.classes), dict(values)))
+        ready = self.ready
+        data = described(ready.run, ready.train, ready.maps)
+        self.checkpoints.begin(Contents(state, ready.run.resolved(), list(ready.train.classes), data, dict(values)))
         self.save_alarm.reset()
         self.progress.stalled(time.perf_counter() - began)
 

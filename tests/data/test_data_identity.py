@@ -43,6 +43,7 @@ def begin(tmp_path: Path, train: Path | str, *more: str) -> None:
     ready = prepared(tmp_path, train, *more)
     ready.run.folder.mkdir(parents=True)
     record_data(ready.run, ready.train, ready.maps)
+    RunFolder(ready.run.folder).config.write_text('{"refiner": {}}')
 
 
 def test_the_same_set_at_another_place_continues_the_run(tmp_path: Path, digits_folder: Path) -> None:
@@ -62,10 +63,25 @@ def test_another_set_at_the_same_place_does_not(tmp_path: Path, digits_folder: P
     assert "choose another refiner.run.name" in str(told.value) and "\n" not in str(told.value)
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "{", '{"train": {"place": "x"}}', '{"train": [], "maps": null}'])
+def test_a_checkpoint_stands_in_for_a_record_that_is_damaged_or_gone(tmp_path: Path, content: str | None) -> None:
     begin(tmp_path, "package:digits/val")
-    file = RunFolder(tmp_path / "runs" / "quickstart").data
-    file.write_text("{")
+    run = RunFolder(tmp_path / "runs" / "quickstart")
+    for step, copy in ((1, run.data.read_text()), (2, "[")):  # the newest is damaged as well
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "data.json").write_text(copy)
+    run.data.unlink() if content is None else run.data.write_text(content)
+    assert prepared(tmp_path, "package:digits/val").train.count == 364
+    with pytest.raises(DataError, match="holds a run on package:digits/val: 364 images .* now means .*: 1433 images"):
+        prepared(tmp_path, "package:digits/train")
+
+
+def test_a_damaged_record_without_a_copy_is_named_once_something_was_trained(tmp_path: Path) -> None:
+    begin(tmp_path, "package:digits/val")
+    run = RunFolder(tmp_path / "runs" / "quickstart")
+    run.data.write_text("{")
+    assert prepared(tmp_path, "package:digits/train").train.count == 1433  # the run begins anew
+    run.checkpoint(1).mkdir(parents=True)  # of a version that kept no copy
     with pytest.raises(ConfigError, match="data.json: is damaged, .*; restore it from a backup, or choose") as refusal:
         prepared(tmp_path, "package:digits/val")
     assert "delete" not in str(refusal.value)

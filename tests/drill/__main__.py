@@ -10,6 +10,7 @@ changes, with the same samples in every step.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from tests.data.small_disk import SmallDisk, run_on_small_disk
 from tests.drill.drill import Drill, Plan
+from tests.drill.events import EVENTS
 from tests.drill.report import report, write
 
 
@@ -30,9 +32,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the order and moments of events")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where it is kept (default: it is not)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="page whose table is replaced")
+    parser.add_argument(
+        "--kind", action="append", choices=[*EVENTS], metavar="EVENT", help="events of this kind alone; repeatable"
+    )
     options = parser.parse_args()
     same = options.events - options.changing - 2 * options.real
-    plan = Plan(same, options.changing, options.real, 60 * options.minutes, options.seed)
+    kinds = tuple(options.kind or EVENTS)
+    plan = Plan(same, options.changing, options.real, 60 * options.minutes, seed=options.seed, kinds=kinds)
 
     def drill(disk: SmallDisk | None) -> int:
         drill = Drill(folder / "runs", plan, disk)
@@ -41,7 +47,7 @@ def main() -> int:
         finally:
             if options.folder:
                 _keep(folder, options.folder)
-        text = report(drill, f"make drill, seed {options.seed}")
+        text = report(drill, shlex.join(["python", "-m", "tests.drill", *sys.argv[1:]]))
         print(text)
         if options.report:
             write(options.report, text)

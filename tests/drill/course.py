@@ -133,16 +133,16 @@ class Course:
         self._wait(self._has_progressed(), f"progress before {kind}")
         time.sleep(self._chance.uniform(0, 1))
         before, start, said = self.last_step(), self._start(), self.log().count("not saved: step")
-        incidents = len(self._incidents())
         running = Running(self.run, self._launcher(), self._poison, self._next, self._disk)
         at = time.time()
         kind = {**EVENTS, **CHANGES}[kind](running, self._chance) or kind
         if kind == NAN:
-            self._wait(lambda: len(self._incidents()) > incidents, kind)
-            self._wait(lambda: self._incidents()[-1]["verdict"] == "transient", kind)
-            wrong = self._incidents()[-1]
+            self._wait(lambda: self._newest_incident(at)["verdict"] == "transient", kind)
+            wrong, taken = self._newest_incident(at), self._poison.with_name(f"{self._poison.name}.taken")
+            self._wait(lambda: self._lines()[-1]["time"] > wrong["time"], kind)
             again = next(line for line in self._lines() if line["time"] > wrong["time"])
-            self.recoveries.append(Recovery(kind, again["time"] - wrong["time"], wrong["step"] - again["step"]))
+            seconds = again["time"] - float(taken.read_text())  # from the loss itself, a step before it is noticed
+            self.recoveries.append(Recovery(kind, seconds, wrong["step"] - again["step"]))
         elif kind == FULL:
             self._wait(lambda: self.log().count("not saved: step") > said, kind)
             self._make_room(kind, before)
@@ -193,9 +193,14 @@ class Course:
         """The last step that was logged."""
         return int(self._lines()[-1]["step"])
 
-    def _incidents(self) -> list[dict[str, Any]]:
-        file = self.run.divergence
-        return json.loads(file.read_text())["incidents"] if file.exists() else []
+    def _newest_incident(self, since: float) -> dict[str, Any]:
+        """The last step that went wrong since a moment; ValueError where there is none yet.
+
+        Not the last of the file: a step that went wrong before, and does again when the run has gone back, keeps its
+        place.
+        """
+        incidents = json.loads(self.run.divergence.read_text())["incidents"]
+        return max((one for one in incidents if one["time"] > since), key=lambda one: one["time"])
 
     def _wait(self, true: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + self._again

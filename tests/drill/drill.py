@@ -71,7 +71,12 @@ class Drill:
     @property
     def starts(self) -> int:
         """How often either run was started, the first and last starts of each part included."""
-        return len(self._same.starts()) + (len(self._changing.starts()) if self._plan.changing else 0)
+        return len(self._same.starts()) + (len(self._changing.starts()) if self.changes else 0)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is a run whose number of processes changes."""
+        return bool(self._plan.changing)
 
     def run(self) -> None:
         """Have everything happen, then train undisturbed as far."""
@@ -105,13 +110,13 @@ class Drill:
         """What of the disturbed runs is not as in the undisturbed one."""
         wanted = _samples(self._undisturbed.path.parent)
         found = []
-        for course in [self._same] + [self._changing] * bool(self._plan.changing):
+        for course in [self._same] + [self._changing] * self.changes:
             if not course.run.complete.exists():
                 return [f"{course.folder.name}: it did not end"]
             last = course.last_step()
             if _samples(course.folder) != {step: samples for step, samples in wanted.items() if step < last}:
                 found.append(f"{course.folder.name}: samples")
-        if self._plan.changing and self.loss_apart() > LOSS_TOLERANCE:
+        if self.changes and self.loss_apart() > LOSS_TOLERANCE:
             found.append("changing: loss")
         return found + self._bits()
 

@@ -42,7 +42,8 @@ def report(drill: Drill, words: str) -> str:
     cores = len(os.sched_getaffinity(0))
     day = f"{time.localtime().tm_mday} {time.strftime('%B %Y')}"
     where = f"{CORES.get(cores, f'{cores} CPU cores')} shared with other work, {day}"
-    apart = f" The loss where their number changed: within {100 * drill.loss_apart():.1f} %." if not wrong else ""
+    changes = drill.changes and not wrong
+    apart = f" The loss where their number changed: within {100 * drill.loss_apart():.1f} %." if changes else ""
     return (
         f"{len(drill.recoveries)} events in {drill.seconds / 60:.0f} minutes, {drill.starts} starts"
         f" (`{words}`; {where}). {end}{apart}\n\n{table(drill.recoveries)}\n"

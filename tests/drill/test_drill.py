@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from tests.data.small_disk import SmallDisk, run_on_small_disk
-from tests.drill.course import Recovery
+from tests.drill.course import Course, Recovery
 from tests.drill.drill import Drill, Plan
 from tests.drill.events import CHANGE, EVENTS, FULL, NAN
 from tests.drill.report import table, write
+from tests.drill.stopped import seconds_until_named
 from tests.training.launched import run  # noqa: F401  (this file starts processes)
 
 KINDS = (
@@ -26,9 +29,26 @@ def test_runs_that_much_happens_to_end_as_the_undisturbed_one(tmp_path: Path) ->
         drill.run()
         assert drill.differences() == []
         assert len(drill.recoveries) == len(KINDS) + 2 - (disk is None)
+        assert all(one.seconds > 0 and one.steps_lost >= 0 for one in drill.recoveries)
         return 0
 
     assert run_on_small_disk(tmp_path, drill) == 0, "the drill failed; what it said is on stderr"
+
+
+@pytest.mark.long
+def test_a_stopped_rank_is_named_with_the_limits_that_a_run_has_by_default(tmp_path: Path) -> None:
+    named, left = seconds_until_named(tmp_path, stopped=1)
+    assert 0 < named <= left
+
+
+def test_a_step_that_goes_wrong_again_after_others_is_the_newest(tmp_path: Path) -> None:
+    course = Course(tmp_path / "course", Random(0), None, again=1.0)
+    course.run.path.mkdir()
+    incidents = [{"step": 50, "time": 9.0}, {"step": 40, "time": 3.0}, {"step": 60, "time": 5.0}]
+    course.run.divergence.write_text(json.dumps({"rollbacks": 4, "incidents": incidents}))
+    assert course._newest_incident(since=2.0) == incidents[0]
+    with pytest.raises(ValueError):
+        course._newest_incident(since=9.0)
 
 
 def test_the_table_has_every_kind_and_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ one entry an attempt, 0 beyond the list, each of them a number to leave with, or
     "saved"               75, once signalled,    "full"      an error: a disk is full
                           or <run folder>/go     "step"      a new checkpoint, then 75
                           is there               "late"      3, once the others have begun
+    "slowly"              as "saved", and takes six seconds to write <run folder>/seen/<rank>.saved
     "early"               as "hang"; a signal finds no handlers of training yet
     {"raise": [name, text]}       that exception
     {"say": line, "code": code}   a line on stderr, then that exit code; {"after": seconds}
@@ -119,9 +120,13 @@ def _leave(way: int | str | dict[str, Any], signalled: list[int], latest: Path, 
         latest.write_text(f"step_{attempt:08d}\n")
         return 75
     go = latest.parent / "go"
-    while way in ("hang", "early") or (way == "saved" and not signalled and not go.exists()):
+    saves = way in ("saved", "slowly")
+    while way in ("hang", "early") or (saves and not signalled and not go.exists()):
         time.sleep(0.05)
-    return 75 if way == "saved" else int(way)
+    if way == "slowly":
+        time.sleep(6)
+        (latest.parent / "seen" / f"{os.environ['RANK']}.saved").touch()
+    return 75 if saves else int(way)
 
 
 if __name__ == "__main__":

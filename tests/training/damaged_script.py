@@ -30,8 +30,8 @@ DAMAGES = {
 RESUMED = ("a list", "another object", "NUL bytes", "its first half")  # a training each
 # What a run folder holds that a resumed run can do without, or finds elsewhere.
 FILES = (
-    "config.json", "history.jsonl", "attention.json", "metrics.jsonl", "divergence.json", "complete.json", "latest",
-    "lock", "heartbeats/rank_00000.json", "heartbeats/verdict.json",
+    "config.json", "history.jsonl", "attention.json", "data.json", "metrics.jsonl", "divergence.json", "complete.json",
+    "latest", "lock", "heartbeats/rank_00000.json", "heartbeats/verdict.json",
 )  # fmt: skip
 KEYS = {
     "refiner.data.workers": 0, "refiner.run.checkpoint_epochs": None, "refiner.run.checkpoint_steps": 1,
@@ -80,6 +80,9 @@ def main() -> None:
         (work / "quickstart" / "heartbeats" / "rank_00001.json").mkdir()
         os.utime(work / "quickstart" / "lock", (1, 1))  # its holder has been silent for long
         resumed[damage] = trained(work, 3)
+        if not resumed[damage][0]:
+            data = [(place / "quickstart" / "data.json").read_text() for place in (base, work)]
+            assert data[0] == data[1], f"{damage}: data.json was not written again"
         shutil.rmtree(work)
     report.write_text(json.dumps({"run": str(base / "quickstart"), "resumed": resumed}))
 

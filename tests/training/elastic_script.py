@@ -53,7 +53,7 @@ class Trained:
 
     def save(self, step: int) -> None:
         state = State(step, step * 12, step / 10, 2, self.engine.optimizer_steps, self.engine.skipped_steps)
-        self.checkpoints.begin(Contents(state, {"refiner": {}}, [str(digit) for digit in range(10)], {}))
+        self.checkpoints.begin(Contents(state, {"refiner": {}}, [str(digit) for digit in range(10)], {}, {}))
         outcome = self.checkpoints.outcome(wait=True)
         assert outcome is not None and outcome.folder is not None and not outcome.failure, outcome
 

@@ -71,7 +71,7 @@ def checkpoints_of(folder: Path, newest: int, value: float = 1.0, best: int = 0,
 
 def save(checkpoints: Checkpoints, step: int, values: dict[int, float] | None = None) -> Outcome:
     state = State(step, step * 48, step / 10, 1)
-    checkpoints.begin(Contents(state, {"refiner": {}}, ["a", "b"], values or {}))
+    checkpoints.begin(Contents(state, {"refiner": {}}, ["a", "b"], {}, values or {}))
     outcome = checkpoints.outcome(wait=True)
     assert outcome is not None
     return outcome

@@ -73,9 +73,9 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 STEP, RESULTS = "checkpoints/step_00000002", "evaluation/step_00000002_ema"
 READ = (
-    *FILES[:7], "data.json", "jobs/owner", "jobs/7_attempts.json", "code/7/job.json", f"{RESULTS}/val.json",
-    f"{RESULTS}/calibration.json", *(f"{STEP}/{one}.json" for one in ("complete", "config", "state", "classes")),
-    f"{STEP}/ema.safetensors",
+    *FILES[:8], "jobs/owner", "jobs/7_attempts.json", "code/7/job.json", f"{RESULTS}/val.json",
+    f"{RESULTS}/calibration.json", f"{STEP}/ema.safetensors",
+    *(f"{STEP}/{one}.json" for one in ("complete", "config", "data", "state", "classes")),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,15 @@ def fails(folder: RunFolder, size: int, error: RuntimeError) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "words", ["Connection closed by peer [127.0.0.1]:61142", "Read error [127.0.0.1]:61142: Connection reset by peer."]
-)
+    "words, shown",
+    [("Connection closed by peer [127.0.0.1]:61142", "Connection closed by peer [127.0.0.1]:61142"),
+     ("Read error [127.0.0.1]:6: Connection reset by peer.", "Read error [127.0.0.1]:6: Connection reset by peer"),
+     ("writev [127.0.0.1]:61142: Broken pipe", "writev [127.0.0.1]:61142: Broken pipe"),
+     ("Connection closed by remote peer", "Connection closed by remote peer"), ("Socket closed", "Socket closed"),
+     ("remote process exited or there was a network error", "remote process exited")],
+)  # fmt: skip
 def test_a_rank_that_is_gone_is_named_with_what_is_lost_and_what_comes_next(
-    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    words: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.heartbeats.mkdir()
@@ -60,10 +66,31 @@ def test_a_rank_that_is_gone_is_named_with_what_is_lost_and_what_comes_next(
         assert fails(folder, 3, RuntimeError(GLOO.format(words))) == [1]
     said = capsys.readouterr().err
     assert said == (
-        f"error: rank 0: {killed} is gone ({words.removesuffix('.')}); what was trained since step_00000036 is lost;"
+        f"error: rank 0: {killed} is gone ({shown}); what was trained since step_00000036 is lost;"
         f" this rank leaves with exit code 1, and the same command continues; traceback: {folder.rank_log(0)}\n"
     )
     assert "Traceback" in caplog.text and "GLHF" in caplog.text
+
+
+@pytest.mark.parametrize("known, named", [((2,), "rank 1 is gone"), ((), "another rank is gone")])
+def test_a_rank_that_has_closed_its_heartbeat_is_gone_and_where_all_others_have_none_is_named(
+    known: tuple[int, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.heartbeats.mkdir()
+    for rank in known:
+        beat_of(folder, rank, os.getpid())
+    fails(folder, 3, RuntimeError(GLOO.format("Connection closed by peer [10.0.0.2]:1")))
+    assert f"error: rank 0: {named} (" in capsys.readouterr().err
+
+
+def test_of_another_machines_ranks_nobody_here_can_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    folder.heartbeats.mkdir()
+    beat_of(folder, 2, os.getpid())
+    replace(beat_of(folder, 1, os.getpid()), pid=1 << 30, machine="another").write(folder.heartbeats)
+    fails(folder, 3, RuntimeError(GLOO.format("Connection closed by peer [10.0.0.2]:1")))
+    assert "error: rank 0: another rank is gone (" in capsys.readouterr().err
 
 
 def test_where_nobody_here_can_tell_no_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

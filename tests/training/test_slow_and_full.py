@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from refiner_ds.config import load
 from refiner_ds.config.deepspeed_keys import ZeroKeys
 from refiner_ds.training.model_states import model_states
-from refiner_ds.training.out_of_memory import GIB, MemoryUse, is_out_of_memory, out_of_memory
+from refiner_ds.training.out_of_memory import GIB, MemoryUse, is_out_of_memory, memory_use, out_of_memory
 from refiner_ds.training.stragglers import IN_A_ROW, RankTime, Stragglers, data_advice
+from refiner_ds.training.world import World
 
 
 def times(*forwards: float, waits: tuple[float, ...] = ()) -> list[RankTime]:
@@ -73,6 +77,18 @@ def test_what_a_stage_would_save_is_what_the_planner_counts(stage: int, bf16: bo
         f"zero_optimization.stage {other} (saves about {saved[other] / GIB:.2g} GiB)" for other in best
     ]
     assert here.activations == 60 * GIB - counted[stage]
+
+
+def test_parameters_are_counted_whole_where_stage_3_has_spread_them() -> None:
+    run = load(None, ["zero_optimization.stage=3"])
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 5))
+    model[1].requires_grad_(False)
+    spread: list[Any] = list(model.parameters())
+    for parameter in spread:
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)  # as DeepSpeed leaves them
+    found = memory_use(run, model, run.batch(2), World(0, 2, 0, torch.device("cpu")))
+    assert (found.trained, found.frozen) == (2 * 3 + 3, 3 * 5 + 5)
+    assert found.zero.stage == 3 and found.peak > 0 and found.micro_batch == 24
 
 
 def test_what_is_done_already_is_not_advised() -> None:

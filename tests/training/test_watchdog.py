@@ -118,11 +118,15 @@ def test_a_rank_that_is_stopped_while_others_do_something_patient_is_found_as_so
         assert [process.wait(60) for process in processes] == [75, 75]
 
 
-@pytest.mark.parametrize("state, share, patience", [("R", 0.1, 4.0), ("R", 1.0, 1.0), ("S", 0.0, 1.0), ("T", 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "state, share, elsewhere, patience",
+    [("R", 0.1, False, 4.0), ("R", 1.0, False, 1.0), ("S", 0.0, False, 1.0), ("T", 0.0, False, 1.0),
+     ("R", 0.1, True, 1.0)],
+)  # fmt: skip
 def test_a_rank_that_other_work_keeps_from_running_is_given_longer(
-    state: str, share: float, patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: str, share: float, elsewhere: bool, patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 looks; rank 0 does not even count up."""
+    """Rank 1 looks; rank 0 does not even count up. Of another machine, a process of that number here tells nothing."""
     now = [1000.0]
     monkeypatch.setattr(heartbeats, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(watchdogs, "_state_of", lambda beat: state)
@@ -130,13 +134,23 @@ def test_a_rank_that_other_work_keeps_from_running_is_given_longer(
     heartbeat = Heartbeat(first_steps=0)
     watchdog = Watchdog(heartbeat, tmp_path, 1, 2, 25.0, 1800.0, tmp_path / "stacks")
     me = Holder.this_process()
-    Beat(0, me.host, me.pid, me.machine, me.began, 9, 7, "backward", 5).write(tmp_path)
+    Beat(0, me.host, me.pid, "another" if elsewhere else me.machine, me.began, 9, 7, "backward", 5).write(tmp_path)
     heartbeat.beat(7, "backward")
     while not (tmp_path / "verdict.json").exists():
         now[0] += 0.5
+        assert now[0] < 1000.0 + 25.0 * 8, "nobody is named"
         watchdog._look(now[0])
     found = json.loads((tmp_path / "verdict.json").read_text())
     assert found["ranks"] == [0] and now[0] - 1000.0 == pytest.approx(25.0 * patience, abs=1.5)
+
+
+def test_cpu_time_of_a_process_is_its_own_and_the_kernels_for_it() -> None:
+    count, end = 0, time.process_time() + 1.0
+    while time.process_time() < end:  # so that there is something to count
+        count += 1
+    spent = os.times()
+    assert watchdogs.cpu_seconds(os.getpid()) == pytest.approx(spent.user + spent.system, abs=0.3)
+    assert watchdogs.cpu_seconds(1 << 30) == 0.0
 
 
 def later(beat: Beat, **changes: object) -> Beat:

@@ -1,6 +1,7 @@
 """Poisons a rank's loss, and logs samples, for tests and drills: on PYTHONPATH, every Python process reads this.
 
-REFINER_POISON=once:FILE      the rank whose number is in FILE gets one loss of nan, and takes FILE away
+REFINER_POISON=once:FILE      the rank whose number is in FILE gets one loss of nan, takes FILE away, and writes the
+                              time of it, unix seconds, to FILE.taken
 REFINER_POISON=sample:N       every micro-batch that holds sample N has a loss of nan
 REFINER_SAMPLES=DIR           each rank writes to a file there which samples its micro-batches hold, by step from 0
 """
@@ -39,6 +40,7 @@ def _forward(self, batch, *arguments):
         file = Path(WHAT)
         poisoned = HOW == "once" and file.exists() and file.read_text() == rank
         if poisoned:
+            file.with_name(f"{file.name}.taken").write_text(str(time.time()))
             file.unlink()
     return losses._replace(total=losses.total * float("nan")) if poisoned else losses
 
