@@ -46,31 +46,34 @@ class Row:
 Found = list[tuple[str, int, int, int]]
 
 
-def compile_shape(architecture: str, heads: int, width: int, tokens: int, configurations: bool = False) -> Found:
+def compile_shape(
+    architecture: str, heads: int, width: int, tokens: int, configurations: bool = False, dtype: str = "bf16"
+) -> Found:
     """Every kernel of a shape: name, registers, bytes of plane, and of shared memory.
 
     Args:
         configurations: those of configurations, "reduce[tall]", too.
+        dtype: of the maps, "bf16" or "fp32".
     """
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
     from refiner_ds.attention.kernels.configurations import CONFIGURATIONS, joined, using
     from refiner_ds.attention.kernels.launch import compile_only
-    from refiner_ds.benchmark.attention import Layer, Setting
+    from refiner_ds.benchmark.attention import DTYPES, Layer, Setting
     from refiner_ds.benchmark.kernels import run_step
 
     torch.set_num_threads(1)
-    layer = Layer(Setting(1, heads, width, dtype="bf16"), tokens)
+    layer, maps = Layer(Setting(1, heads, width, dtype=dtype), tokens), DTYPES[dtype]
     target = int(architecture) if architecture.isdigit() else architecture
     with compile_only(target) as compiled:
         for name, training in product(("map", "bottleneck", "linear"), (True, False)):
-            run_step(layer, name, torch.bfloat16, training)
+            run_step(layer, name, maps, training)
     found = [(one.name.split()[0].lstrip("_"), one.registers, one.spilled, one.shared) for one in compiled.values()]
     for kind, names in CONFIGURATIONS.items() if configurations else ():
         for name, changed in names.items():
             with compile_only(target) as compiled, using(kind, name):
-                run_step(layer, kind, torch.bfloat16, True)
+                run_step(layer, kind, maps, True)
             found += [
                 (joined(kernel, name), one.registers, one.spilled, one.shared)
                 for one in compiled.values()
@@ -85,12 +88,13 @@ def compile_all(
     sizes: Sequence[int],
     processes: int,
     configurations: bool = False,
+    dtype: str = "bf16",
 ) -> list[Row]:
     """A row for each kernel and architecture."""
     shapes = list(product(architectures, models, sizes))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2, configurations)
+            pool.submit(compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2, configurations, dtype)
             for architecture, model, size in shapes
         ]
         rows: dict[tuple[str, str], Row] = {}
@@ -137,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="S, M, L; M has heads of 35")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of images, pixels")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the maps (default: bf16)")
     parser.add_argument("--configurations", action="store_true", help="of tiles, those that a run may choose, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(argv)
@@ -146,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("kernels are Triton's, which is not installed; pip install triton") from None
     if given.processes < 1 or min(given.sizes) < 16:
         raise ConfigError("--processes must be 1 or more, --sizes 16")
-    rows = compile_all(given.architectures, given.models, given.sizes, given.processes, given.configurations)
+    rows = compile_all(
+        given.architectures, given.models, given.sizes, given.processes, given.configurations, given.dtype
+    )
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0

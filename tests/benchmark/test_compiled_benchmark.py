@@ -22,12 +22,14 @@ def test_the_linear_kernels_fit_into_the_shared_memory_of_a_card_with_little(mon
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "card_sizes"), [("90", False), ("gfx942", True)])
+@pytest.mark.parametrize(
+    ("architecture", "card_sizes", "dtype"), [("90", False, "bf16"), ("gfx942", True, "bf16"), ("gfx942", True, "fp32")]
+)
 def test_no_configuration_of_tiles_spills_on_hopper_and_no_kernel_on_an_mi300(
-    architecture: str, card_sizes: bool
+    architecture: str, card_sizes: bool, dtype: str
 ) -> None:
-    """S at 224, in a process that compiles: on an MI300 with the sizes of that card."""
-    rows = compile_all([architecture], ["S"], [224], 1, configurations=not card_sizes)
+    """S at 224, in a process that compiles: on an MI300 with that card's sizes, in both dtypes of the self-check."""
+    rows = compile_all([architecture], ["S"], [224], 1, not card_sizes, dtype)
     names = {f"{kernel}[{name}]" for kinds in CONFIGURATIONS.values() for name, ks in kinds.items() for kernel in ks}
     found = {row.kernel for row in rows if "[" in row.kernel}
     assert found == (set() if card_sizes else names)

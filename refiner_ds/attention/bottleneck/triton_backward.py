@@ -23,7 +23,7 @@ from torch import Tensor
 
 from refiner_ds.attention.bottleneck.triton_forward import GROUP
 from refiner_ds.attention.kernels.dot import dense_rows, dot, dot_split_weight, padded_size, relu6
-from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 
 __all__ = ["bwd_output", "bwd_reduce", "bwd_map_statistics"]
@@ -276,7 +276,10 @@ def bwd_reduce(
 
 
 def precision(map_BHNN: Tensor) -> str:
-    """The precision of fp32 products of stored maps: no finer than the maps are stored."""
+    """The precision of fp32 products of stored maps: no finer than the maps are stored, where a card has less."""
+    card = architecture(map_BHNN.device)
+    if isinstance(card, str) and (card != "gfx942" or map_BHNN.dtype == torch.float32):
+        return "ieee"  # an AMD card multiplies fp32 as it is; of them an MI300 alone has tf32
     return "tf32x3" if map_BHNN.dtype == torch.float32 else "tf32"
 
 

@@ -1,7 +1,8 @@
 """Products in kernels, and their precision. Weights and sums are fp32, maps are whatever they are stored in.
 
-dot                two tensors as they are stored, for long sums: fp32 by three tf32 products
-dot_tf32x3         fp32 weights with maps taken to fp32: exact to fp32's last bits
+dot                two tensors as they are stored, for long sums; fp32 as in dot_fp32
+dot_fp32           fp32 weights with maps taken to fp32, exact to fp32's last bits: three tf32 products on Nvidia's
+                   tensor cores; AMD's multiply fp32 itself, and Triton knows no tf32x3 there
 dot_split_weight   fp32 weights, split in two halves, with maps as they are stored
 """
 
@@ -10,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from refiner_ds.attention.kernels.launch import INTERPRETED
 
-__all__ = ["padded_size", "split_hi_lo", "dot_tf32x3", "dot_split_weight", "load_taps", "dot", "dense_rows", "relu6"]
+__all__ = ["padded_size", "split_hi_lo", "dot_fp32", "dot_split_weight", "load_taps", "dot", "dense_rows", "relu6"]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -29,16 +31,19 @@ def dense_rows(x_BHNd: Tensor) -> Tensor:
 
 
 @triton.jit
-def dot_tf32x3(weight, maps):
+def dot_fp32(weight, maps):
     """weight [M, C] · maps [C, L] in fp32."""
-    return tl.dot(weight.to(tl.float32), maps.to(tl.float32), input_precision="tf32x3")
+    if is_hip():
+        return tl.dot(weight.to(tl.float32), maps.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(weight.to(tl.float32), maps.to(tl.float32), input_precision="tf32x3")
 
 
 @triton.jit
 def dot(left, right):
     """left · right, both in one dtype, sums in fp32. The interpreter's own product takes bf16 for integers."""
     if _INTERPRETED or left.dtype == tl.float32:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="tf32x3")
+        return dot_fp32(left, right)
     else:
         return tl.dot(left, right)
 
@@ -47,10 +52,10 @@ def dot(left, right):
 def dot_split_weight(weight, maps, sums):
     """sums + weight [M, C] in fp32 · maps [C, L] as they are stored.
 
-    With maps in half precision the weight is split in two: twice the digits, in a third of ``dot_tf32x3``'s time.
+    With maps in half precision the weight is split in two: twice the digits, in a third of ``dot_fp32``'s time.
     """
     if maps.dtype == tl.float32:
-        sums += dot_tf32x3(weight, maps)
+        sums += dot_fp32(weight, maps)
     else:
         high = weight.to(maps.dtype)
         sums += dot(high, maps)

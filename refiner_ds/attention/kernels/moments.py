@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refiner_ds.attention.kernels.dot import dot, dot_tf32x3, padded_size, split_hi_lo
+from refiner_ds.attention.kernels.dot import dot, dot_fp32, padded_size, split_hi_lo
 from refiner_ds.attention.kernels.launch import launch
 from refiner_ds.attention.kernels.padded import row_stride, to_padded, valid_counts
 from refiner_ds.attention.moments import combine
@@ -50,7 +50,7 @@ def _map_moments(
         centred_HL = tl.where(mask_L[None, :], map_HL - pilot_H[:, None], 0.0)
         sum_HL += centred_HL
         if map_BHNN.dtype.element_ty == tl.float32:
-            square_HH += dot_tf32x3(centred_HL, tl.trans(centred_HL))
+            square_HH += dot_fp32(centred_HL, tl.trans(centred_HL))
         else:
             # The product of the two low parts is below fp32's last digit.
             high_HL, low_HL = split_hi_lo(centred_HL, map_BHNN.dtype.element_ty)
