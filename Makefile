@@ -18,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED ?= -c constraints.txt
-JOBS ?= 3
+JOBS ?= 4
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-long test-fast test-isa test-newest lock lint docs drill drill-slurm gpu compiled clean

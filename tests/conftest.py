@@ -1,6 +1,6 @@
 """What every test can rely on: one torch thread, and a package that needs no installation to be found.
 
-Tests run side by side, file by file (``-n 2 --dist loadfile``): those of a file share what it makes once, a run or a
+Tests run side by side, file by file (``-n 4 --dist loadfile``): those of a file share what it makes once, a run or a
 cluster. Files that start processes come first, the longest of all before them, so that none is left over at the end.
 """
 
@@ -31,13 +31,14 @@ torch.set_num_threads(1)
 
 # Files of half a minute and more, longest first; a file that is missing here only makes the end less even.
 LONGEST = (
-    "commands/test_quickstart.py", "launch/test_slurm_jobs.py", "launch/test_real_training.py", "launch/test_why.py",
-    "training/test_launchers.py", "launch/test_doctor.py", "commands/test_starting.py", "training/test_resume.py",
-    "launch/test_local_jobs.py", "launch/test_refusals.py", "models/test_inference.py", "training/test_elastic.py",
-    "training/test_rollback.py", "packaging/test_wheel.py", "attention/triton/test_loops.py",
-    "training/test_combinations.py", "drill/test_drill.py", "training/test_watchdog.py",
-    "training/test_golden_curves.py", "benchmark/test_kernels_benchmark.py", "benchmark/test_compiled_benchmark.py",
-    "attention/test_operators.py", "plan/test_trace.py", "plan/test_plan.py", "models/test_deepspeed.py",
+    "launch/test_slurm_jobs.py", "commands/test_quickstart.py", "training/test_launchers.py",
+    "launch/test_real_training.py", "commands/test_starting.py", "launch/test_refusals.py", "training/test_resume.py",
+    "launch/test_why.py", "launch/test_doctor.py", "packaging/test_wheel.py", "drill/test_drill.py",
+    "attention/test_operators.py", "training/test_rollback.py", "launch/test_chain.py", "training/test_combinations.py",
+    "launch/test_plain_sbatch.py", "launch/test_local_jobs.py", "training/test_elastic.py", "models/test_inference.py",
+    "training/test_watchdog.py", "training/test_golden_curves.py", "attention/triton/test_loops.py",
+    "benchmark/test_kernels_benchmark.py", "benchmark/test_compiled_benchmark.py", "plan/test_trace.py",
+    "plan/test_plan.py", "models/test_deepspeed.py",
 )  # fmt: skip
 STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launched
 

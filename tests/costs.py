@@ -1,6 +1,6 @@
 """What each file of tests takes: seconds, and CPU seconds of its process and of all that this started.
 
-Two tests at a time share two cores: CPU seconds decide how long all of them take, and what only waits costs little.
+Four tests at a time share two cores: CPU seconds decide how long all of them take, and what only waits costs little.
 Hooks of pytest, which finds them in conftest.py.
 """
 
