@@ -68,6 +68,8 @@ CANDIDATES: dict[str, tuple[Backend, ...]] = {
 _save_for_backward = "auto"
 # Kind of operation ("map", or a refiner's name) -> the backend chosen for it in training.
 _chosen: dict[str, str] = {}
+# What is set and chosen by attention_backend and use_backends, in one string.
+_request = ""
 # Requested backend -> kind of operation -> what stands in for it, and why.
 _fallbacks: dict[str, dict[str, str]] = {}
 
@@ -144,6 +146,7 @@ def use_backends(chosen: dict[str, str]) -> None:
     configurations.use({kind: name for kind, (_, name) in parts.items() if name})
     _chosen.clear()
     _chosen.update({kind: backend for kind, (backend, _) in parts.items()})
+    _note_request()
 
 
 def compiles_eager() -> bool:
@@ -161,12 +164,20 @@ def attention_backend(backend: str) -> Iterator[None]:
     """Inside, REFINER_ATTENTION is ``backend``."""
     before = os.environ.get("REFINER_ATTENTION")
     os.environ["REFINER_ATTENTION"] = backend
+    _note_request()
     try:
         yield
     finally:
         os.environ.pop("REFINER_ATTENTION")
         if before is not None:
             os.environ["REFINER_ATTENTION"] = before
+        _note_request()
+
+
+def _note_request() -> None:
+    """Have what is compiled from here on hold for the request as it is now, and what was compiled for another not."""
+    global _request
+    _request = " ".join([os.environ.get("REFINER_ATTENTION", ""), *(f"{kind}={_chosen[kind]}" for kind in _chosen)])
 
 
 def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None = None) -> Backend:
@@ -174,7 +185,7 @@ def _backend_for(case: Case, backend: str | None, residual_BHNN: Tensor | None =
     if _is_decomposed():
         return EAGER
     if torch.compiler.is_compiling():
-        name = _compiled_backend(backend, case.value_BHNd.device.type, kind_of(case))
+        name = _compiled_backend(backend, case.value_BHNd.device.type, kind_of(case), _request)
         return next(one for one in CANDIDATES[name] if one.supports(case) is None)
     _check(case, residual_BHNN)
     kind = kind_of(case)
@@ -209,8 +220,12 @@ def choose_backend(case: Case, device: torch.device) -> tuple[str, str | None]:
 
 
 @torch.compiler.assume_constant_result
-def _compiled_backend(backend: str | None, device: str, kind: str) -> str:
-    """:func:`resolve_backend` as the compiler calls it, while it traces."""
+def _compiled_backend(backend: str | None, device: str, kind: str, request: str) -> str:
+    """:func:`resolve_backend` as the compiler calls it, while it traces.
+
+    Args:
+        request: read by the caller, so that the compiler guards what it makes by it; models of one shape share code.
+    """
     name = resolve_backend(backend, torch.device(device), kind)
     for candidate in CANDIDATES[name]:
         if candidate in (TILED, TRITON):

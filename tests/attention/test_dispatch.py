@@ -173,6 +173,34 @@ def test_an_unknown_word_for_what_is_saved_is_refused():
             )
 
 
+def test_what_is_compiled_for_one_backend_does_not_compute_for_another(monkeypatch):
+    """Models of one shape share what one of them compiled."""
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    pair, value = scores(2, 3, 9), leaf(2, 3, 9, 5)
+    graphs: list[bool] = []
+
+    def noting(graph, inputs):
+        graphs.append("refiner_ds" in str(graph.graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    weights = linear(3, 2)
+
+    def refined(value):
+        return attention.refine(pair, value, weights, SCALE)
+
+    compiled = torch.compile(refined, backend=noting, fullgraph=True)
+    for backend, found in (("eager", [False]), ("tiled", [False, True]), ("eager", [False, True])):
+        with attention.attention_backend(backend):
+            compiled(value)
+        assert graphs == found
+    attention.use_backends({"linear": "eager"})
+    compiled(value)
+    attention.use_backends({"linear": "tiled"})
+    compiled(value)
+    assert graphs == [False, True, False, True]
+
+
 @pytest.mark.parametrize("make", [lambda: bottleneck(3, 2), lambda: linear(3, 2)])
 @pytest.mark.parametrize(("backend", "opaque"), [("eager", False), ("tiled", True)])
 def test_compilers_see_operators_unless_eager_is_requested(make, backend, opaque):
