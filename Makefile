@@ -33,7 +33,7 @@ test-long: $(VENV)/installed-test
 	$(PYTEST) -m long $(TESTS)
 
 test-fast: $(VENV)/installed-test
-	$(PYTEST) -m "not slow and not slurm" $(TESTS)
+	$(PYTEST) -m "not slow and not slurm and not long" $(TESTS)
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest LOCKED=--upgrade

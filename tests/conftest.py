@@ -40,6 +40,8 @@ LONGEST = (
     "benchmark/test_kernels_benchmark.py", "benchmark/test_compiled_benchmark.py", "plan/test_trace.py",
     "plan/test_plan.py", "models/test_deepspeed.py",
 )  # fmt: skip
+# Kernels interpreted, operators checked, whole models traced: seconds a test.
+COMPUTING = ("attention/triton/", "attention/test_operators.py", "attention/test_memory.py", "plan/")
 STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launched
 
 
@@ -59,9 +61,9 @@ def pytest_collection() -> Generator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes as slow, and in one of several test processes let it come first."""
+    """Mark what starts processes or computes for long as slow; among several test processes starters come first."""
     for item in items:
-        if starts_processes(item):
+        if starts_processes(item) or name_of(item).startswith(COMPUTING):
             item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=when)
@@ -69,9 +71,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def when(item: pytest.Item) -> tuple[bool, int]:
     """When a test comes, among several test processes: sorting by it keeps the tests of a file together."""
-    name = item.path.relative_to(Path(__file__).parent).as_posix()
+    name = name_of(item)
     place = LONGEST.index(name) if name in LONGEST else len(LONGEST)
-    return item.get_closest_marker("slow") is None and place == len(LONGEST), place
+    return not starts_processes(item) and place == len(LONGEST), place
+
+
+def name_of(item: pytest.Item) -> str:
+    """A test's file, from the folder of all tests."""
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 def starts_processes(item: pytest.Item) -> bool:
