@@ -3,7 +3,7 @@
     Layer ──count──> bytes of each candidate, on fake tensors ──measure──> ms of those that fit ──choose──> a name
 
     first      triton, tiled, eager
-    then       eager compiled, on a GPU; the configurations of triton ("triton[small]"), if triton is the fastest so far
+    then       eager compiled, on a GPU; the configurations of triton ("triton[tall]"), if triton is the fastest so far
 
 Nothing is run whose bytes were not counted first and found to fit. Axes: B batch, H heads, N tokens, d head width.
 """
@@ -100,7 +100,7 @@ class Layer(NamedTuple):
 
 @dataclass
 class Candidate:
-    """One backend's figures for one kind of attention, or those of one configuration of triton, "triton[small]".
+    """One backend's figures for one kind of attention, or those of one configuration of triton, "triton[tall]".
 
     Attributes:
         saved: bytes saved for backward by a layer; None where it was not counted.

@@ -137,7 +137,7 @@ def use_backends(chosen: dict[str, str]) -> None:
     asked for.
 
     Args:
-        chosen: "map" or a refiner's name -> a key of :data:`BACKENDS`, or a configuration of triton, "triton[small]",
+        chosen: "map" or a refiner's name -> a key of :data:`BACKENDS`, or a configuration of triton, "triton[tall]",
             which evaluation by the same kernels then uses too; the default computes what is missing.
     Raises:
         ValueError: a kind has no such configuration.

@@ -3,7 +3,7 @@
     constants at the head of a kernel's file  <  CARDS, by architecture  <  CONFIGURATIONS, the one in use
 
 A configuration belongs to a kind of attention. One of each kind is in use in this process, forward and backward: that
-of the backend's name, "triton[small]", which a run chooses by timing. All give the same numbers to rounding. Needs no
+of the backend's name, "triton[tall]", which a run chooses by timing. All give the same numbers to rounding. Needs no
 Triton.
 """
 
@@ -113,7 +113,7 @@ def sizes_of(kernel: str, architecture: int | str | None, **usual: int) -> dict[
 
 
 def joined(backend: str, configuration: str) -> str:
-    """ "triton[small]", or the backend alone."""
+    """ "triton[tall]", or the backend alone."""
     return f"{backend}[{configuration}]" if configuration else backend
 
 
