@@ -5,7 +5,7 @@
     equations.py   the paper's, with which tests compare    norms.py   batch norm in fp32, counted once a step
     moments.py     its mean and variance, from those of parts
     choice.py      which backend is the fastest here: counted, then timed      live_bytes.py   memory, on fake tensors
-    compiling.py   where torch.compile keeps its code
+    compiling.py   where torch.compile keeps its code                                      flops.py   of the operators
     backends/      eager, eager compiled, tiled, triton, and the check of kernels before they become the default
 
 By operation, with every backend's implementation side by side:
@@ -13,10 +13,8 @@ By operation, with every backend's implementation side by side:
     map/   linear/   bottleneck/        built of   tiling/ (tiles of query rows)   kernels/ (Triton)
 """
 
-# Whoever loads an exported program finds the operators registered.
-import refiner_ds.attention.bottleneck.operators
-import refiner_ds.attention.linear.operators
-import refiner_ds.attention.map.operators  # noqa: F401
+# Whoever loads an exported program finds the operators registered, whoever counts FLOPs their formulas.
+import refiner_ds.attention.flops  # noqa: F401
 from refiner_ds.attention.backends.eager import refined_map
 from refiner_ds.attention.bottleneck.folding import fold_refiner, running_affine, scaled
 from refiner_ds.attention.dispatch import (

@@ -19,8 +19,8 @@ from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
+from refiner_ds.attention.flops import flops_of
 from refiner_ds.attention.operators import IMPLEMENTATIONS
 from refiner_ds.attention.tiling import tiles as tiling
 from refiner_ds.attention.tiling.tiles import GPU_TILE_BYTES
@@ -68,12 +68,10 @@ class LiveBytes(TorchDispatchMode):
             return out
         if ours:
             self.peak = max(self.peak, self.now + self._workspace(func, args, kwargs))
-        if not func.is_view and "empty" not in func.__name__ and not func.__name__.startswith("detach"):
-            count = flop_registry.get(func._overloadpacket)
+        if "empty" not in func.__name__ and _writes(func, args, kwargs, made):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + made
             moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            flops = 0 if count is None else count(*args, **kwargs, out_val=out)
-            self.operations.append(Operation(self.backward, flops, moved))
+            self.operations.append(Operation(self.backward, flops_of(func, args, kwargs, out), moved))
         return out
 
     def know(self, tensor: Tensor) -> None:
@@ -135,6 +133,12 @@ class LiveBytes(TorchDispatchMode):
         return max(
             0, inner.peak - sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in out}.values())
         )
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[Tensor]) -> bool:
+    """Whether an operation moves bytes, rather than ask a tensor something or return another view of its storage."""
+    given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    return func._schema.is_mutable or any(x.untyped_storage()._cdata not in given for x in made)
 
 
 def _has_images(x: Any) -> bool:

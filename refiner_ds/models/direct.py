@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as nn_module
+from torch.utils.module_tracker import ModuleTracker
 from torchvision.ops import FrozenBatchNorm2d
 
 from refiner_ds.attention import BatchNorm, Norm
@@ -28,7 +29,7 @@ def can_read(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     Args:
         kinds: the exact classes whose forward the caller computes itself; a subclass may do more.
     """
-    if type(module) not in kinds or "forward" in vars(module) or nn_module._has_any_global_hook():
+    if type(module) not in kinds or "forward" in vars(module) or _has_global_hook():
         return False
     if any(_is_foreign(hook) for name in _HOOKS for hook in vars(module)[name].values()):
         return False
@@ -62,6 +63,15 @@ def batch_norm_tensors(module: nn.Module) -> Norm | None:
         module.weight, module.bias, mean, variance, module.num_batches_tracked, training, module.eps,
         module.momentum or 0.0,
     )  # fmt: skip
+
+
+def _has_global_hook() -> bool:
+    """Whether every module has to be called, for the sake of hooks of all modules."""
+    if not nn_module._has_any_global_hook():
+        return False
+    # PyTorch's FLOP counter notes by them which module it is in, and counts operators.
+    hooks = (hook for name in _HOOKS for hook in getattr(nn_module, f"_global{name}", {}).values())
+    return not all(type(getattr(hook, "__self__", None)) is ModuleTracker for hook in hooks)
 
 
 def _is_foreign(hook: object) -> bool:

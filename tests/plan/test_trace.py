@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from refiner_ds.attention.live_bytes import LiveBytes
 from tests.plan.counting import counted, planned, run_file
 
 CASES = [
@@ -52,3 +54,22 @@ def test_a_recomputed_block_leaves_nothing_behind(backend: str) -> None:
     runs = (run_file("refiner_vit_s", 384, "pair", "map", f"refiner.model.depth={depth}") for depth in (6, 12))
     few, many = (trace(run, 1000, 2, True, backend, 80 << 30) for run in runs)
     assert many.peak - few.peak == pytest.approx(sum(many.saved.values()) - sum(few.saved.values()), rel=0.05)
+
+
+def test_only_what_is_read_and_written_counts_as_bytes_moved() -> None:
+    """A lower bound of a step's time must not hold what a tensor is only asked, or looked at in another shape."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), LiveBytes(gpu=True) as live:
+        x = torch.empty(4, 6)
+        assert x.device.type == "cpu"
+        torch.ops.prim.device(x)
+        torch.ops.aten._unsafe_view(x.view(6, 4).t().detach(), [4, 6])
+        assert live.operations == []
+        y = x + 1
+        y.add_(x)
+        x.clone()
+        weights = torch.empty(2, 6)
+        weights @ x.t()
+    moved = [(one.flops, one.bytes // 4) for one in live.operations]
+    assert moved == [(0, 24 + 24), (0, 24 + 24 + 24), (0, 24 + 24), (2 * 2 * 6 * 4, 12 + 24 + 8)]
