@@ -11,10 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EPIPE
 from functools import wraps
 
-from refiner_ds.exit_codes import CRASHED, REFUSED
-from refiner_ds.output import lasting_output
+from refiner_ds.exit_codes import CRASHED, REFUSED, UNREAD
+from refiner_ds.output import OutputError, lasting_output, reporting_output
 
 
 class RefinerError(Exception):
@@ -59,17 +60,24 @@ def print_error(sentence: str) -> None:
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Decorator: a refused command prints one sentence on stderr and returns exit code 2.
 
-    All processes of a node are refused for the same reason; the first prints it (`reports_errors`).
+    All processes of a node are refused for the same reason; the first prints it (`reports_errors`). A command whose
+    output nobody reads any more (``| head``) ends without a word.
     """
 
     @wraps(main)
     def reported(*arguments: object, **named: object) -> int:
         try:
-            return main(*arguments, **named)
+            with reporting_output():
+                return main(*arguments, **named)
         except RefinerError as error:
             if reports_errors():
                 print_error(str(error))
             return error.exit_code
+        except OutputError as error:
+            if error.errno == EPIPE:
+                return UNREAD
+            print_error(f"standard output cannot be written: {error.strerror}")
+            return CRASHED
 
     return reported
 

@@ -26,7 +26,7 @@ class LastingStream:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._lose(error)
+            self.lose(error)
             return len(text)
 
     def flush(self) -> None:
@@ -34,9 +34,9 @@ class LastingStream:
         try:
             self._stream.flush()
         except OSError as error:
-            self._lose(error)
+            self.lose(error)
 
-    def _lose(self, error: OSError) -> None:
+    def lose(self, error: OSError) -> None:
         """Let what is still buffered go nowhere, and all that follows, too, unless it is only room that is wanting."""
         with suppress(OSError, ValueError):
             number = self._stream.fileno()
@@ -50,6 +50,47 @@ class LastingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class OutputError(OSError):
+    """Standard output cannot be written; what it still held is lost."""
+
+
+class ReportStream(LastingStream):
+    """A text stream whose failures can be told from those of other files: a report that is cut off is no report."""
+
+    def write(self, text: str) -> int:
+        """Write. Raises OutputError."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def flush(self) -> None:
+        """Flush. Raises OutputError."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> OutputError:
+        self.lose(error)
+        return OutputError(error.errno, error.strerror)
+
+
+@contextmanager
+def reporting_output() -> Iterator[None]:
+    """Let what cannot be printed to standard output raise OutputError, at the end of the block at the latest."""
+    before, stream = sys.stdout, ReportStream(sys.stdout)
+    sys.stdout = stream
+    try:
+        yield
+        stream.flush()
+    except SystemExit:  # argparse, after --help
+        stream.flush()
+        raise
+    finally:
+        sys.stdout = before
 
 
 @contextmanager

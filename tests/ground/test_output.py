@@ -50,6 +50,48 @@ sys.exit(main())
 """
 
 
+REPORTS = """
+import argparse, sys
+from refiner_ds.errors import report_errors
+
+sys.stdin.readline()
+
+@report_errors
+def main():
+    if sys.argv[1] == "--help":
+        argparse.ArgumentParser().parse_args()
+    for _ in range(int(sys.argv[1])):
+        print("a line of a long report")
+    return 0
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("lines, codes", [(1, {141}), (100_000, {141}), ("--help", {0, 141})])  # argparse minds nothing
+def test_a_command_that_is_cut_short_by_head_ends_without_a_word(lines: int | str, codes: set[int]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", REPORTS, str(lines)], cwd=ROOT, env=environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) in codes and process.stderr.read() == ""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_report_that_finds_no_room_is_an_error_in_one_sentence(lines: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", REPORTS, str(lines)], cwd=ROOT, env=environment(), text=True, stdout=full,
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    said = "error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 @pytest.mark.parametrize("program, code", [(PRINTS, 75), (REFUSED, 2)])
 def test_a_full_disk_changes_neither_the_run_nor_its_exit_code(program: str, code: int) -> None:
     with open("/dev/full", "w") as full:
