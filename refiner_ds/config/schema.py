@@ -91,6 +91,11 @@ class ModelKeys(Section):
         description="weights a fresh run starts from, fitted to img_size and classes: a run folder or checkpoint (its"
         " EMA weights), a .safetensors file or a released one; null: random",
     )
+    init_layers: list[str] | None = Field(
+        None,
+        description='with init_from: what is taken from it, by name, prefix or pattern: ["patch_embed"]; the rest'
+        " starts afresh; null: everything",
+    )
     reset_head: bool = Field(False, description="with init_from: leave the heads as freshly initialised")
     freeze: list[str] = Field(
         [],

@@ -11,7 +11,6 @@ h×w the patch grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
@@ -33,6 +32,7 @@ from refiner_ds.models.fuse import fuse_block, fuse_stem, refuse_unfoldable
 from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box, swap_in_box
 from refiner_ds.models.mlp import ScaledMlp
 from refiner_ds.models.options import check_box, check_options
+from refiner_ds.models.patterns import matching
 from refiner_ds.models.stem import ConvStem, grid_of
 
 __all__ = ["RefinedViT"]
@@ -390,12 +390,7 @@ class RefinedViT(nn.Module):
         Raises:
             ValueError: a pattern names no parameter.
         """
-        frozen = set()
-        for pattern in patterns:
-            names = [name for name, _ in self.named_parameters() if _matches(name, pattern)]
-            if not names:
-                raise ValueError(f"{pattern} names no parameter; names begin with patch_embed, blocks.0, norm, head …")
-            frozen.update(names)
+        frozen = matching(patterns, dict(self.named_parameters()))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in frozen)
         for name, module in self.named_modules():
@@ -452,10 +447,6 @@ def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[Attentio
     if layout == "paper":
         return RefinedAttention
     return SharedAttention if index % 2 else MapAttention
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from refiner_ds.models.patterns import matching
 from refiner_ds.models.refined_vit import GRID, RefinedViT
 
 __all__ = ["fit_to", "fit_weights", "load_released_weights", "read_weight_file", "unwrap"]
@@ -75,19 +76,30 @@ def fit_weights(
     source: str,
     old_grid: Grid | None = None,
     reset_head: bool = False,
+    layers: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """A whole state dict for ``model`` out of a checkpoint's content, and what was adapted; see the function above.
 
     Args:
         model: may be on the meta device; it is not changed.
         source: what errors call the checkpoint.
+        layers: names, prefixes or patterns of what is taken from it; the rest of the model stays as it is. None: all.
     """
+    own = wanted = model.state_dict()
     try:
-        state, notes = fit_to(model, content, old_grid, reset_head)
+        if layers is None:
+            state, notes = fit_to(model, content, old_grid, reset_head)
+        else:
+            taken = matching(layers, own)
+            wanted = {name: value for name, value in own.items() if name in taken}
+            given = {name: value for name, value in unwrap(content).items() if name in taken or name == GRID}
+            heads = any(name.startswith(f"{head}.") for name in taken for head in HEADS)
+            state, notes = fit_to(model, given, old_grid, reset_head, heads)
+            state = {name: value for name, value in state.items() if name in taken}
+            notes = [f"{', '.join(layers)} alone, the rest starts afresh", *notes]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    own = model.state_dict()
-    if misfits := _misfits(own, state):
+    if misfits := _misfits(wanted, state):
         raise ValueError(f"{source} does not fit the model; {'; '.join(misfits)}")
     return {**own, **state}, notes
 
@@ -117,9 +129,13 @@ def read_weight_file(path: Path) -> Mapping[str, Any]:
 
 
 def fit_to(
-    model: RefinedViT, content: Mapping[str, Any], old_grid: Grid | None = None, reset_head: bool = False
+    model: RefinedViT,
+    content: Mapping[str, Any],
+    old_grid: Grid | None = None,
+    reset_head: bool = False,
+    heads: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Unwrap a checkpoint and fit it to the model's image size, channels and classes.
+    """Unwrap a checkpoint and fit it to the model's image size, channels and, where heads are wanted of it, classes.
 
     Returns:
         The state dict, and what was adapted, a sentence each.
@@ -130,7 +146,7 @@ def fit_to(
     notes = [
         *_fit_positions(state, model, old_grid),
         *_fit_channels(state, model),
-        *_fit_heads(state, own, model, reset_head),
+        *(_fit_heads(state, own, model, reset_head) if heads else []),
     ]
     return state, notes
 

@@ -17,8 +17,8 @@ from refiner_ds.models import RefinedViT, SyncBatchNorm  # importing them regist
 
 # The run file's words for what timm's models take; every other key of refiner.model has the same name there.
 NOT_OPTIONS = {
-    "name", "attention", "save_for_backward", "checkpointing", "compile", "init_from", "reset_head", "freeze",
-    "sync_batch_norm",
+    "name", "attention", "save_for_backward", "checkpointing", "compile", "init_from", "init_layers",
+    "reset_head", "freeze", "sync_batch_norm",
 }  # fmt: skip
 TIMM_NAMES = {"drop_path": "drop_path_rate", "drop": "proj_drop_rate", "attn_drop": "attn_drop_rate"}
 

@@ -45,7 +45,8 @@ def initial_weights(run: RunFile, model: RefinedViT, classes: Sequence[str]) -> 
     try:
         content, names = _read(place)
         others = names is not None and list(names) != list(classes)
-        state, notes = fit_weights(model, content, str(place), reset_head=keys.reset_head or others)
+        reset_head = keys.reset_head or others
+        state, notes = fit_weights(model, content, str(place), reset_head=reset_head, layers=keys.init_layers)
     except (ValueError, CheckpointError) as error:
         raise ConfigError(f"{run.path}: refiner.model.init_from: {error}") from None
     if others and not keys.reset_head and len(names or ()) == len(classes):

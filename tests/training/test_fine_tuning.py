@@ -107,6 +107,27 @@ def test_heads_start_afresh_where_classes_have_other_names(story: dict[str, Any]
     assert torch.equal(other["head.weight"], model.head.weight)
 
 
+def test_layers_can_be_taken_alone_and_the_rest_starts_afresh(story: dict[str, Any]) -> None:
+    run = story["run"]
+    model = build_model(run, 3)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def taking(layers: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+        keys = _starting_from(run.refiner, run.folder)
+        keys = keys.model_copy(update={"model": keys.model.model_copy(update={"init_layers": layers})})
+        return initial_weights(RunFile(run.path, run.keys.model_copy(update={"refiner": keys})), model, ["a", "b", "c"])
+
+    state, notes = taking(["patch_embed", "blocks.0"])
+    saved = weights_of(run.folder)
+    assert notes == ["patch_embed, blocks.0 alone, the rest starts afresh"]
+    assert state.keys() == own.keys()
+    for name, value in state.items():
+        source = saved if name.startswith(("patch_embed.", "blocks.0.")) else own
+        assert torch.equal(value, source[name]), name
+    with pytest.raises(ConfigError, match="patch_embde names no parameter; names begin with"):
+        taking(["patch_embde"])
+
+
 def _starting_from(keys: RefinerKeys, place: Path) -> RefinerKeys:
     return keys.model_copy(update={"model": keys.model.model_copy(update={"init_from": str(place)})})
 
