@@ -1,6 +1,7 @@
 """Plan a run: memory a GPU by part, whether it fits, step time, communication, checkpoints, hours and money.
 
     python -m refiner_ds.plan --config ds_configs/refiner_l.json --nodes 4 --gpus-per-node 8 --gpu h200 --price 3.50
+    python -m refiner_ds.plan ds_configs/paper/expansion.json --gpus-per-node 8      every run of a table, and their sum
 
 No GPU is needed. ``--gpu cpu`` plans for the CPUs of this machine. ``--json`` prints one object.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from refiner_ds import garbage
 from refiner_ds.config import load
 from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.gpus import gpu
+from refiner_ds.sweep_table import read_table
 from refiner_ds.training.logs import silence_libraries
 
 GIB = 2**30
@@ -27,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     silence_libraries()
     lines = __doc__.split("\n")
     parser = argparse.ArgumentParser(prog="python -m refiner_ds.plan", description=lines[0])
+    parser.add_argument("table", nargs="?", type=Path, metavar="TABLE", help="a table of runs, instead of a run file")
     parser.add_argument("--config", metavar="FILE", help="run file (default: ds_configs/quickstart.json)")
+    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help="with a table; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=1, help="processes a node")
@@ -43,17 +48,26 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be above 0")
     card = None if given.gpu.lower() == "cpu" else gpu(given.gpu)
-    run = load(given.config, given.set)
+    if given.table and given.config:
+        raise ConfigError("give a table or --config, not both")
+    if given.grid and not given.table:
+        raise ConfigError("--grid goes with a table; change keys of a run file by --set")
+    table = read_table(given.table).across(given.grid) if given.table else None
 
     with garbage.paused():
         from refiner_ds.plan.checking import full_plan
         from refiner_ds.plan.planning import Machines
+        from refiner_ds.plan.tables import plan_table, table_text
 
     machines = Machines(
         card, given.nodes, given.gpus_per_node, given.network, given.disk, given.price, given.step_seconds
     )
-    plan = full_plan(run, machines)
-    print(json.dumps(plan) if given.json else text(plan))
+    if table is not None:
+        found = plan_table(table, given.set, machines)
+        print(json.dumps(found) if given.json else table_text(found))
+    else:
+        plan = full_plan(load(given.config, given.set), machines)
+        print(json.dumps(plan) if given.json else text(plan))
     return 0
 
 
