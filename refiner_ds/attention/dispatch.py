@@ -282,7 +282,8 @@ def attend(
     Args:
         deferred: queries and keys, their scale and dropout.
         value_BHNd: values.
-        residual_BHNN: the map of the block before, added scale times; ``None`` in the first block.
+        residual_BHNN: the map of the block before, added scale times, zero for padding whatever was there; ``None`` in
+            the first block.
         backend: which backend to ask first; ``None`` leaves it to REFINER_ATTENTION and to the device.
     Returns:
         [B, H, N, d], and the map [B, H, N, N] for the next block, both in the values' dtype.
@@ -290,6 +291,8 @@ def attend(
         ValueError: arguments do not fit together, there is no such backend, or the device cannot run it.
     """
     chosen = _backend_for(Case(deferred, value_BHNd), backend, residual_BHNN)
+    if residual_BHNN is not None and deferred.mask_BN is not None:
+        residual_BHNN = residual_BHNN.masked_fill(outside_mask(deferred.mask_BN), 0.0)
     return chosen.attend(deferred, value_BHNd, residual_BHNN)
 
 

@@ -9,9 +9,10 @@ Axes: B batch, H heads, N tokens, d head width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["outside_mask", "outside_rows", "real_entries", "zero_padding"]
+__all__ = ["mask_bytes", "outside_mask", "outside_rows", "real_entries", "zero_padding"]
 
 
 def outside_mask(mask_BN: Tensor) -> Tensor:
@@ -22,6 +23,11 @@ def outside_mask(mask_BN: Tensor) -> Tensor:
 def outside_rows(mask_bN: Tensor, rows: slice) -> Tensor:
     """The same for some query rows, [b, 1, R, N]."""
     return ~(mask_bN[:, None, rows, None] & mask_bN[:, None, None, :])
+
+
+def mask_bytes(mask_BN: Tensor) -> Tensor:
+    """A mask as kernels read it."""
+    return mask_BN.contiguous().view(torch.uint8)
 
 
 def zero_padding(x_BHNd: Tensor, mask_BN: Tensor) -> Tensor:

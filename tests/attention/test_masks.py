@@ -14,33 +14,7 @@ from refiner_ds.attention import BottleneckWeights, DeferredMap, Refiner, equati
 from refiner_ds.attention.dispatch import _fallbacks
 from refiner_ds.attention.tiling import tiles
 from tests.attention.cases import SCALE, bottleneck, leaf, leaves, linear, norms_of, relative_errors
-
-HEADS, TOKENS, WIDTH, LENGTHS = 3, 9, 5, (9, 4, 1, 6)
-REAL = {
-    "at the end": torch.arange(TOKENS) < torch.tensor(LENGTHS)[:, None],
-    "at the front": torch.arange(TOKENS) >= TOKENS - torch.tensor(LENGTHS)[:, None],
-}
-GARBAGE = 1e3  # what padding contains
-
-
-def ragged(mask: Tensor, training: bool = False) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Queries, keys and values of each sequence alone, [H, n, d]; and of all of them padded, [B, H, N, d]."""
-    alone = [[leaf(HEADS, int(row.sum()), WIDTH) for _ in range(3)] for row in mask]
-    padded = [torch.full((len(mask), HEADS, TOKENS, WIDTH), GARBAGE, dtype=torch.float64) for _ in range(3)]
-    for image, (row, sequence) in enumerate(zip(mask, alone, strict=True)):
-        for whole, part in zip(padded, sequence, strict=True):
-            whole[image, :, row] = part.detach()
-    return alone, [x.requires_grad_() for x in padded]
-
-
-def refine(q, k, v, weights, backend: str, source: str, mask: Tensor | None = None) -> Tensor:
-    if source == "scores":
-        return attention.refine(DeferredMap(q, k, SCALE, 0.0, mask), v, weights, SCALE, backend=backend)
-    made = equations.attention_map(q, k, SCALE, mask)
-    if mask is not None:
-        made = made + GARBAGE * ~(mask[:, None, :, None] & mask[:, None, None])
-    return attention.refine(made, v, weights, SCALE, backend=backend, mask_BN=mask)
-
+from tests.attention.ragged import HEADS, REAL, WIDTH, check_alone_equals_padded, ragged
 
 REFINERS = {
     "linear, composed": lambda: linear(HEADS, 3),
@@ -57,33 +31,8 @@ REFINERS = {
 @pytest.mark.parametrize("kind", REFINERS)
 def test_a_sequence_alone_equals_itself_padded(kind, where, source, backend, tile_bytes, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
-    mask, weights = REAL[where], REFINERS[kind]()
     differentiable = kind != "bottleneck" or backend == "eager"
-    alone, padded = ragged(mask)
-    with torch.set_grad_enabled(differentiable):
-        out = refine(*padded, weights, backend, source, mask)
-    assert not out.movedim(1, 2)[~mask].any()
-    direction, truth, parts = torch.randn_like(out), [], []
-    for image, (row, sequence) in enumerate(zip(mask, alone, strict=True)):
-        with torch.set_grad_enabled(differentiable):
-            truth.append(refine(*(x[None] for x in sequence), weights, "eager", source)[0])
-        parts.append(out[image, :, row])
-    assert max(relative_errors(parts, truth)) < 1e-12
-    if not differentiable:
-        return
-    grads = torch.autograd.grad(out, [*padded, *leaves(weights)], direction)
-    inputs = [x for sequence in alone for x in sequence]
-    towards = [direction[image, :, row] for image, row in enumerate(mask)]
-    expected = iter(torch.autograd.grad(truth, [*inputs, *leaves(weights)], towards, allow_unused=True))
-    for image, row in enumerate(mask):
-        found = [grad[image, :, row] for grad in grads[:3]]
-        likely = [next(expected) for _ in found]
-        scale = max(x.abs().max().item() for x in likely)
-        assert max((x - y).abs().max().item() for x, y in zip(found, likely, strict=True)) < 1e-12 * max(scale, 1)
-    for grad in grads[:3]:
-        assert not grad.movedim(1, 2)[~mask].any()
-    for ours, wanted in zip(grads[3:], expected, strict=True):
-        assert relative_errors([ours], [wanted])[0] < 1e-11
+    check_alone_equals_padded(REAL[where], REFINERS[kind](), backend, source, differentiable)
 
 
 def of_ragged_maps(maps: list[Tensor], weights: BottleneckWeights) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
@@ -151,6 +100,16 @@ def test_a_sequence_of_padding_alone_is_zero_and_harms_nothing(make, backend):
     assert not out[1].any() and all(grad.isfinite().all() for grad in grads) and not grads[0][1].any()
 
 
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+def test_a_residual_map_leaves_nothing_in_padding(backend):
+    mask = torch.tensor([[True] * 3, [True, False, False]])
+    q, k, v = (leaf(2, HEADS, 3, WIDTH) for _ in range(3))
+    residual = torch.rand(2, HEADS, 3, 3).double()
+    out, made = attention.attend(DeferredMap(q, k, SCALE, 0.0, mask), v, residual, backend)
+    assert not made[1, :, 1:].any() and not made[1, :, :, 1:].any() and not out[1, :, 1:].any()
+    torch.testing.assert_close(made[1, :, 0, 0], 1 + SCALE * residual[1, :, 0, 0])
+
+
 def test_a_masked_map_attends_to_real_keys_alone():
     mask = REAL["at the end"]
     alone, padded = ragged(mask)
@@ -176,7 +135,7 @@ def test_kernels_leave_a_masked_bottleneck_to_tiles_and_say_so(caplog):
     mask = torch.arange(4) < torch.tensor([[4], [2]])
     with caplog.at_level(logging.INFO):
         attention.refine(DeferredMap(*scores[:2], SCALE, 0.0, mask), scores[2], weights, backend="triton")
-    assert "bottleneck: tiled, because kernels of the bottleneck take no mask" in caplog.text
+    assert "bottleneck: tiled, because kernels of a bottleneck in training take no mask" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from refiner_ds.attention.weights import Case, DeferredMap
 
 __all__ = ["TritonBackend"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # and in the interpreter float64, for proofs
 
 
 class TritonBackend:
@@ -38,7 +38,7 @@ class TritonBackend:
             return reason
         dtype = case.attn.q_BHNd.dtype if isinstance(case.attn, DeferredMap) else case.value_BHNd.dtype
         for one in (dtype, case.value_BHNd.dtype):
-            if one not in DTYPES:
+            if one not in DTYPES and not (one == torch.float64 and _interpreted()):
                 return f"kernels take no {str(one).removeprefix('torch.')}"
         if case.weights is None:
             return None
@@ -62,3 +62,9 @@ class TritonBackend:
         kernels = implementation(case.weights, self.name)
         assert kernels is not None
         return kernels.refine(case, scale, save_for_backward)
+
+
+def _interpreted() -> bool:
+    from refiner_ds.attention.kernels.launch import INTERPRETED
+
+    return INTERPRETED

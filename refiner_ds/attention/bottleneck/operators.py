@@ -171,7 +171,7 @@ def _folded(
     if backend == "triton":
         from refiner_ds.attention.bottleneck import triton_inference
 
-        return triton_inference.refine_folded(map_BHNN, value_BHNd, weights)
+        return triton_inference.refine_folded(map_BHNN, value_BHNd, weights, mask_BN)
     from refiner_ds.attention.bottleneck import tiled_inference
 
     return tiled_inference.refine_folded(map_BHNN, value_BHNd, weights, mask_BN)

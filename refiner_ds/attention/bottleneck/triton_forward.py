@@ -27,6 +27,7 @@ from refiner_ds.attention.kernels.dot import (
     load_taps,
     padded_size,
     split_hi_lo,
+    zero_sums,
 )
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
 from refiner_ds.attention.kernels.launch import architecture, launch
@@ -134,7 +135,7 @@ def _expand_local(
 @triton.jit
 def relu6_unit(folded_MH, map_HL, shift_M1, in_L):
     """A sixth of u1, [M, L], from a sixth of the weights. Outside the map it is 0, not relu6(shift)."""
-    sums_ML = tl.zeros([folded_MH.shape[0], map_HL.shape[1]], dtype=tl.float32)
+    sums_ML = zero_sums([folded_MH.shape[0], map_HL.shape[1]], map_HL.dtype)
     return tl.clamp(dot_split_weight(folded_MH, map_HL, sums_ML) + shift_M1 * in_L.to(tl.float32)[None, :], 0.0, 1.0)
 
 
@@ -180,10 +181,10 @@ def groups_of(expanded: int) -> tuple[int, int]:
     return groups, triton.cdiv(expanded, groups)
 
 
-def pad_to_nine_taps(kernel_E1kk: Tensor) -> Tensor:
-    """Kernels of size 1 or 3 as 3×3 ones, [E, 9], fp32."""
+def pad_to_nine_taps(kernel_E1kk: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Kernels of size 1 or 3 as 3×3 ones, [E, 9]."""
     margin = (3 - kernel_E1kk.shape[-1]) // 2
-    return F.pad(kernel_E1kk.float(), (margin,) * 4).flatten(1).contiguous()
+    return F.pad(kernel_E1kk.to(dtype), (margin,) * 4).flatten(1).contiguous()
 
 
 def nan_unless_finite(*parts_E: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def dot_split_both(weight_HM, maps_ML, sums_HL, DTYPE: tl.constexpr):
 
     Three products keep 16 bits, far more than the result is stored in.
     """
-    if DTYPE == tl.float32:
+    if DTYPE == tl.float32 or DTYPE == tl.float64:
         sums_HL = dot_split_weight(weight_HM, maps_ML, sums_HL)
     else:
         high_ML, low_ML = split_hi_lo(maps_ML, DTYPE)

@@ -25,10 +25,12 @@ from refiner_ds.attention.bottleneck.triton_forward import (
     relu6_unit,
 )
 from refiner_ds.attention.kernels.configurations import sizes_of
-from refiner_ds.attention.kernels.dot import dot_split_weight, load_taps, padded_size
+from refiner_ds.attention.kernels.dot import dot_split_weight, load_taps, padded_size, zero_sums
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
 from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
+from refiner_ds.attention.masking import mask_bytes
+from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.weights import FoldedWeights
 
 __all__ = ["refine_folded"]
@@ -41,9 +43,10 @@ HALF_ROWS, SINGLE_ROWS = 5, 2
 
 @triton.jit
 def _refine_folded(
-    map_BHNN, folded_EH, shift_E, taps_E9, level_E, reduce_HE, affine_2H, refined_BHNN, fragments,
+    map_BHNN, folded_EH, shift_E, taps_E9, level_E, reduce_HE, affine_2H, mask_BN, refined_BHNN, fragments,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr,
     SIZE: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(0), tl.program_id(1)
     head_H, offset_M = tl.arange(0, PADDED), tl.arange(0, GROUP)
@@ -52,6 +55,9 @@ def _refine_folded(
     image_Q, key_Q, valid_Q = halo_offsets(tile, fragments, TOKENS, STRIDE, KEYS)
     AREA: tl.constexpr = TOKENS * STRIDE
     map_L, map_Q = map_BHNN + image_L * (HEADS * AREA) + key_L, map_BHNN + image_Q * (HEADS * AREA) + key_Q
+    if MASKED:
+        valid_L &= _real(mask_BN, image_L, key_L, valid_L, TOKENS)
+        real_Q = _real(mask_BN, image_Q, key_Q, valid_Q, TOKENS)
     first = segment * ROWS
     maps, halos, inside_L, inside_Q = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     refined = tl.tuple(())
@@ -63,9 +69,13 @@ def _refine_folded(
         offset_HQ = (map_Q + row * STRIDE)[None, :] + (head_H * AREA)[:, None]
         maps += (tl.load(offset_HL, mask=in_L[None, :] & mask_H1, other=0.0),)
         halos += (tl.load(offset_HQ, mask=in_Q[None, :] & mask_H1, other=0.0),)
-        inside_L += (in_L & valid_L,)
-        inside_Q += (in_Q,)
-    empty_HL = tl.zeros([PADDED, 4 * KEYS], dtype=tl.float32)
+        if MASKED:
+            inside_L += (valid_L & _real(mask_BN, image_L, row, in_L, TOKENS),)
+            inside_Q += (real_Q & _real(mask_BN, image_Q, row, in_Q, TOKENS),)
+        else:
+            inside_L += (in_L & valid_L,)
+            inside_Q += (in_Q,)
+    empty_HL = zero_sums([PADDED, 4 * KEYS], map_BHNN.dtype.element_ty)
     gain_H1 = tl.load(affine_2H + head_H, mask=mask_H, other=0.0)[:, None]
     gain_HH = tl.where(head_H[:, None] == head_H[None, :], gain_H1, 0.0)
     shift_H1 = tl.load(affine_2H + HEADS + head_H, mask=mask_H, other=0.0)[:, None]
@@ -86,6 +96,12 @@ def _refine_folded(
 
 
 @triton.jit
+def _real(mask_BN, image_L, token_L, valid_L, TOKENS: tl.constexpr):
+    """Which of some tokens, one for each column, are no padding; padding is outside the map, and zero in it."""
+    return tl.load(mask_BN + image_L * TOKENS + token_L, mask=valid_L, other=0) != 0
+
+
+@triton.jit
 def _with_group(
     refined, maps, halos, inside_L, inside_Q, map_M, mask_M, folded_EH, shift_E, taps_E9, level_E, reduce_HE,
     HEADS: tl.constexpr, EXPANDED: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
@@ -102,7 +118,7 @@ def _with_group(
     shift_M1 = tl.load(shift_E + map_M, mask=mask_M, other=0.0)[:, None]
     level_M1 = tl.load(level_E + map_M, mask=mask_M, other=0.0)[:, None]
     taps = load_taps(taps_E9, map_M, mask_M)
-    before_ML = tl.zeros([GROUP, 4 * KEYS], dtype=tl.float32)
+    before_ML = zero_sums([GROUP, 4 * KEYS], maps[0].dtype)
     now_ML = before_ML
     more = tl.tuple(())
     for step in tl.static_range(ROWS + 2):
@@ -119,36 +135,43 @@ def _with_group(
 
 
 @torch.no_grad()
-def refine_folded(map_BHNN: Tensor, value_BHNd: Tensor, weights: FoldedWeights) -> Tensor:
+def refine_folded(
+    map_BHNN: Tensor, value_BHNd: Tensor, weights: FoldedWeights, mask_BN: Tensor | None = None
+) -> Tensor:
     """Refined maps times values, [B, H, N, d]; constraint "none" and kernels of size 1 or 3 only.
 
     Reads 2 bytes an entry of the map (in half precision), writes and reads 2 for T.
 
     Args:
-        map_BHNN, value_BHNd: maps and values in one dtype, fp32 or half precision.
+        map_BHNN, value_BHNd: maps and values in one dtype, fp32 or half precision; in the interpreter float64 too.
         weights: with their norms folded.
+        mask_BN: which tokens are real, bool; maps and values of the others are zero, and the output of their rows any
+            number.
     """
     with torch.autocast(map_BHNN.device.type, enabled=False):
-        return _refined_map(map_BHNN, weights) @ value_BHNd
+        return _refined_map(map_BHNN, weights, mask_BN) @ value_BHNd
 
 
-def _refined_map(map_BHNN: Tensor, weights: FoldedWeights) -> Tensor:
+def _refined_map(map_BHNN: Tensor, weights: FoldedWeights, mask_BN: Tensor | None) -> Tensor:
     """T, [B, H, N, N] in the map's dtype."""
-    map_BHNN, taps_E9 = to_padded(map_BHNN), pad_to_nine_taps(weights.local.kernels[0])
+    precision = statistics_dtype(map_BHNN.dtype)
+    map_BHNN, taps_E9 = to_padded(map_BHNN), pad_to_nine_taps(weights.local.kernels[0], precision)
     batch, heads, tokens, _ = map_BHNN.shape
     expanded, stride = weights.expand_EH.shape[0], row_stride(tokens)
     groups, size = groups_of(expanded)
     keys, rows = sizes_of("refine_folded", architecture(map_BHNN.device), KEYS=KEYS, ROWS=HALF_ROWS).values()
-    rows = min(rows, SINGLE_ROWS) if map_BHNN.dtype == torch.float32 or heads > GROUP else rows
+    rows = min(rows, SINGLE_ROWS) if map_BHNN.dtype == precision or heads > GROUP else rows
     fragments = batch * stride // keys
     refined_BHNN = empty_padded(map_BHNN)
     finite_E = nan_unless_finite(weights.expand_EH.sum(1), weights.bias1_E, taps_E9.sum(1), weights.bias2_E)
     launch(
         _refine_folded, (triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, rows)),
-        map_BHNN, weights.expand_EH.float().contiguous() / 6, weights.bias1_E.float() / 6, taps_E9,
-        weights.bias2_E.float() / 6, 6 * weights.reduce_HE.float().contiguous() + finite_E,
-        torch.stack((weights.gain_H, weights.shift_H)).float(), refined_BHNN, fragments,
+        map_BHNN, weights.expand_EH.to(precision).contiguous() / 6, weights.bias1_E.to(precision) / 6, taps_E9,
+        weights.bias2_E.to(precision) / 6, 6 * weights.reduce_HE.to(precision).contiguous() + finite_E,
+        torch.stack((weights.gain_H, weights.shift_H)).to(precision),
+        refined_BHNN if mask_BN is None else mask_bytes(mask_BN), refined_BHNN, fragments,
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, SIZE=size,
-        PADDED=padded_size(heads), GROUP=GROUP, KEYS=keys, ROWS=rows, num_warps=1, num_stages=1,
+        PADDED=padded_size(heads), GROUP=GROUP, KEYS=keys, ROWS=rows,
+        MASKED=mask_BN is not None, num_warps=1, num_stages=1,
     )  # fmt: skip
     return refined_BHNN

@@ -4,6 +4,10 @@ dot                two tensors as they are stored, for long sums; fp32 as in dot
 dot_fp32           fp32 weights with maps taken to fp32, exact to fp32's last bits: three tf32 products on Nvidia's
                    tensor cores; AMD's multiply fp32 itself, and Triton knows no tf32x3 there
 dot_split_weight   fp32 weights, split in two halves, with maps as they are stored
+zero_sums, as_sum, as_exact   numbers in the precision of sums
+
+In the interpreter maps may be float64, and then weights and sums are: what kernels compute can be proven to rounding.
+On a GPU they would be slow at no use, and float64 is left to tiles.
 """
 
 from __future__ import annotations
@@ -15,7 +19,19 @@ from triton.language.target_info import is_hip
 
 from refiner_ds.attention.kernels.launch import INTERPRETED
 
-__all__ = ["padded_size", "split_hi_lo", "dot_fp32", "dot_split_weight", "load_taps", "dot", "dense_rows", "relu6"]
+__all__ = [
+    "as_exact",
+    "as_sum",
+    "dense_rows",
+    "dot",
+    "dot_fp32",
+    "dot_split_weight",
+    "load_taps",
+    "padded_size",
+    "relu6",
+    "split_hi_lo",
+    "zero_sums",
+]
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -31,9 +47,38 @@ def dense_rows(x_BHNd: Tensor) -> Tensor:
 
 
 @triton.jit
+def zero_sums(shape, DTYPE: tl.constexpr):
+    """Zeros to which products of numbers of a dtype are added: fp32, or float64."""
+    if DTYPE == tl.float64:
+        return tl.zeros(shape, tl.float64)
+    else:
+        return tl.zeros(shape, tl.float32)
+
+
+@triton.jit
+def as_sum(x):
+    """Numbers in the precision of sums."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def as_exact(number, like):
+    """A factor of [R, K] numbers ``like``; the interpreter takes it for fp32 otherwise."""
+    if _INTERPRETED:
+        return tl.full([1, 1], number, like.dtype)
+    else:
+        return number
+
+
+@triton.jit
 def dot_fp32(weight, maps):
-    """weight [M, C] · maps [C, L] in fp32."""
-    if is_hip():
+    """weight [M, C] · maps [C, L] in fp32, or float64."""
+    if maps.dtype == tl.float64:
+        return tl.dot(weight.to(tl.float64), maps, input_precision="ieee", out_dtype=tl.float64)
+    elif is_hip():
         return tl.dot(weight.to(tl.float32), maps.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(weight.to(tl.float32), maps.to(tl.float32), input_precision="tf32x3")
@@ -54,7 +99,7 @@ def dot_split_weight(weight, maps, sums):
 
     With maps in half precision the weight is split in two: twice the digits, in a third of ``dot_fp32``'s time.
     """
-    if maps.dtype == tl.float32:
+    if maps.dtype == tl.float32 or maps.dtype == tl.float64:
         sums += dot_fp32(weight, maps)
     else:
         high = weight.to(maps.dtype)

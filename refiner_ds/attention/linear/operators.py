@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.operators import computed_by, empty_maps, operator, refuse_second_derivative
 from refiner_ds.attention.weights import DeferredMap
 
@@ -30,10 +31,10 @@ def _refine(
     if backend == "triton":
         triton = computed_by("linear", "triton")
         out_BMNd, lse_BHN = triton.refined_values(scale, value_BHNd, kernel, source, mask_BN)
-        return out_BMNd, _empty_lse(backend, []) if lse_BHN is None else lse_BHN
+        return out_BMNd, _empty_lse(source) if lse_BHN is None else lse_BHN
     tiled = computed_by("linear", "tiled")
     steps = tiled.Steps(kernel, expand_EH, reduce_HE)
-    return tiled.refined_values(scale, value_BHNd, steps, source, mask_BN), _empty_lse(backend, source)
+    return tiled.refined_values(scale, value_BHNd, steps, source, mask_BN), _empty_lse(source)
 
 
 @_refine.register_fake
@@ -47,7 +48,7 @@ def _(
         out_BMNd = value_BHNd.new_empty(batch, tokens, maps_out, width).transpose(1, 2)
     else:
         out_BMNd = value_BHNd.new_empty(batch, maps_out, tokens, width)
-    return out_BMNd, value_BHNd.new_empty(_lse_shape(backend, source), dtype=torch.float32)
+    return out_BMNd, value_BHNd.new_empty(_lse_shape(backend, source), dtype=statistics_dtype(source[0].dtype))
 
 
 @operator("refine_linear_backward", f"(Tensor grad, {_ARGUMENTS}, Tensor lse) -> Tensor[]")
@@ -93,16 +94,15 @@ def _(
 def _map_gradient_dtype(grad_BMNd: Tensor, value_BHNd: Tensor) -> torch.dtype:
     from refiner_ds.attention.linear.triton_backward import takes_one_launch
 
-    return value_BHNd.dtype if takes_one_launch(grad_BMNd.shape[1], value_BHNd) else torch.float32
+    return value_BHNd.dtype if takes_one_launch(grad_BMNd.shape[1], value_BHNd) else statistics_dtype(value_BHNd.dtype)
 
 
 def _lse_shape(backend: str, source: list[Tensor]) -> tuple[int, ...]:
     return tuple(source[0].shape[:3]) if backend == "triton" and len(source) > 1 else (0,)
 
 
-def _empty_lse(backend: str, source: list[Tensor]) -> Tensor:
-    device = source[0].device if source else None
-    return torch.empty(0, dtype=torch.float32, device=device)
+def _empty_lse(source: list[Tensor]) -> Tensor:
+    return source[0].new_empty(0, dtype=statistics_dtype(source[0].dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -77,7 +77,7 @@ def gradients(
 def _value_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, kernel_MHkk: Tensor, value_BHNd: Tensor) -> Tensor:
     """Refined maps, transposed, times the gradient; summed over the maps that share a head's values."""
     heads, maps = value_BHNd.shape[1], grad_BMNd.shape[1]
-    dtype = value_BHNd.dtype if maps == heads else torch.float32
+    dtype = value_BHNd.dtype if maps == heads else statistics_dtype(value_BHNd.dtype)
     d_value_BMNd = refined_attend(map_BHNN.mT, grad_BMNd, kernel_MHkk.mT, dtype)
     summed_BHNd = d_value_BMNd if maps == heads else d_value_BMNd.unflatten(1, (heads, -1)).sum(2)
     return summed_BHNd.to(value_BHNd.dtype)

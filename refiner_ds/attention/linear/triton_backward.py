@@ -15,15 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from refiner_ds.attention.kernels.configurations import sizes_of
-from refiner_ds.attention.kernels.dot import dot, dot_split_weight, padded_size
+from refiner_ds.attention.kernels.dot import as_sum, dot, dot_split_weight, padded_size, zero_sums
 from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 from refiner_ds.attention.linear.triton_loads import WARPS, map_tiles, slices, stages, tap, vectors
+from refiner_ds.attention.norms import statistics_dtype
 
 __all__ = ["kernel_gradient", "map_gradient", "takes_one_launch"]
 
 # Columns of a head in a program, by the bytes of a number: with more, fp32 spills kilobytes.
-WIDEST = {2: 64, 4: 16}
+WIDEST = {2: 64, 4: 16, 8: 16}
 
 # A tile: compiled for Hopper in bf16, map_gradient takes 128 registers for 12 heads of 32, so that two programs fit on
 # a multiprocessor, and nothing spills; with 16 keys one fits, for a tenth fewer instructions. Not measured on a GPU.
@@ -62,7 +63,7 @@ def _map_gradient(
             taps = taps + (tap(kernel_MHkk, map_M[None, :], head_H[:, None], maps, heads, row, column, TAPS),)
     for start in range(0, TOKENS, KEYS):
         key_K = start + tl.arange(0, KEYS)
-        d_map_HL = tl.zeros([16, ROWS * KEYS], tl.float32)
+        d_map_HL = zero_sums([16, ROWS * KEYS], value_BHNd.dtype.element_ty)
         for column in tl.static_range(TAPS):
             moved_K = key_K - (column - RADIUS)
             value_MKd = vectors(value_HNd, map_M // shared_by, valid_M, moved_K, value_strides, width, TOKENS, WIDTH)
@@ -75,7 +76,7 @@ def _map_gradient(
         offset_HRK = (head_H[:, None, None] * TOKENS + row_R[None, :, None]) * STRIDE + key_K[None, None, :]
         d_map_HRK = tl.where((key_K < TOKENS)[None, None, :], tl.reshape(d_map_HL, [16, ROWS, KEYS]), 0.0)
         if ADD:
-            d_map_HRK += tl.load(d_map_HNN + offset_HRK, mask=stored_HRK, other=0.0).to(tl.float32)
+            d_map_HRK += as_sum(tl.load(d_map_HNN + offset_HRK, mask=stored_HRK, other=0.0))
         tl.store(d_map_HNN + offset_HRK, d_map_HRK.to(d_map_BHNN.dtype.element_ty), mask=stored_HRK)
 
 
@@ -86,12 +87,12 @@ def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> 
         grad_BMNd: the gradient of the result.
         value_BHNd, kernel_MHkk: as there.
     Returns:
-        In the values' dtype; in fp32 where more than 16 maps, or wide heads, take more than one launch.
+        In the values' dtype; in that of statistics where more than 16 maps, or wide heads, take more than one launch.
     """
     batch, shared, tokens, width = value_BHNd.shape
     maps, heads, taps, _ = kernel_MHkk.shape
     wide, kernel_MHkk = WIDEST[value_BHNd.element_size()], kernel_MHkk.contiguous()
-    d_map_BHNN = empty_padded(value_BHNd, heads, None if takes_one_launch(maps, value_BHNd) else torch.float32)
+    d_map_BHNN = empty_padded(value_BHNd, heads, None if takes_one_launch(maps, value_BHNd) else statistics_dtype(value_BHNd.dtype))
     add = False
     for first in range(0, maps, 16):
         for grad, value in slices(wide, grad_BMNd, value_BHNd):
@@ -124,7 +125,7 @@ def _stack_rows(first_ML, second_ML, third_ML):
 @triton.jit
 def _correlate(moved_SL, map_HL, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """moved · mapᵀ, [S, H]; in fp32 row by row, as every warp would need the tile's maps in its registers."""
-    if map_HL.dtype == tl.float32:
+    if map_HL.dtype == tl.float32 or map_HL.dtype == tl.float64:
         moved_RSK = tl.permute(tl.reshape(moved_SL, [moved_SL.shape[0], ROWS, KEYS]), 1, 0, 2)
         map_RKH = tl.permute(tl.reshape(map_HL, [16, ROWS, KEYS]), 1, 2, 0)
         return tl.sum(dot(moved_RSK, map_RKH), 0)
@@ -150,7 +151,7 @@ def _kernel_gradient(
     value_HNd = value_BHNd + image * value_strides[0]
     sums = tl.tuple(())
     for _row in tl.static_range(TAPS):
-        sums = sums + (tl.zeros([SIDE, 16], tl.float32),)
+        sums = sums + (zero_sums([SIDE, 16], map_BHNN.dtype.element_ty),)
     for step in range(STEPS):
         first_row = (part * STEPS + step) * ROWS
         row_R = first_row + tl.arange(0, ROWS)
@@ -197,7 +198,9 @@ def kernel_gradient(map_BHNN: Tensor, grad_BMNd: Tensor, value_BHNd: Tensor, tap
     parts = triton.cdiv(tokens, sizes["ROWS"] * sizes["STEPS"])
     groups, columns = triton.cdiv(heads, 16), 1 if taps == 1 else 4
     d_kernel_MHkk = map_BHNN.new_zeros(maps, groups * 16, taps, taps, dtype=torch.float64)
-    sums_PGkkMH = map_BHNN.new_empty(batch * parts, groups, taps, columns, 16, 16, dtype=torch.float32)
+    sums_PGkkMH = map_BHNN.new_empty(
+        batch * parts, groups, taps, columns, 16, 16, dtype=statistics_dtype(map_BHNN.dtype)
+    )
     for first in range(0, maps, 16):
         for grad, value in slices(WIDEST[value_BHNd.element_size()], grad_BMNd, value_BHNd):
             launch(

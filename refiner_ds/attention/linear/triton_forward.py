@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from refiner_ds.attention.kernels.configurations import sizes_of
-from refiner_ds.attention.kernels.dot import dot, dot_split_weight, padded_size
+from refiner_ds.attention.kernels.dot import dot, dot_split_weight, padded_size, zero_sums
 from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.padded import is_padded, row_stride, to_padded
 from refiner_ds.attention.linear.triton_loads import KEYS, WARPS, map_tiles, slices, stages, tap, vectors
@@ -23,7 +23,7 @@ from refiner_ds.attention.linear.triton_loads import KEYS, WARPS, map_tiles, sli
 __all__ = ["refined_attend"]
 
 # Columns of a head in a program, by the bytes of a number, so that little or nothing spills.
-WIDEST = {2: 64, 4: 32}
+WIDEST = {2: 64, 4: 32, 8: 32}
 
 
 def _rows(value_BMNd: Tensor, heads: int) -> int:
@@ -49,11 +49,11 @@ def _mix_and_shift(
     valid_M = map_M < maps
     map_HNN = map_BHNN + image * heads * (TOKENS * STRIDE)
     value_MNd = value_BMNd + image * value_strides[0]
-    out_MRd = tl.zeros([16, ROWS, WIDTH], tl.float32)
+    out_MRd = zero_sums([16, ROWS, WIDTH], map_BHNN.dtype.element_ty)
     for start in range(0, TOKENS, KEYS):
         key_K = start + tl.arange(0, KEYS)
         for column in tl.static_range(TAPS):
-            refined_ML = tl.zeros([16, ROWS * KEYS], tl.float32)
+            refined_ML = zero_sums([16, ROWS * KEYS], map_BHNN.dtype.element_ty)
             for group in tl.static_range(GROUPS):
                 head_H = group * 16 + tl.arange(0, 16)
                 # Loaded once for all columns: the compiler sees that they are equal.
@@ -84,9 +84,9 @@ def refined_attend(
     The result is contiguous as [B, N, M, d], so that joining a token's heads copies nothing.
 
     Args:
-        map_BHNN: maps, fp32 or half precision; the transpose of padded maps is read without a copy.
+        map_BHNN: maps, fp32 or half precision, in the interpreter float64 too; the transpose of padded maps is read without a copy.
         value_BHNd: values in any layout; where there are fewer than M, every M/H maps in turn share one head's.
-        kernel_MHkk: the kernel in fp32, k 1 or 3; zero outside the map.
+        kernel_MHkk: the kernel in fp32 or float64, k 1 or 3; zero outside the map.
     """
     batch, heads, tokens, _ = map_BHNN.shape
     transposed = is_padded(map_BHNN.mT) and not is_padded(map_BHNN)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.norms import statistics_dtype
 from refiner_ds.attention.operators import computed_by, empty_maps, operator, refuse_second_derivative
 from refiner_ds.attention.weights import DeferredMap
 
@@ -20,7 +21,8 @@ _NUMBERS = "float scale, float dropout, int seed, Tensor? mask"
 
 def _empty_lse(backend: str, q_BHNd: Tensor) -> Tensor:
     """Kernels save each row's log-sum-exp, tiles nothing."""
-    return q_BHNd.new_empty(q_BHNd.shape[:3] if backend == "triton" else (0,), dtype=torch.float32)
+    shape = q_BHNd.shape[:3] if backend == "triton" else (0,)
+    return q_BHNd.new_empty(shape, dtype=statistics_dtype(q_BHNd.dtype))
 
 
 @operator("make_map", f"(str backend, Tensor q, Tensor k, Tensor? residual, {_NUMBERS}) -> (Tensor, Tensor)")

@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refiner_ds.attention.kernels.dot import dense_rows, dot, padded_size
+from refiner_ds.attention.kernels.dot import as_exact, as_sum, dense_rows, dot, padded_size, zero_sums
 from refiner_ds.attention.kernels.launch import launch
 from refiner_ds.attention.kernels.padded import empty_padded, is_padded, row_stride, to_padded
+from refiner_ds.attention.masking import mask_bytes
+from refiner_ds.attention.norms import statistics_dtype
 
 __all__ = ["score_gradients", "softmax_map"]
 
@@ -39,6 +41,13 @@ def _vectors(x_BHNd, image, head, offset_L, strides, width, TOKENS: tl.constexpr
     start = x_BHNd + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     valid_Ld = (offset_L[:, None] < TOKENS) & (at_d[None, :] < width)
     return tl.load(start + offset_L[:, None] * strides[2] + at_d[None, :], mask=valid_Ld, other=0.0)
+
+
+@triton.jit
+def _logits(q_Rd, k_Kd, scale):
+    """Logits to base 2, [R, K]."""
+    products_RK = dot(q_Rd, tl.trans(k_Kd))
+    return products_RK * as_exact(scale * _LOG2_E, products_RK)
 
 
 @triton.jit
@@ -66,12 +75,12 @@ def _softmax_map(
     residual_BHNN, map_BHNN = residual_BHNN + entries, map_BHNN + entries
     row_R, key_K = block * ROWS + tl.arange(0, ROWS), tl.arange(0, KEYS)
     q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
-    max_R = tl.full([ROWS], float("-inf"), tl.float32)
-    sum_R = tl.zeros([ROWS], tl.float32)
+    sum_R = zero_sums([ROWS], q_BHNd.dtype.element_ty)
+    max_R = tl.full([ROWS], float("-inf"), sum_R.dtype)
     for start in range(0, TOKENS, KEYS):
         valid_K = start + key_K < TOKENS
         k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
-        logits_RK = tl.where(valid_K[None, :], dot(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E), float("-inf"))
+        logits_RK = tl.where(valid_K[None, :], _logits(q_Rd, k_Kd, scale), float("-inf"))
         if MASKED:
             # Finite, or the difference of two maxima would be NaN where a row begins with padding.
             logits_RK = tl.where(_real(mask_BN, image, start + key_K, TOKENS)[None, :], logits_RK, -1e30)
@@ -85,11 +94,12 @@ def _softmax_map(
     tl.store(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, lse_R, mask=row_R < TOKENS)
     for start in range(0, TOKENS, KEYS):
         k_Kd = _vectors(k_BHNd, image, head, start + key_K, k_strides, width, TOKENS, WIDTH)
-        entry_RK = tl.exp2(dot(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
+        entry_RK = tl.exp2(_logits(q_Rd, k_Kd, scale) - lse_R[:, None])
         stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
         offset_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
         if RESIDUAL:
-            entry_RK += scale * tl.load(residual_BHNN + offset_RK, mask=stored_RK, other=0.0).to(tl.float32)
+            residual_RK = as_sum(tl.load(residual_BHNN + offset_RK, mask=stored_RK, other=0.0))
+            entry_RK += as_exact(scale, entry_RK) * residual_RK
         if DROPOUT:
             entry_RK *= _dropout_factor(seed, plane, row_R, start + key_K, dropout, TOKENS)
         entry_RK = tl.where(start + key_K[None, :] < TOKENS, entry_RK, 0.0)
@@ -108,16 +118,16 @@ def _softmax_gradient(
 
     The gradient is zero outside the map, the softmax after its last key; rows outside are never used.
     """
-    grad_RK = tl.zeros([row_R.shape[0], key_K.shape[0]], tl.float32)
+    grad_RK = zero_sums([row_R.shape[0], key_K.shape[0]], q_Rd.dtype)
     if GRAD_STRIDE:
         stored_RK = (row_R[:, None] < TOKENS) & (key_K[None, :] < GRAD_STRIDE)
         offset_RK = row_R[:, None] * GRAD_STRIDE + key_K[None, :]
-        grad_RK += tl.load(grad_NN + offset_RK, mask=stored_RK, other=0.0).to(tl.float32)
+        grad_RK += as_sum(tl.load(grad_NN + offset_RK, mask=stored_RK, other=0.0))
     if ATTENDED:
         grad_RK += dot(out_Rd, tl.trans(value_Kd))
     if DROPOUT:
         grad_RK *= _dropout_factor(seed, plane, row_R, key_K, dropout, TOKENS)
-    softmax_RK = tl.exp2(dot(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E) - lse_R[:, None])
+    softmax_RK = tl.exp2(_logits(q_Rd, k_Kd, scale) - lse_R[:, None])
     if MASKED:
         softmax_RK = tl.where(_real(mask_BN, plane // heads, key_K, TOKENS)[None, :], softmax_RK, 0.0)
     return tl.where(key_K[None, :] < TOKENS, softmax_RK, 0.0), grad_RK
@@ -157,7 +167,7 @@ def _query_gradients(
     q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
     out_Rd = _vectors(out_BHNd, image, head, row_R, out_strides, width, TOKENS, WIDTH)
     lse_R = tl.load(lse_BHN + plane.to(tl.int64) * TOKENS + row_R, mask=row_R < TOKENS, other=0.0)
-    mean_R = tl.zeros([ROWS], tl.float32)
+    mean_R = zero_sums([ROWS], q_BHNd.dtype.element_ty)
     for start in range(0, TOKENS, KEYS):
         k_Kd, softmax_RK, grad_RK = _softmax_gradient_of_keys(
             k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, mask_BN, plane, row_R, start + key_K,
@@ -168,9 +178,10 @@ def _query_gradients(
         if RESIDUAL:
             stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
             offset_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
-            tl.store(residual_BHNN + offset_RK, (scale * grad_RK).to(residual_BHNN.dtype.element_ty), mask=stored_RK)
+            scaled_RK = (as_exact(scale, grad_RK) * grad_RK).to(residual_BHNN.dtype.element_ty)
+            tl.store(residual_BHNN + offset_RK, scaled_RK, mask=stored_RK)
     tl.store(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mean_R, mask=row_R < TOKENS)
-    dq_Rd = tl.zeros([ROWS, WIDTH], tl.float32)
+    dq_Rd = zero_sums([ROWS, WIDTH], q_BHNd.dtype.element_ty)
     for start in range(0, TOKENS, KEYS):
         k_Kd, softmax_RK, grad_RK = _softmax_gradient_of_keys(
             k_BHNd, value_BHNd, q_Rd, lse_R, grad_BHNN, out_Rd, mask_BN, plane, row_R, start + key_K,
@@ -181,7 +192,7 @@ def _query_gradients(
         dq_Rd += dot(logits_RK.to(k_Kd.dtype), k_Kd)
     offset_Rd = (plane.to(tl.int64) * TOKENS + row_R[:, None]) * width + at_d[None, :]
     valid_Rd = (row_R[:, None] < TOKENS) & (at_d[None, :] < width)
-    tl.store(dq_BHNd + offset_Rd, (dq_Rd * scale).to(dq_BHNd.dtype.element_ty), mask=valid_Rd)
+    tl.store(dq_BHNd + offset_Rd, (dq_Rd * as_exact(scale, dq_Rd)).to(dq_BHNd.dtype.element_ty), mask=valid_Rd)
 
 
 @triton.jit
@@ -197,7 +208,7 @@ def _key_gradients(
     key_K, lane_R, at_d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, ROWS), tl.arange(0, WIDTH)
     k_Kd = _vectors(k_BHNd, image, head, key_K, k_strides, width, TOKENS, WIDTH)
     value_Kd = _vectors(value_BHNd, image, head, key_K, value_strides, width, TOKENS, WIDTH)
-    dk_Kd = tl.zeros([KEYS, WIDTH], tl.float32)
+    dk_Kd = zero_sums([KEYS, WIDTH], q_BHNd.dtype.element_ty)
     for start in range(0, TOKENS, ROWS):
         row_R = start + lane_R
         q_Rd = _vectors(q_BHNd, image, head, row_R, q_strides, width, TOKENS, WIDTH)
@@ -212,7 +223,7 @@ def _key_gradients(
         dk_Kd += dot(tl.trans(logits_RK.to(q_Rd.dtype)), q_Rd)
     offset_Kd = (plane.to(tl.int64) * TOKENS + key_K[:, None]) * width + at_d[None, :]
     valid_Kd = (key_K[:, None] < TOKENS) & (at_d[None, :] < width)
-    tl.store(dk_BHNd + offset_Kd, (dk_Kd * scale).to(dk_BHNd.dtype.element_ty), mask=valid_Kd)
+    tl.store(dk_BHNd + offset_Kd, (dk_Kd * as_exact(scale, dk_Kd)).to(dk_BHNd.dtype.element_ty), mask=valid_Kd)
 
 
 def softmax_map(
@@ -228,7 +239,7 @@ def softmax_map(
     [B, H, N] fp32, to base 2.
 
     Args:
-        q_BHNd, k_BHNd: queries and keys in one dtype, fp32 or half precision.
+        q_BHNd, k_BHNd: queries and keys in one dtype, fp32 or half precision; in the interpreter float64 too.
         scale: factor on the logits, and on the residual map.
         residual_BHNN: the map of the block before, or ``None``.
         dropout, seed: probability below 1 that an entry is dropped, and what it is drawn from.
@@ -237,21 +248,16 @@ def softmax_map(
     batch, heads, tokens, width = q_BHNd.shape
     q_BHNd, k_BHNd = dense_rows(q_BHNd), dense_rows(k_BHNd)
     map_BHNN = empty_padded(q_BHNd)
-    lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse_BHN = q_BHNd.new_empty(batch, heads, tokens, dtype=statistics_dtype(q_BHNd.dtype))
     residual = map_BHNN if residual_BHNN is None else to_padded(residual_BHNN)
     launch(
         _softmax_map, (batch * heads, triton.cdiv(tokens, ROWS)), q_BHNd, k_BHNd, residual, map_BHNN, lse_BHN,
-        lse_BHN if mask_BN is None else _bytes(mask_BN), q_BHNd.stride()[:3], k_BHNd.stride()[:3],
+        lse_BHN if mask_BN is None else mask_bytes(mask_BN), q_BHNd.stride()[:3], k_BHNd.stride()[:3],
         scale, dropout, seed, heads, width,
         TOKENS=tokens, STRIDE=row_stride(tokens), RESIDUAL=residual_BHNN is not None, DROPOUT=dropout > 0,
         MASKED=mask_BN is not None, ROWS=ROWS, KEYS=KEYS, WIDTH=padded_size(width), num_warps=4,
     )  # fmt: skip
     return map_BHNN, lse_BHN
-
-
-def _bytes(mask_BN: Tensor) -> Tensor:
-    """A mask as kernels read it."""
-    return mask_BN.contiguous().view(torch.uint8)
 
 
 def score_gradients(
@@ -278,7 +284,7 @@ def score_gradients(
     dq_BHNd, dk_BHNd = (x.new_empty(batch, heads, tokens, width) for x in (q_BHNd, k_BHNd))
     d_residual_BHNN = None if residual is None else empty_padded(q_BHNd, dtype=residual)
     mean_BHN = torch.empty_like(lse_BHN)
-    mask = lse_BHN if mask_BN is None else _bytes(mask_BN)
+    mask = lse_BHN if mask_BN is None else mask_bytes(mask_BN)
     read = (q_BHNd, k_BHNd, lse_BHN, lse_BHN if grad_BHNN is None else grad_BHNN, out_BHNd, value_BHNd)
     numbers = (
         *(x.stride()[:3] for x in (q_BHNd, k_BHNd, out_BHNd, value_BHNd)), scale, dropout, seed, heads, width,

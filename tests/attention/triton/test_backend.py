@@ -11,6 +11,7 @@ from refiner_ds import attention
 from refiner_ds.attention import BACKENDS, Case, DeferredMap, dispatch
 from refiner_ds.attention.backends import selfcheck
 from refiner_ds.attention.backends.tiled import TiledBackend
+from refiner_ds.attention.kernels.launch import INTERPRETED
 from refiner_ds.attention.kernels.padded import row_stride, to_padded
 from refiner_ds.benchmark.measure import saved_bytes
 from tests.attention.cases import SCALE, bottleneck, leaf, linear, on
@@ -64,17 +65,21 @@ def test_a_bottleneck_saves_two_or_ten_bytes_an_entry(save_for_backward, map_byt
 def test_what_kernels_do_not_support_is_left_to_tiled_with_the_reason(device):
     double = [leaf(1, 2, 5, 4).to(device) for _ in range(3)]
     single = [x.float() for x in double]
-    wide, precise = "kernels take kernel_size 1 or 3, not 5", "kernels take no float64"
-    for (q, k, value), kernel_size, reason in (
-        (single, 1, None),
-        (single, 3, None),
-        (single, 5, wide),
-        (double, 3, precise),
-    ):
+    wide = "kernels take kernel_size 1 or 3, not 5"
+    for kernel_size, reason in ((1, None), (3, None), (5, wide)):
+        q, k, value = single
         pair = DeferredMap(q, k, SCALE)
         assert TRITON.supports(Case(pair, value, linear(2, 2, kernel_size))) == reason
         assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2, kernel_size))) == reason
-        assert TRITON.supports(Case(pair, value)) == (precise if value.dtype == torch.float64 else None)
+        assert TRITON.supports(Case(pair, value)) is None
+    q, k, value = double
+    pair, precise = DeferredMap(q, k, SCALE), "kernels take no float64"
+    reason = None if INTERPRETED else precise
+    assert TRITON.supports(Case(pair, value, linear(2, 2))) == TRITON.supports(Case(pair, value)) == reason
+    training = precise if reason else "kernels of a bottleneck in training take no float64"
+    assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2))) == training
+    with torch.no_grad():
+        assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2, training=False))) == reason
 
 
 def test_kernels_that_agree_with_tiled_pass_the_selfcheck(device, monkeypatch):
