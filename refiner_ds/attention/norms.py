@@ -179,6 +179,12 @@ class BatchNorm(nn.BatchNorm2d):
     # DeepSpeed reads this: zero.Init otherwise makes every tensor created under it half precision, buffers too.
     _keep_in_fp32_modules_strict = ("running_mean", "running_var")
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        for name in ("running_mean", "running_var"):
+            made = self._buffers[name]
+            self._buffers[name] = None if made is None else made.to(statistics_dtype(made.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""
         return batch_norm(x, self.as_norm())

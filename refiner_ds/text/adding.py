@@ -15,8 +15,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from refiner_ds.attention import BatchNorm
+from refiner_ds.errors import ConfigError
 from refiner_ds.text.encoders import attention_layers, heads_of
 from refiner_ds.text.interface import NAME
+from refiner_ds.text.loaded import refuse_other_refiners
 from refiner_ds.text.options import RefinerOptions
 from refiner_ds.text.refiners import TextRefiner, build_refiner
 
@@ -41,6 +44,8 @@ def add_refiner(
         ConfigError: the model is no such encoder, has refiners already, or the options do not suit it.
     """
     options = RefinerOptions(kind, expansion_ratio, kernel_size, init)
+    if any(hasattr(layer, "refiner") for layer in attention_layers(model).values()):
+        raise ConfigError(f"{type(model).__name__} has refiners already; take a plain model")
     for layer in _attach(model, options):
         like = next(parameter for name, parameter in layer.named_parameters() if not name.startswith("refiner."))
         layer.refiner.to(like.device, like.dtype).train(layer.training)
@@ -51,10 +56,19 @@ def add_refiner(
 def _attach(model: nn.Module, options: RefinerOptions) -> list[Any]:
     """Refiners for the layers that have none yet; returns those layers."""
     bare: list[Any] = [layer for layer in attention_layers(model).values() if not hasattr(layer, "refiner")]
-    config: Any = model.config
+    owner: Any = model
+    config = owner.config
+    if getattr(config, "output_attentions", False):
+        raise ConfigError(
+            f"{type(model).__name__}: its config says output_attentions, which transformers takes with eager attention"
+            " alone; ask for refined maps in a call, model(..., output_attentions=True)"
+        )
     for layer in bare:
         layer.refiner = build_refiner(heads_of(model), options)
     config.refiner = options.as_keys()
+    if options.kind == "bottleneck":  # their running statistics stay in fp32 when a checkpoint is loaded in halves
+        kept = owner._keep_in_fp32_modules_strict or ()
+        owner._keep_in_fp32_modules_strict = {*kept, *BatchNorm._keep_in_fp32_modules_strict}
     return bare
 
 
@@ -68,10 +82,11 @@ def _options_of(model: nn.Module) -> RefinerOptions | None:
 
 
 def register_building() -> None:
-    """Let transformers add, initialise and load refiners itself, by two methods that every model of its inherits."""
+    """Let transformers add, initialise and load refiners itself, by three methods that every model of its inherits."""
     if hasattr(PreTrainedModel.post_init, "__wrapped__"):
         return
     end_of_init, initialise = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
+    end_of_loading = PreTrainedModel._finalize_model_loading
 
     @wraps(end_of_init)
     def post_init(self: Any) -> None:
@@ -86,4 +101,11 @@ def register_building() -> None:
             module.reset_parameters()
         initialise(self, module, *arguments, **named)
 
+    @wraps(end_of_loading)
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        place = load_config.pretrained_model_name_or_path
+        refuse_other_refiners(model, place, loading_info, load_config.ignore_mismatched_sizes)
+        return end_of_loading(model, load_config, loading_info)
+
     PreTrainedModel.post_init, PreTrainedModel._initialize_weights = post_init, _initialize_weights
+    PreTrainedModel._finalize_model_loading = staticmethod(_finalize_model_loading)

@@ -48,9 +48,19 @@ def refuse_causal(model: nn.Module) -> None:
 
 
 def heads_of(model: nn.Module) -> int:
-    """Attention heads of each layer."""
+    """Attention heads of each layer.
+
+    Raises:
+        ConfigError: the model's layers have no number of heads in common.
+    """
     config: Any = model.config
-    return int(config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise ConfigError(
+            f"{type(model).__name__} is no one encoder: its config says no number of heads that all layers have; take"
+            f" an encoder {SUCH_AS}"
+        )
+    return heads
 
 
 def _asks_the_interface(module: nn.Module) -> bool:

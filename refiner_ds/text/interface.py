@@ -37,6 +37,8 @@ def refiner_mask(
     Raises:
         ConfigError: the model masks more than padding.
     """
+    if attention_mask is not None and (attention_mask.dim() != 2 or q_length != kv_length):
+        raise _no_padding_mask(attention_mask, q_length)
     if mask_function is not bidirectional_mask_function or q_length != kv_length:
         raise ConfigError(
             "a refiner takes masks of padding alone, and this model masks more (later tokens, distant ones, or another"
@@ -79,15 +81,21 @@ def refiner_attention(
             " refiner does not do; take an encoder such as BERT, RoBERTa, DistilBERT or ViT"
         )
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ConfigError(
-            f"attention_mask has {attention_mask.dim()} axes; a refiner takes masks of padding, [batch, tokens]"
-        )
+        raise _no_padding_mask(attention_mask, query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_BHNd = refiner(query, key, value, attention_mask, scale, dropout)
     maps_BHNN = None
     if kwargs.get("output_attentions"):
         maps_BHNN = refiner.refined_map(query, key, attention_mask, scale)
     return out_BHNd.transpose(1, 2).contiguous(), maps_BHNN
+
+
+def _no_padding_mask(attention_mask: Tensor, tokens: int) -> ConfigError:
+    shape = list(attention_mask.shape)
+    return ConfigError(
+        f"attention_mask has shape {shape}; a refiner takes masks of padding, [batch, tokens], here of {tokens} tokens,"
+        " and models that hand such a mask to their layers"
+    )
 
 
 def register_interface() -> None:

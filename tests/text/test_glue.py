@@ -161,7 +161,7 @@ def test_models_and_checkpoints_that_cannot_be(command, tmp_path):
     config = json.loads((tmp_path / "refined/config.json").read_text())
     config["refiner"]["expansion_ratio"] = 2  # not what its weights are
     (tmp_path / "refined/config.json").write_text(json.dumps(config))
-    assert "refined: cannot be loaded: " in command(refined, refiner=refiner)
+    assert "refined: its refiners (expansion_ratio 3) are not what the config" in command(refined, refiner=refiner)
     gpt = GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=20, n_positions=10).to_dict()
     assert command(gpt, refiner=refiner).startswith("GPT2Model is causal")
     assert command(gpt).startswith("GPT2ForSequenceClassification is causal")

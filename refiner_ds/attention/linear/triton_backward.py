@@ -92,7 +92,8 @@ def map_gradient(grad_BMNd: Tensor, value_BHNd: Tensor, kernel_MHkk: Tensor) -> 
     batch, shared, tokens, width = value_BHNd.shape
     maps, heads, taps, _ = kernel_MHkk.shape
     wide, kernel_MHkk = WIDEST[value_BHNd.element_size()], kernel_MHkk.contiguous()
-    d_map_BHNN = empty_padded(value_BHNd, heads, None if takes_one_launch(maps, value_BHNd) else statistics_dtype(value_BHNd.dtype))
+    dtype = None if takes_one_launch(maps, value_BHNd) else statistics_dtype(value_BHNd.dtype)
+    d_map_BHNN = empty_padded(value_BHNd, heads, dtype)
     add = False
     for first in range(0, maps, 16):
         for grad, value in slices(wide, grad_BMNd, value_BHNd):

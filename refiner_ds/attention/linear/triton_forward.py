@@ -84,7 +84,8 @@ def refined_attend(
     The result is contiguous as [B, N, M, d], so that joining a token's heads copies nothing.
 
     Args:
-        map_BHNN: maps, fp32 or half precision, in the interpreter float64 too; the transpose of padded maps is read without a copy.
+        map_BHNN: maps, fp32 or half precision, in the interpreter float64 too; the transpose of padded ones is read
+            without a copy.
         value_BHNd: values in any layout; where there are fewer than M, every M/H maps in turn share one head's.
         kernel_MHkk: the kernel in fp32 or float64, k 1 or 3; zero outside the map.
     """

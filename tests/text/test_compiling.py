@@ -1,0 +1,76 @@
+"""torch.compile takes whole refined encoders, in training and evaluation, and computes what they compute without it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers import AutoModelForSequenceClassification
+
+from refiner_ds.text import add_refiner
+from tests.marks import long_where
+from tests.text.encoders import WORDS, encoder, inputs, move_weights
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BATCHES = [(9, 4, 6), (7, 5, 7), (12, 1, 3), (8, 8, 8)]  # lengths of sequences; all of the last are as long
+
+
+def classifier(kind: str) -> torch.nn.Module:
+    base = encoder("bert", AutoModelForSequenceClassification, num_hidden_layers=1, num_labels=2, **NO_DROPOUT)
+    model = add_refiner(base, kind, 2, 3, "fresh")
+    move_weights(model, 0.02)
+    return model
+
+
+def batch(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Word numbers padded to the longest sequence, the mask and labels."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    words = torch.randint(5, WORDS, mask.shape).masked_fill(~mask, 1)
+    return {"input_ids": words, "attention_mask": mask.long(), "labels": torch.arange(len(lengths)) % 2}
+
+
+def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
+    """The largest over weights and buffers: a refiner's statistics count as its weights do."""
+    pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+    return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    long_where(
+        lambda *case: case != ("aot_eager", "linear"),
+        [(backend, kind) for backend in ("aot_eager", "inductor") for kind in ("linear", "bottleneck")],
+    ),
+)
+def test_compiled_training_steps_on_ragged_batches_are_those_of_eager(backend, kind):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = classifier(kind).train()
+    begun, twin = copy.deepcopy(model), copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, twin)]
+    for lengths in BATCHES:
+        given, losses = batch(lengths), []
+        for one, optimizer in zip((model, compiled), optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(one(**given).loss)
+            losses[-1].backward()
+            optimizer.step()
+        assert abs(losses[0] - losses[1]) < 1e-12
+    # A graph for the first length, and one for all others.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert difference(model, twin) < 1e-12 < 1e-3 < difference(model, begun)
+
+
+@pytest.mark.parametrize("backend", long_where(lambda backend: backend == "inductor", ["aot_eager", "inductor"]))
+def test_a_compiled_encoder_in_evaluation_is_the_same(backend):
+    torch.compiler.reset()
+    model = classifier("linear").eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    given, _ = inputs("bert")
+    torch.testing.assert_close(compiled(**given).logits, model(**given).logits, rtol=1e-12, atol=1e-12)
