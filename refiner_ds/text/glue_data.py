@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +46,12 @@ def _from_tsv(file: Path, task: Task) -> Samples:
         raise DataError(
             f"{file}: no such file; {task.folder} has train.tsv and {', '.join(f'{x}.tsv' for x in task.dev)}"
         )
-    lines = file.read_text("utf-8-sig").split("\n")
-    rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
-    header = [] if isinstance(task.label, int) else rows.pop(0) if rows else []
+    try:
+        lines = file.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    rows = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+    header = [] if isinstance(task.label, int) else rows.pop(0)[1] if rows else []
     wanted: tuple[Column, ...] = (*task.columns, task.label)
     if missing := [str(column) for column in wanted if isinstance(column, str) and column not in header]:
         raise DataError(
@@ -57,9 +59,13 @@ def _from_tsv(file: Path, task: Task) -> Samples:
         )
     places = [column if isinstance(column, int) else header.index(column) for column in wanted]
     samples = Samples([], [])
-    for number, row in enumerate(rows, 1 + bool(header)):
+    cut = [(number, row) for number, row in rows if len(row) <= max(places)]
+    if len(cut) > task.cut_lines * len(rows):
+        number, row = cut[0]
+        raise DataError(f"{file}: line {number} has {len(row)} columns; it must have {max(places) + 1} or more")
+    for number, row in rows:
         if len(row) <= max(places):
-            raise DataError(f"{file}: line {number} has {len(row)} columns; it must have {max(places) + 1} or more")
+            continue
         *sentences, label = (row[place] for place in places)
         samples.sentences.append(tuple(sentences))
         samples.labels.append(_label(label, task, f"{file}: line {number}"))
@@ -73,7 +79,7 @@ def _from_datasets(folder: Path, task: Task) -> dict[str, Samples]:
 
     try:
         splits: Any = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:  # the last of a split without samples
         raise DataError(f"{folder}: cannot be read by datasets: {error}") from None
     found = {}
     for name, split in {"train": "train", **task.dev}.items():
@@ -86,6 +92,9 @@ def _from_datasets(folder: Path, task: Task) -> dict[str, Samples]:
                 f" {', '.join(map(repr, (*task.hub_columns, 'label')))}"
             )
         sentences = list(zip(*(table[column] for column in task.hub_columns), strict=True))
+        for row, texts in enumerate(sentences):
+            if strange := [text for text in texts if not isinstance(text, str)]:
+                raise DataError(f"{folder}: {split} {row}: sentence is {strange[0]!r}; it must be text")
         labels = [_number(label, task, f"{folder}: {split} {row}") for row, label in enumerate(table["label"])]
         found[name] = Samples(sentences, labels)
     return found
@@ -101,15 +110,11 @@ def _label(text: str, task: Task, where: str) -> float:
 
 def _number(value: Any, task: Task, where: str) -> float:
     most = SCORES if task.is_regression else len(task.labels) - 1
+    kind = "a number" if task.is_regression else "a whole number"
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, TypeError):
         number = -1.0
-    if not 0 <= number <= most:
-        raise DataError(f"{where}: label is {value}; it must be a number from 0 to {most:g}")
+    if not 0 <= number <= most or not (task.is_regression or number.is_integer()):
+        raise DataError(f"{where}: label is {value!r}; it must be {kind} from 0 to {most:g}")
     return number if task.is_regression else int(number)
-
-
-def in_order(samples: Samples) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Sentences and labels, sample by sample."""
-    yield from zip(samples.sentences, samples.labels, strict=True)

@@ -103,14 +103,59 @@ def spoil(folder, line, text):
             "0\ta\tb\tneutral",
             r"RTE/train.tsv: line 4: label is 'neutral'; it must be one of entailment, not_",
         ),
-        ("stsb", 3, "0\tm\tM\t2\t0\tn\tn\ta\tb\t5.1", r"line 4: label is 5.1; it must be a number from 0 to 5"),
-        ("stsb", 3, "0\tm\tM\t2\t0\tn\tn\ta\tb\tnan", r"line 4: label is nan; it must be a number from 0 to 5"),
+        ("stsb", 3, "0\tm\tM\t2\t0\tn\tn\ta\tb\t5.1", r"line 4: label is '5.1'; it must be a number from 0 to 5"),
+        ("stsb", 3, "0\tm\tM\t2\t0\tn\tn\ta\tb\tnan", r"line 4: label is 'nan'; it must be a number from 0 to 5"),
     ],
 )
 def test_task_files_that_cannot_be(name, line, text, said, tmp_path):
     spoil(write_task(tmp_path, name, spelt(name)), line, text)
     with pytest.raises(DataError, match=said):
         read_task(tmp_path, TASKS[name])
+
+
+def test_a_task_file_as_other_systems_write_it_is_the_same(tmp_path):
+    file = write_task(tmp_path, "sst2") / "train.tsv"
+    wanted, lines = read_task(tmp_path, TASKS["sst2"]), file.read_text()
+    for text in ("\ufeff" + lines, lines.replace("\n", "\r\n"), lines.replace("\n", "\n\n")):
+        file.write_bytes(text.encode())
+        assert read_task(tmp_path, TASKS["sst2"]) == wanted
+    spoil(file.parent, 4, '"quoted\u2028 film" \t1')
+    assert read_task(tmp_path, TASKS["sst2"])["train"].sentences[1] == ('"quoted\u2028 film" ',)
+    file.write_bytes(lines.encode("utf-16"))
+    with pytest.raises(DataError, match=r"train.tsv: cannot be read as UTF-8 text: 'utf-8' codec"):
+        read_task(tmp_path, TASKS["sst2"])
+    for text, said in (("", "has no column 'sentence'"), ("sentence\tlabel\n", "holds no sample")):
+        file.write_text(text)
+        with pytest.raises(DataError, match=f"train.tsv: {said}"):
+            read_task(tmp_path, TASKS["sst2"])
+
+
+def test_lines_that_end_early_are_left_out_of_qqp_where_they_are_few(tmp_path):
+    folder = write_task(tmp_path, "qqp", lines=1001)
+    spoil(folder, 3, "1\t2\t3\tgood film")
+    assert len(read_task(tmp_path, TASKS["qqp"])["train"].labels) == 1000
+    spoil(folder, 4, "1\t2\t3\tgood film")
+    with pytest.raises(DataError, match=r"QQP/train.tsv: line 4 has 4 columns; it must have 6 or more"):
+        read_task(tmp_path, TASKS["qqp"])
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("label", [0, None], "train 1: label is None; it must be a whole number from 0 to 1"),
+        ("label", [0, 0.5], "train 1: label is 0.5; it must be a whole number from 0 to 1"),
+        ("label", [0, -1], "train 1: label is -1; it must be a whole number from 0 to 1"),
+        ("sentence", ["a", None], "train 1: sentence is None; it must be text"),
+        ("sentence", [], "cannot be read by datasets: list index out of range"),
+    ],
+)
+def test_data_sets_that_cannot_be(column, values, said, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    columns = {"sentence": ["a", "b"][: len(values)], "label": [0, 1][: len(values)], column: values}
+    whole = {name: datasets.Dataset.from_dict(columns) for name in ("train", "validation")}
+    datasets.DatasetDict(whole).save_to_disk(tmp_path / "hub")
+    with pytest.raises(DataError, match=f"hub: {said}"):
+        read_task(tmp_path / "hub", TASKS["sst2"])
 
 
 def test_folders_without_the_task(tmp_path):
