@@ -19,6 +19,14 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BATCHES = [(9, 4, 6), (7, 5, 7), (12, 1, 3), (8, 8, 8)]  # lengths of sequences; all of the last are as long
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before(tmp_path, monkeypatch):
+    """Code of another version of an operator would be taken from inductor's usual cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 def classifier(kind: str) -> torch.nn.Module:
     base = encoder("bert", AutoModelForSequenceClassification, num_hidden_layers=1, num_labels=2, **NO_DROPOUT)
     model = add_refiner(base, kind, 2, 3, "fresh")
@@ -48,8 +56,6 @@ def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
     ),
 )
 def test_compiled_training_steps_on_ragged_batches_are_those_of_eager(backend, kind):
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
     model = classifier(kind).train()
     begun, twin = copy.deepcopy(model), copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True, backend=backend)
@@ -69,7 +75,6 @@ def test_compiled_training_steps_on_ragged_batches_are_those_of_eager(backend, k
 
 @pytest.mark.parametrize("backend", long_where(lambda backend: backend == "inductor", ["aot_eager", "inductor"]))
 def test_a_compiled_encoder_in_evaluation_is_the_same(backend):
-    torch.compiler.reset()
     model = classifier("linear").eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     given, _ = inputs("bert")

@@ -31,10 +31,10 @@ def _refine(
     if backend == "triton":
         triton = computed_by("linear", "triton")
         out_BMNd, lse_BHN = triton.refined_values(scale, value_BHNd, kernel, source, mask_BN)
-        return out_BMNd, _empty_lse(source) if lse_BHN is None else lse_BHN
+        return out_BMNd, _no_lse(source) if lse_BHN is None else lse_BHN
     tiled = computed_by("linear", "tiled")
     steps = tiled.Steps(kernel, expand_EH, reduce_HE)
-    return tiled.refined_values(scale, value_BHNd, steps, source, mask_BN), _empty_lse(source)
+    return tiled.refined_values(scale, value_BHNd, steps, source, mask_BN), _no_lse(source)
 
 
 @_refine.register_fake
@@ -48,7 +48,9 @@ def _(
         out_BMNd = value_BHNd.new_empty(batch, tokens, maps_out, width).transpose(1, 2)
     else:
         out_BMNd = value_BHNd.new_empty(batch, maps_out, tokens, width)
-    return out_BMNd, value_BHNd.new_empty(_lse_shape(backend, source), dtype=statistics_dtype(source[0].dtype))
+    if backend == "triton" and len(source) > 1:
+        return out_BMNd, source[0].new_empty(source[0].shape[:3], dtype=statistics_dtype(source[0].dtype))
+    return out_BMNd, _no_lse(source)
 
 
 @operator("refine_linear_backward", f"(Tensor grad, {_ARGUMENTS}, Tensor lse) -> Tensor[]")
@@ -97,12 +99,8 @@ def _map_gradient_dtype(grad_BMNd: Tensor, value_BHNd: Tensor) -> torch.dtype:
     return value_BHNd.dtype if takes_one_launch(grad_BMNd.shape[1], value_BHNd) else statistics_dtype(value_BHNd.dtype)
 
 
-def _lse_shape(backend: str, source: list[Tensor]) -> tuple[int, ...]:
-    return tuple(source[0].shape[:3]) if backend == "triton" and len(source) > 1 else (0,)
-
-
-def _empty_lse(source: list[Tensor]) -> Tensor:
-    return source[0].new_empty(0, dtype=statistics_dtype(source[0].dtype))
+def _no_lse(source: list[Tensor]) -> Tensor:
+    return source[0].new_empty(0, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

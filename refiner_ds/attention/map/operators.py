@@ -21,8 +21,9 @@ _NUMBERS = "float scale, float dropout, int seed, Tensor? mask"
 
 def _empty_lse(backend: str, q_BHNd: Tensor) -> Tensor:
     """Kernels save each row's log-sum-exp, tiles nothing."""
-    shape = q_BHNd.shape[:3] if backend == "triton" else (0,)
-    return q_BHNd.new_empty(shape, dtype=statistics_dtype(q_BHNd.dtype))
+    if backend == "triton":
+        return q_BHNd.new_empty(q_BHNd.shape[:3], dtype=statistics_dtype(q_BHNd.dtype))
+    return q_BHNd.new_empty(0, dtype=torch.float32)
 
 
 @operator("make_map", f"(str backend, Tensor q, Tensor k, Tensor? residual, {_NUMBERS}) -> (Tensor, Tensor)")
