@@ -25,6 +25,7 @@ from refiner_ds.errors import ConfigError
 from refiner_ds.files import write_atomically
 from refiner_ds.glue_table import RESULTS
 from refiner_ds.text.run_file import TextRun, refuse_unknown_arguments
+from refiner_ds.text.statistics import MeanStatistics
 
 __all__ = ["make_trainer", "quiet", "train_timed", "training_arguments", "with_mean_loss", "write_results"]
 
@@ -54,6 +55,8 @@ def training_arguments(run: TextRun, output: Path, seed: int) -> Any:
             given["accelerator_config"] = {**given.get("accelerator_config", {}), "use_configured_state": True}
     elif not torch.cuda.is_available():
         given["use_cpu"] = True
+    if not torch.cuda.is_available():
+        given.setdefault("dataloader_pin_memory", False)
     try:
         return TrainingArguments(**given)
     except (TypeError, ValueError) as error:
@@ -109,8 +112,9 @@ def with_mean_loss(model: Any) -> Any:
 def make_trainer(model: Any, arguments: Any, tokenizer: Any, collator: Any, samples: list[Any]) -> Any:
     """A Trainer over encoded samples."""
     return Trainer(
-        model=model, args=arguments, train_dataset=samples, data_collator=collator, processing_class=tokenizer
-    )
+        model=model, args=arguments, train_dataset=samples, data_collator=collator, processing_class=tokenizer,
+        callbacks=[MeanStatistics()],
+    )  # fmt: skip
 
 
 def train_timed(trainer: Any) -> tuple[float, float]:

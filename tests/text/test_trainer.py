@@ -17,10 +17,12 @@ from tests.training.launched import ranks
 
 
 @pytest.mark.slow
-def test_two_processes_at_every_stage_are_one_plain_loop(tmp_path):
+def test_two_processes_at_every_stage_are_one_plain_loop_and_have_the_same_statistics(tmp_path):
     done = ranks(Path(__file__).parent / "zero_script.py", tmp_path / "found.json", processes=2, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
-    sharded = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text())
+    sharded, (first, second) = found["sharded"], found["running_means"]
+    assert first == second and any(first)
     assert {stage: count > 0 for stage, count in sharded.items()} == {"0": False, "1": False, "2": False, "3": True}
     wanted, begun = load_file(tmp_path / "wanted.safetensors"), load_file(tmp_path / "begun_0/model.safetensors")
     for stage in sharded:
