@@ -3,6 +3,7 @@
     options.py     kind, ratio, kernel, initial values         refiners.py   one layer's refiner as a module
     encoders.py    which layers are refined, and refusals      interface.py  what transformers calls
     adding.py      refiners in a model's layers                loaded.py     what a checkpoint brought for them
+    mean_statistics.py   of bottlenecks on several processes
 
 Importing this room makes ``attn_implementation="refiner"`` known to transformers, whose ``from_pretrained`` then loads
 refined checkpoints too. Models of other implementations are as before.

@@ -25,7 +25,7 @@ from refiner_ds.errors import ConfigError
 from refiner_ds.files import write_atomically
 from refiner_ds.glue_table import RESULTS
 from refiner_ds.text.run_file import TextRun, refuse_unknown_arguments
-from refiner_ds.text.statistics import MeanStatistics
+from refiner_ds.text.mean_statistics import MeanStatistics
 
 __all__ = ["make_trainer", "quiet", "train_timed", "training_arguments", "with_mean_loss", "write_results"]
 

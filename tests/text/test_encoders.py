@@ -12,11 +12,11 @@ from refiner_ds.attention.dispatch import EAGER
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from refiner_ds.text import add_refiner
 from refiner_ds.text.refiners import BottleneckRefiner, TextRefiner
-from tests.text.encoders import CONFIGS, HEADS, LAYERS, LENGTHS, encoder, inputs, move_weights, padded, tokens_of
+from tests.text.encoders import CONFIGS, HEADS, KEYS, LAYERS, LENGTHS, encoder, inputs, move_weights, padded, tokens_of
 
 KINDS = ("linear", "bottleneck")
 
@@ -40,6 +40,30 @@ def test_a_refined_encoder_begins_as_the_plain_one(kind):
     assert (tokens_of(model, given, mask) - plain).abs().max() < 1e-12
     fresh = add_refiner(encoder(kind), init="fresh")
     assert (tokens_of(fresh, given, mask) - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("electra", {"embedding_size": 24}),
+        ("albert", {"embedding_size": 8}),
+        ("esm", {"pad_token_id": 1}),
+        ("ernie", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_encoders_that_ask_the_interface_are_refined_and_padded_alike(kind, more):
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **{**KEYS, **more})).eval().double()
+    words, mask = padded()
+    given = {"input_ids": words, "attention_mask": mask.long()}
+    plain = tokens_of(model, given, mask)
+    assert (tokens_of(add_refiner(model), given, mask) - plain).abs().max() < 1e-12
+    move_weights(model, 0.02)
+    together = model(**given).last_hidden_state
+    assert (together[mask] - plain).abs().max() > 1e-3
+    for row, length in enumerate(LENGTHS):
+        alone = model(input_ids=words[row : row + 1, :length]).last_hidden_state[0]
+        assert (together[row, :length] - alone).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

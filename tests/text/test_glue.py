@@ -119,7 +119,11 @@ def test_a_task_file_as_other_systems_write_it_is_the_same(tmp_path):
     for text in ("\ufeff" + lines, lines.replace("\n", "\r\n"), lines.replace("\n", "\n\n")):
         file.write_bytes(text.encode())
         assert read_task(tmp_path, TASKS["sst2"]) == wanted
-    spoil(file.parent, 4, '"quoted\u2028 film" \t1')
+    spoil(file.parent, 6, "a film\t2")
+    with pytest.raises(DataError, match="line 7: label is '2'"):
+        read_task(tmp_path, TASKS["sst2"])
+    file.write_text(lines)
+    spoil(file.parent, 2, '"quoted\u2028 film" \t1')
     assert read_task(tmp_path, TASKS["sst2"])["train"].sentences[1] == ('"quoted\u2028 film" ',)
     file.write_bytes(lines.encode("utf-16"))
     with pytest.raises(DataError, match=r"train.tsv: cannot be read as UTF-8 text: 'utf-8' codec"):

@@ -16,6 +16,7 @@ from refiner_ds.text import add_refiner
 from tests.text.encoders import KEYS, encoder, inputs
 
 GPT = {"n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 20, "n_positions": 10}
+XLNET = {"d_model": 24, "n_layer": 1, "n_head": 3, "d_inner": 32, "vocab_size": 60}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 12, "depths": [1, 1], "num_heads": [3, 3], "window_size": 2}
 
 
@@ -29,12 +30,22 @@ def built(kind: str, **keys):
         (lambda: built("gpt2", **GPT), "GPT2Model is causal, and a refiner cannot be: it convolves maps along queries"),
         (lambda: encoder("bert", is_decoder=True), "BertModel is causal"),
         (lambda: built("deberta-v2", **KEYS), "DebertaV2Model computes attention in code of its own"),
+        (lambda: built("xlnet", **XLNET), "XLNetModel computes attention in code of its own"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no model of transformers; it must be an encoder, such as BERT"),
         (lambda: built("swin", **SWIN), "SwinModel is no one encoder: its config says no number of heads that all"),
         (lambda: add_refiner(encoder("bert")), "BertModel has refiners already; take a plain model"),
         (lambda: encoder("bert", output_attentions=True), "BertModel: its config says output_attentions, which"),
     ],
-    ids=["causal", "decoder", "own attention", "no encoder", "heads by stage", "refined already", "maps by config"],
+    ids=[
+        "causal",
+        "decoder",
+        "own attention",
+        "XLNet's",
+        "no encoder",
+        "heads by stage",
+        "refined already",
+        "maps by config",
+    ],
 )
 def test_models_that_cannot_be_refined(make, said):
     with pytest.raises(ConfigError, match=said):

@@ -4,7 +4,7 @@ dot                two tensors as they are stored, for long sums; fp32 as in dot
 dot_fp32           fp32 weights with maps taken to fp32, exact to fp32's last bits: three tf32 products on Nvidia's
                    tensor cores; AMD's multiply fp32 itself, and Triton knows no tf32x3 there
 dot_split_weight   fp32 weights, split in two halves, with maps as they are stored
-zero_sums, as_sum, as_exact   numbers in the precision of sums
+zero_sums, as_sum  numbers in the precision of sums
 
 In the interpreter maps may be float64, and then weights and sums are: what kernels compute can be proven to rounding.
 On a GPU they would be slow at no use, and float64 is left to tiles.
@@ -20,7 +20,6 @@ from triton.language.target_info import is_hip
 from refiner_ds.attention.kernels.launch import INTERPRETED
 
 __all__ = [
-    "as_exact",
     "as_sum",
     "dense_rows",
     "dot",
@@ -62,15 +61,6 @@ def as_sum(x):
         return x
     else:
         return x.to(tl.float32)
-
-
-@triton.jit
-def as_exact(number, like):
-    """A factor of [R, K] numbers ``like``; the interpreter takes it for fp32 otherwise."""
-    if _INTERPRETED:
-        return tl.full([1, 1], number, like.dtype)
-    else:
-        return number
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refiner_ds.attention.kernels.dot import as_exact, as_sum, dense_rows, dot, padded_size, zero_sums
+from refiner_ds.attention.kernels.dot import as_sum, dense_rows, dot, padded_size, zero_sums
 from refiner_ds.attention.kernels.launch import launch
 from refiner_ds.attention.kernels.padded import empty_padded, is_padded, row_stride, to_padded
 from refiner_ds.attention.masking import mask_bytes
@@ -46,8 +46,7 @@ def _vectors(x_BHNd, image, head, offset_L, strides, width, TOKENS: tl.constexpr
 @triton.jit
 def _logits(q_Rd, k_Kd, scale):
     """Logits to base 2, [R, K]."""
-    products_RK = dot(q_Rd, tl.trans(k_Kd))
-    return products_RK * as_exact(scale * _LOG2_E, products_RK)
+    return dot(q_Rd, tl.trans(k_Kd)) * (scale * _LOG2_E)
 
 
 @triton.jit
@@ -98,8 +97,7 @@ def _softmax_map(
         stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
         offset_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
         if RESIDUAL:
-            residual_RK = as_sum(tl.load(residual_BHNN + offset_RK, mask=stored_RK, other=0.0))
-            entry_RK += as_exact(scale, entry_RK) * residual_RK
+            entry_RK += scale * as_sum(tl.load(residual_BHNN + offset_RK, mask=stored_RK, other=0.0))
         if DROPOUT:
             entry_RK *= _dropout_factor(seed, plane, row_R, start + key_K, dropout, TOKENS)
         entry_RK = tl.where(start + key_K[None, :] < TOKENS, entry_RK, 0.0)
@@ -178,8 +176,7 @@ def _query_gradients(
         if RESIDUAL:
             stored_RK = (row_R[:, None] < TOKENS) & (start + key_K[None, :] < STRIDE)
             offset_RK = row_R[:, None] * STRIDE + start + key_K[None, :]
-            scaled_RK = (as_exact(scale, grad_RK) * grad_RK).to(residual_BHNN.dtype.element_ty)
-            tl.store(residual_BHNN + offset_RK, scaled_RK, mask=stored_RK)
+            tl.store(residual_BHNN + offset_RK, (scale * grad_RK).to(residual_BHNN.dtype.element_ty), mask=stored_RK)
     tl.store(mean_BHN + plane.to(tl.int64) * TOKENS + row_R, mean_R, mask=row_R < TOKENS)
     dq_Rd = zero_sums([ROWS, WIDTH], q_BHNd.dtype.element_ty)
     for start in range(0, TOKENS, KEYS):
@@ -192,7 +189,7 @@ def _query_gradients(
         dq_Rd += dot(logits_RK.to(k_Kd.dtype), k_Kd)
     offset_Rd = (plane.to(tl.int64) * TOKENS + row_R[:, None]) * width + at_d[None, :]
     valid_Rd = (row_R[:, None] < TOKENS) & (at_d[None, :] < width)
-    tl.store(dq_BHNd + offset_Rd, (dq_Rd * as_exact(scale, dq_Rd)).to(dq_BHNd.dtype.element_ty), mask=valid_Rd)
+    tl.store(dq_BHNd + offset_Rd, (dq_Rd * scale).to(dq_BHNd.dtype.element_ty), mask=valid_Rd)
 
 
 @triton.jit
@@ -223,7 +220,7 @@ def _key_gradients(
         dk_Kd += dot(tl.trans(logits_RK.to(q_Rd.dtype)), q_Rd)
     offset_Kd = (plane.to(tl.int64) * TOKENS + key_K[:, None]) * width + at_d[None, :]
     valid_Kd = (key_K[:, None] < TOKENS) & (at_d[None, :] < width)
-    tl.store(dk_BHNd + offset_Kd, (dk_Kd * as_exact(scale, dk_Kd)).to(dk_BHNd.dtype.element_ty), mask=valid_Kd)
+    tl.store(dk_BHNd + offset_Kd, (dk_Kd * scale).to(dk_BHNd.dtype.element_ty), mask=valid_Kd)
 
 
 def softmax_map(

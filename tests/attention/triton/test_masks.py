@@ -17,7 +17,7 @@ from tests.marks import long_where
 REFINERS = {
     "linear": lambda: linear(HEADS, 3),
     "linear, no reduction": lambda: linear(HEADS, 2, reduce=False),
-    "bottleneck in evaluation": lambda: bottleneck(HEADS, 2, training=False),
+    "bottleneck in evaluation": lambda: bottleneck(HEADS, 3, training=False),
 }
 CASES = [(kind, where, source) for kind in REFINERS for where in REAL for source in ("scores", "maps")]
 SHORT = [
