@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from refiner_ds.attention import BatchNorm
 from refiner_ds.errors import ConfigError
 from refiner_ds.text.encoders import attention_layers, heads_of
 from refiner_ds.text.interface import NAME
@@ -56,8 +55,7 @@ def add_refiner(
 def _attach(model: nn.Module, options: RefinerOptions) -> list[Any]:
     """Refiners for the layers that have none yet; returns those layers."""
     bare: list[Any] = [layer for layer in attention_layers(model).values() if not hasattr(layer, "refiner")]
-    owner: Any = model
-    config = owner.config
+    config: Any = model.config
     if getattr(config, "output_attentions", False):
         raise ConfigError(
             f"{type(model).__name__}: its config says output_attentions, which transformers takes with eager attention"
@@ -66,9 +64,6 @@ def _attach(model: nn.Module, options: RefinerOptions) -> list[Any]:
     for layer in bare:
         layer.refiner = build_refiner(heads_of(model), options)
     config.refiner = options.as_keys()
-    if options.kind == "bottleneck":  # their running statistics stay in fp32 when a checkpoint is loaded in halves
-        kept = owner._keep_in_fp32_modules_strict or ()
-        owner._keep_in_fp32_modules_strict = {*kept, *BatchNorm._keep_in_fp32_modules_strict}
     return bare
 
 

@@ -24,8 +24,8 @@ from transformers import Trainer, TrainingArguments
 from refiner_ds.errors import ConfigError
 from refiner_ds.files import write_atomically
 from refiner_ds.glue_table import RESULTS
-from refiner_ds.text.run_file import TextRun, refuse_unknown_arguments
 from refiner_ds.text.mean_statistics import MeanStatistics
+from refiner_ds.text.run_file import TextRun, refuse_unknown_arguments
 
 __all__ = ["make_trainer", "quiet", "train_timed", "training_arguments", "with_mean_loss", "write_results"]
 

@@ -116,6 +116,8 @@ def test_a_model_loaded_or_built_in_half_precision_keeps_statistics_in_fp32(dtyp
     half = AutoModel.from_pretrained(tmp_path, dtype=dtype).eval()
     rounded, exact = tokens_of(half, given, mask), tokens_of(model, given, mask)
     assert rounded.dtype == dtype and (rounded - exact).norm() / exact.norm() < 0.05
+    for ours, theirs in zip(half.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
     built = AutoModel.from_config(model.config, dtype=dtype)
     for one in (half, built):
         statistics = {buffer.dtype for name, buffer in one.named_buffers() if "running" in name}
