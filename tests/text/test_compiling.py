@@ -15,6 +15,7 @@ from refiner_ds.text import add_refiner
 from tests.marks import long_where
 from tests.text.encoders import WORDS, encoder, inputs, move_weights
 
+pytestmark = pytest.mark.slow
 KEYS = {
     "num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2,
     "problem_type": "single_label_classification",  # or the first call sets it, and the second is compiled anew
@@ -51,7 +52,6 @@ def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
     return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("backend", "kind"),
