@@ -32,10 +32,10 @@ KEPT_SIGNATURES = 200
 PLACES = ("/", "package:")
 
 
-def check_resources(allocation: Allocation) -> None:
-    """Refuse a run whose job has not ended, or one that asks this machine for GPUs it has not."""
+def check_resources(allocation: Allocation, besides: Sequence[str] = ()) -> None:
+    """Refuse a run that has a job, ``besides`` those, that has not ended; or that wants GPUs this machine has not."""
     if not allocation.local:
-        refuse_unfinished(RunFolder(allocation.run.folder))
+        refuse_unfinished(RunFolder(allocation.run.folder), besides)
     elif allocation.gpus and allocation.world_size > len(local.visible_devices()):
         have = len(local.visible_devices())
         raise LaunchError(
@@ -45,10 +45,10 @@ def check_resources(allocation: Allocation) -> None:
 
 def refuse_unfinished(run_folder: RunFolder, besides: Sequence[str] = ()) -> None:
     """Refuse a run folder that belongs to a job which waits or runs, ``besides`` those."""
-    active = slurm.unfinished_job(run_folder.jobs, besides)
-    if active:
-        number = active.partition(" ")[0]
-        raise LaunchError(f"{run_folder}: belongs to job {active}; wait for it, or end it with scancel {number}")
+    for number, state in slurm.unfinished_jobs(run_folder.jobs, besides).items():
+        raise LaunchError(
+            f"{run_folder}: belongs to job {number} ({state}); wait for it, or end it with scancel {number}"
+        )
 
 
 @dataclass(frozen=True)

@@ -222,19 +222,16 @@ def has_ended(job_id: str, seconds: float = TASK_ANSWER_SECONDS) -> bool:
     return state is not None and state.ended
 
 
-def unfinished_job(jobs: Path, besides: Iterable[str] = ()) -> str | None:
-    """A job submitted from this jobs/ folder, ``besides`` those, that still waits or runs: "12 (RUNNING)"."""
+def unfinished_jobs(jobs: Path, besides: Iterable[str] = ()) -> dict[str, str]:
+    """State of each job submitted from this jobs/ folder, ``besides`` those, that waits or runs, by its number."""
     submitted = {file.name.partition("_")[0] for file in jobs.glob("*_submission.sh")} - set(besides)
     if not submitted:
-        return None
+        return {}
     answer = ask("squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}")
     if answer.returncode:
         raise LaunchError(f"Slurm does not say which jobs have ended: {last_line(answer.stderr)}; try again later")
-    for line in answer.stdout.splitlines():
-        number, _, state = line.partition(" ")
-        if number in submitted:
-            return f"{number} ({state})"
-    return None
+    states = {number: state for number, _, state in (line.partition(" ") for line in answer.stdout.splitlines())}
+    return {number: state for number, state in states.items() if number in submitted}
 
 
 def states(seconds: float) -> dict[str, str]:

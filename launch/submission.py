@@ -48,12 +48,18 @@ def submission_lock(run_folder: RunFolder) -> Iterator[None]:
 
 
 def submit(
-    allocation: Allocation, *, after: Sequence[str] = (), dependency: str = "", exclude: str = ""
+    allocation: Allocation,
+    *,
+    after: Sequence[str] = (),
+    besides: Sequence[str] = (),
+    dependency: str = "",
+    exclude: str = "",
 ) -> submitit.Job[Any]:
     """Submit a run, or a command on it, that passed its checks to Slurm.
 
     Args:
         after: jobs of its chain that come before it; it starts when the last of them has finished.
+        besides: other jobs of its chain, which may wait or run.
         dependency: another one, as sbatch takes it: afterany:12.
         exclude: nodes the job must not have.
     Raises:
@@ -62,7 +68,7 @@ def submit(
     run_folder = RunFolder(allocation.run.folder)
     waits = f"afterok:{after[-1]}" if after else dependency
     with submission_lock(run_folder):
-        checks.refuse_unfinished(run_folder, besides=after)
+        checks.refuse_unfinished(run_folder, besides=[*after, *besides])
         snapshot = Snapshot(allocation.run, _job(allocation, after))
         try:
             job = Executor(allocation, exclude=exclude, dependency=waits).send(_task(allocation))
@@ -109,7 +115,8 @@ def _job(allocation: Allocation, after: Sequence[str] = ()) -> dict[str, object]
     job = Job(allocation.profile, allocation.nodes, allocation.tasks, allocation.gpus, least, label)
     known = {**job.to_json(), "local": allocation.local, "command": shlex.join(sys.argv)}
     chain = {"after": after[-1]} if after else {}
-    return {**known, **chain, **({"runs": str(allocation.command)} if allocation.command else {})}
+    command = allocation.command
+    return {**known, **chain, **({"runs": str(command), "typed_in": command.folder} if command else {})}
 
 
 def _task(allocation: Allocation) -> Task:

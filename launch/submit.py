@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -65,16 +65,25 @@ def main(argv: list[str] | None = None) -> int:
         for line in filter(None, (allocation.resources(), *(f"warning: {text}" for text in allocation.warnings()))):
             print(line, file=sys.stderr)
     watch.lap("run file and cluster")
-    starts = [check(stage.allocation, stage.check, args.ignore_plan, tell=True) for stage in runs]
+    if len(runs) > 1:  # a single run is refused where it is complete or has a job; of a chain the rest is submitted
+        runs = chain.looked_up(runs)
+    missing = [stage for stage in runs if stage.standing.missing]
+    jobs = [stage.standing.job for stage in runs if stage.standing.job]
+    starts = [check(stage.allocation, stage.check, args.ignore_plan, tell=True, besides=jobs) for stage in missing]
     watch.lap("checks")
+    for stage in runs:
+        if not stage.standing.missing:
+            print(f"{stage.allocation.name}: {stage.standing.words}", flush=True)
+    if not missing:
+        print("nothing to submit: every job of the chain has finished, waits or runs", flush=True)
     if args.dry_run:
-        for stage, start in zip(runs, starts, strict=True):
+        for stage, start in zip(missing, starts, strict=True):
             _dry_run(stage.allocation, start)
         return 0
     if args.local:
-        codes = (_run_here(stage.allocation, watch) for stage in runs)
+        codes = (_run_here(stage.allocation, watch) for stage in missing)
         return next((code for code in codes if code), 0)
-    return _run_on_slurm([stage.allocation for stage in runs], args.wait, watch)
+    return _run_on_slurm(runs, jobs, args.wait, watch)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,16 +153,23 @@ def allocate(
     return on_slurm(run, profile, args.nodes, slurm.nodes_of(profile.partition, gpu_type), least, command)
 
 
-def check(allocation: Allocation, overrides: list[str], ignore_plan: bool, tell: bool = False) -> str:
+def check(
+    allocation: Allocation,
+    overrides: list[str],
+    ignore_plan: bool,
+    tell: bool = False,
+    besides: Sequence[str] = (),
+) -> str:
     """Every check that needs more than the run file, side by side. Returns when Slurm would start the job.
 
     Args:
         ignore_plan: let pass what does not fit.
         tell: print what the plan says.
+        besides: jobs of its chain, which may wait or run.
     Raises:
         ConfigError, LaunchError: the first refusal, Slurm's before the code's, and the planner's last.
     """
-    checks.check_resources(allocation)
+    checks.check_resources(allocation, besides)
     if allocation.command is not None:
         allocation.command.check(allocation.run)
     script = None if allocation.local else Executor(allocation).script()
@@ -184,21 +200,31 @@ def _dry_run(allocation: Allocation, start: str) -> None:
     print(f"Slurm would start {allocation.name} at {start}", file=sys.stderr)
 
 
-def _run_on_slurm(runs: list[Allocation], wait: bool, watch: Stopwatch) -> int:
-    job, after = None, list[str]()
-    for allocation in runs:
-        job = submission.submit(allocation, after=after)
-        _print_summary(allocation, job.job_id, f"scancel {job.job_id}", watch)
-        after.append(job.job_id)
-    assert job is not None
-    if not wait:
+def _run_on_slurm(stages: list[chain.Stage], there: list[str], wait: bool, watch: Stopwatch) -> int:
+    """Submit what is missing, each after the jobs before it that have not ended; follow the last.
+
+    Args:
+        there: jobs of the chain that wait or run.
+    """
+    after = list[str]()
+    last: tuple[RunFolder, str] | None = None
+    for stage in stages:
+        allocation, number = stage.allocation, stage.standing.job
+        if stage.standing.missing:
+            number = submission.submit(allocation, after=after, besides=there).job_id
+            _print_summary(allocation, number, f"scancel {number}", watch)
+        if number:
+            after.append(number)
+            last = RunFolder(allocation.run.folder), number
+    if not wait or last is None:
         return 0
+    run_folder, number = last
     try:
-        follow(job.paths.stdout, lambda: slurm.has_ended(job.job_id), sys.stdout)
+        follow(run_folder.jobs / f"{number}_0_log.out", lambda: slurm.has_ended(number), sys.stdout)
     except KeyboardInterrupt:
-        print(f"\njob {job.job_id} continues; scancel {job.job_id} ends it", file=sys.stderr)
+        print(f"\njob {number} continues; scancel {number} ends it", file=sys.stderr)
         return 128 + signal.SIGINT
-    return print_ending(RunFolder(allocation.run.folder), job.job_id)
+    return print_ending(run_folder, number)
 
 
 def _run_here(allocation: Allocation, watch: Stopwatch) -> int:

@@ -70,12 +70,12 @@ def _submit(runs: list[SweepRun], args: argparse.Namespace) -> int:
         raise LaunchError(f"--at-most {args.at_most}: let at least one job run")
     profile = load_profile(args.cluster, {key: getattr(args, key) for key in submit.profile_flags()})
     slurm.require_slurm()
-    active, allocations = [], []
+    active, allocations = list[str](), []
     for run in runs:
-        job = slurm.unfinished_job(RunFolder(run.folder).jobs)
-        if job:
-            active.append(job.partition(" ")[0])
-            print(f"{run.name}: job {job}")
+        jobs = slurm.unfinished_jobs(RunFolder(run.folder).jobs)
+        if jobs:
+            active += jobs
+            print(f"{run.name}: {', '.join(f'job {number} ({state})' for number, state in jobs.items())}")
         elif run.finished:
             print(f"{run.name}: finished")
         else:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from refiner_ds.config import RunFile, load
+from refiner_ds.config.finished import is_finished
 from refiner_ds.errors import ConfigError
 from refiner_ds.files import has_numbers, read_objects
 from refiner_ds.run_folder import RunFolder
@@ -70,7 +71,7 @@ class SweepRun:
     @property
     def finished(self) -> bool:
         """Whether it has trained to the end of its schedule."""
-        return RunFolder(self.folder).reached() is not None
+        return is_finished(self.run)
 
 
 @dataclass(frozen=True)

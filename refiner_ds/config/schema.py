@@ -238,6 +238,11 @@ class OptimizerKeys(Section):
         True, description="decay of step n is at most (1+n)/(10+n), so that fresh weights and statistics are forgotten"
     )
 
+    @property
+    def all_epochs(self) -> float:
+        """Epochs of a whole run, cool-down included."""
+        return self.epochs + self.cooldown_epochs
+
 
 class AugmentKeys(Section):
     """The part of ``refiner.recipe`` about one training view; `refiner_ds.data.augment` reads it as it is."""

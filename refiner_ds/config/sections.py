@@ -1,4 +1,4 @@
-"""Walking through the schema: the sections inside sections, and their keys by dotted path."""
+"""Walking through the schema: the sections inside sections, their keys by dotted path, and what may not change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Union, get_args, get_origin
 
 from refiner_ds.config.deepspeed_keys import RunFileKeys
 from refiner_ds.config.schema import Section
+
+ABSENT = object()
 
 
 def section_in(annotation: Any) -> type[Section] | None:
@@ -34,3 +36,22 @@ def fixed_keys(section: type[Section] = RunFileKeys, at: str = "") -> Iterator[s
             yield from fixed_keys(inner, f"{at}{key}.")
         else:
             yield at + key
+
+
+def forbidden_change(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key in which two resolved run files differ that may not change while a run folder is continued.
+
+    Returns:
+        Its dotted path and both values; None where the one continues the other.
+    """
+    for key in fixed_keys():
+        old, new = _at(before, key), _at(now, key)
+        if old is not ABSENT and old != new:  # absent: the key is younger than the run
+            return key, old, new
+    return None
+
+
+def _at(keys: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        keys = keys.get(key, ABSENT) if isinstance(keys, dict) else ABSENT
+    return keys

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from refiner_ds.config import RunFile
+from refiner_ds.data.locate import default_cache
 from refiner_ds.errors import DataError
 from refiner_ds.gpus import gpu
+from refiner_ds.plan.kept import MICRO_BATCHES, kept_on_disk
 from refiner_ds.plan.planning import Machines, interpreter_bytes, make_plan
 from refiner_ds.training.build import training_flops
 from refiner_ds.training.preparation import load_index
@@ -15,9 +17,11 @@ from refiner_ds.training.schedule import Schedule
 __all__ = ["full_plan", "plan_for"]
 
 
-def full_plan(run: RunFile, machines: Machines) -> dict[str, Any]:
+def full_plan(run: RunFile, machines: Machines, largest: bool = True) -> dict[str, Any]:
     """The plan, and under "run" what the run file comes to.
 
+    Args:
+        largest: as of `make_plan`.
     Raises:
         ConfigError: the batch does not divide over the processes.
         DataError: the number of classes is known to neither run file nor index.
@@ -27,7 +31,7 @@ def full_plan(run: RunFile, machines: Machines) -> dict[str, Any]:
     batch = run.batch(machines.processes)
     images, classes, data = _data_of(run)
     schedule = None if images is None else Schedule(run.refiner.recipe, batch, images)
-    plan = make_plan(run, machines, classes, images)
+    plan = make_plan(run, machines, classes, images, largest)
     plan["run"] = {
         "model": run.refiner.model.name,
         "img_size": run.refiner.model.img_size,
@@ -43,9 +47,14 @@ def full_plan(run: RunFile, machines: Machines) -> dict[str, Any]:
 
 
 def plan_for(run: RunFile, machines: dict[str, Any]) -> dict[str, Any]:
-    """The same for machines that a launcher describes: the fields of `Machines`, the GPU by name."""
+    """What a launcher asks before every submission: a plan for the machines it describes, as quickly as may be.
+
+    Args:
+        machines: the fields of `Machines`, the GPU by name.
+    """
     card = None if machines["gpu"] is None else gpu(machines["gpu"])
-    return full_plan(run, Machines(**{**machines, "gpu": card}))
+    with kept_on_disk(default_cache() / MICRO_BATCHES):
+        return full_plan(run, Machines(**{**machines, "gpu": card}), largest=False)
 
 
 def _data_of(run: RunFile) -> tuple[int | None, int, str]:

@@ -57,11 +57,14 @@ class Machines:
         return self.nodes * self.per_node
 
 
-def make_plan(run: RunFile, machines: Machines, classes: int, images: int | None) -> dict[str, Any]:
+def make_plan(
+    run: RunFile, machines: Machines, classes: int, images: int | None, largest: bool = True
+) -> dict[str, Any]:
     """The plan as one JSON object; docs/planning.md describes its fields. Memory in bytes, time in seconds.
 
     Args:
         classes, images: of the training set; images None: unknown.
+        largest: find the largest micro-batch too, for which another one is counted.
     Raises:
         ConfigError: the batch does not divide over the processes.
     """
@@ -70,11 +73,6 @@ def make_plan(run: RunFile, machines: Machines, classes: int, images: int | None
     parts = sized.parts(batch.micro_batch)
     needed, capacity = sum(parts.values()), sized.capacity
     micro = batch.micro_batch
-    few = 2 if micro > 2 else 4
-    slope = (needed - sum(sized.parts(few).values())) / (micro - few)
-    largest = max(0, int(micro + (capacity - needed) // slope)) if slope > 0 else micro
-    share = batch.global_batch // machines.processes
-    fitting = [size for size in range(1, share + 1) if share % size == 0 and size <= largest]
     plan: dict[str, Any] = {
         "config": str(run.path),
         "gpu": machines.gpu.name if machines.gpu else "cpu",
@@ -89,8 +87,7 @@ def make_plan(run: RunFile, machines: Machines, classes: int, images: int | None
             "needed": needed,
             "capacity": capacity,
             "fits": needed <= capacity,
-            "largest_micro_batch": largest,
-            "largest_dividing_micro_batch": max(fitting, default=0),
+            **(_largest(sized, micro, batch.global_batch // machines.processes) if largest else {}),
             "remedies": [] if needed <= capacity else _remedies(run, machines, classes, needed, micro),
         },
     }
@@ -99,6 +96,16 @@ def make_plan(run: RunFile, machines: Machines, classes: int, images: int | None
     plan["checkpoint"] = {"bytes": checkpoint, "seconds": checkpoint / (machines.disk * 1e9)}
     plan["cost"] = _cost(run, machines, batch, images, plan["step"]["seconds"])
     return plan
+
+
+def _largest(sized: _Sized, micro: int, share: int) -> dict[str, int]:
+    """The largest micro-batch that fits, by the line through two, and the largest that divides a process's share."""
+    few = 2 if micro > 2 else 4
+    needed = sum(sized.parts(micro).values())
+    slope = (needed - sum(sized.parts(few).values())) / (micro - few)
+    largest = max(0, int(micro + (sized.capacity - needed) // slope)) if slope > 0 else micro
+    fitting = [size for size in range(1, share + 1) if share % size == 0 and size <= largest]
+    return {"largest_micro_batch": largest, "largest_dividing_micro_batch": max(fitting, default=0)}
 
 
 class _Sized:
@@ -211,10 +218,11 @@ def _with(run: RunFile, setting: str) -> RunFile:
 
 def _step(run: RunFile, machines: Machines, sized: _Sized, accumulation: int, micro: int) -> dict[str, Any]:
     traced = sized.traced(micro)
-    flops = sum(one.flops for one in traced.operations)
+    counted = traced.operations.items()
+    flops = sum(one.flops * times for one, times in counted)
     found: dict[str, Any] = {
         "flops": accumulation * flops,
-        "bytes": accumulation * sum(o.bytes for o in traced.operations),
+        "bytes": accumulation * sum(one.bytes * times for one, times in counted),
     }
     if (gpu := machines.gpu) is None:
         return {**found, "seconds": machines.step_seconds, "measured": machines.step_seconds is not None}
@@ -222,8 +230,8 @@ def _step(run: RunFile, machines: Machines, sized: _Sized, accumulation: int, mi
     rate = 1e9 * gpu.bandwidth
 
     def bound(backward: bool) -> float:
-        ops = (one for one in traced.operations if one.backward == backward)
-        return accumulation * sum(max(one.flops / peak, one.bytes / rate) for one in ops)
+        ops = ((one, times) for one, times in counted if one.backward == backward)
+        return accumulation * sum(times * max(one.flops / peak, one.bytes / rate) for one, times in ops)
 
     owned = sized.trained / (machines.processes if run.keys.zero_optimization.stage else 1)
     sent = _sent(run, sized, machines.processes, accumulation)

@@ -10,7 +10,7 @@ Nothing is computed, so it takes a second or two for any size, and knows the mod
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -50,17 +50,20 @@ class Trace:
         saved: for backward, by kind of layer.
         inputs: images and targets.
         peak: alive at once, inputs and saved tensors included.
-        operations: in order.
+        operations: and how often each is done.
     """
 
     saved: dict[str, int]
     inputs: int
     peak: int
-    operations: list[Operation]
+    operations: dict[Operation, int]
 
 
 REMEMBERED = 32
-_TRACED: dict[tuple[Any, ...], Trace] = {}
+TRACED: dict[str, Trace] = {}  # by what a micro-batch follows from, the newest last; kept.py brings it to disk
+# Keys that change nothing about a micro-batch: runs that differ in them alone are counted once.
+WITHOUT_EFFECT = {"init_from", "reset_head"}
+WEIGHTS_OF_LOSSES = {"cls_weight", "dense_weight"}
 
 
 def _fake_twin(model: nn.Module) -> None:
@@ -86,8 +89,8 @@ def _loss(run: RunFile, model: RefinedViT, images_B3HW: Tensor, target_BC: Tenso
 
 
 def trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, memory: int, gpu: bool = True) -> Trace:
-    """Count a micro-batch, or look up what it came to before: plans of one model for several batches, ZeRO stages or
-    numbers of processes differ in what surrounds a micro-batch.
+    """Count a micro-batch, or look up what it came to before: plans of one model for several batches, ZeRO stages,
+    numbers of processes or learning rates differ in what surrounds a micro-batch.
 
     Args:
         classes: of the data, used where ``refiner.model.num_classes`` is null.
@@ -99,14 +102,15 @@ def trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, mem
     """
     counted = {
         **run.keys.model_dump(mode="json", include={"activation_checkpointing"}),
-        **run.refiner.model_dump(mode="json", include={"model", "recipe"}),
+        "model": run.refiner.model.model_dump(mode="json", exclude=WITHOUT_EFFECT),
+        "recipe": run.refiner.recipe.model_dump(mode="json", include=WEIGHTS_OF_LOSSES),
     }
-    key = (json.dumps(counted), classes, images, bf16, backend, memory, gpu)
-    if key not in _TRACED:
-        _TRACED[key] = _trace(run, classes, images, bf16, backend, memory, gpu)
-        if len(_TRACED) > REMEMBERED:
-            del _TRACED[next(iter(_TRACED))]
-    return _TRACED[key]
+    key = json.dumps([counted, classes, images, bf16, backend, memory, gpu])
+    if key not in TRACED:
+        TRACED[key] = _trace(run, classes, images, bf16, backend, memory, gpu)
+        if len(TRACED) > REMEMBERED:
+            del TRACED[next(iter(TRACED))]
+    return TRACED[key]
 
 
 def _trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, memory: int, gpu: bool) -> Trace:
@@ -165,7 +169,7 @@ def _trace(run: RunFile, classes: int, images: int, bf16: bool, backend: str, me
         seen.clear()
         live.backward = True
         loss.backward()
-    return Trace(dict(saved), inputs, live.peak, live.operations)
+    return Trace(dict(saved), inputs, live.peak, dict(Counter(live.operations)))
 
 
 def _drop_gradient(live: LiveBytes, parameter: Tensor) -> None:

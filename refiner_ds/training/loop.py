@@ -330,7 +330,11 @@ class Trainer:
         if outcome is not None and outcome.failure:
             self.console.print(f"the last step could not be saved: {outcome.failure}; free some and run it again")
             return RUN_AGAIN
-        self.summary = {"step": self.step, "samples": self.step * self.ready.batch.global_batch}
+        self.summary = {
+            "step": self.step,
+            "samples": self.step * self.ready.batch.global_batch,
+            "epochs": self.ready.run.refiner.recipe.all_epochs,
+        }
         for which, accuracy in self.validation.last.items():
             self.summary[which] = {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
         if self.world.is_main:

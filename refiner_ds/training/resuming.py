@@ -13,11 +13,10 @@ from refiner_ds.checkpoint.files import CLASSES, integrity_errors, read_classes
 from refiner_ds.checkpoint.tensors import TensorReader
 from refiner_ds.checkpoint.writing import free_bytes, no_room
 from refiner_ds.config import RunFile
-from refiner_ds.config.sections import fixed_keys
+from refiner_ds.config.sections import forbidden_change
 from refiner_ds.errors import CheckpointError, ConfigError
 from refiner_ds.run_folder import RunFolder
 
-ABSENT = object()
 SMALL = 1 << 20  # bytes; the weights of a checkpoint are read once, when it is loaded
 
 
@@ -41,14 +40,13 @@ def config_before(run: RunFolder) -> dict[str, Any] | None:
 
 def refuse_another_run(run: RunFile) -> None:
     """Raise ConfigError where the run folder holds a run that this run file would not continue."""
-    before, now = config_before(RunFolder(run.folder)), run.resolved()
-    for key in fixed_keys() if before is not None else ():
-        old, new = _at(before, key), _at(now, key)
-        if old is not ABSENT and old != new:  # absent: the key is younger than the run
-            raise ConfigError(
-                f"{run.folder}: holds a run with {key} {json.dumps(old)}, not {json.dumps(new)};"
-                " choose another refiner.run.name to begin a new one"
-            )
+    before = config_before(RunFolder(run.folder))
+    if before is not None and (change := forbidden_change(before, run.resolved())) is not None:
+        key, old, new = change
+        raise ConfigError(
+            f"{run.folder}: holds a run with {key} {json.dumps(old)}, not {json.dumps(new)};"
+            " choose another refiner.run.name to begin a new one"
+        )
 
 
 def refuse_unfit_checkpoint(run: RunFolder, shapes: dict[str, torch.Size], classes: list[str]) -> None:
@@ -95,9 +93,3 @@ def _newest_readable(run: RunFolder) -> tuple[Path, TensorReader] | None:
             with suppress(CheckpointError):
                 return folder, TensorReader(folder, "model")
     return None
-
-
-def _at(keys: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        keys = keys.get(key, ABSENT) if isinstance(keys, dict) else ABSENT
-    return keys

@@ -34,7 +34,7 @@ class Schedule:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, cool-down included."""
-        return max(1, round((self.recipe.epochs + self.recipe.cooldown_epochs) * self.steps_an_epoch))
+        return max(1, round(self.recipe.all_epochs * self.steps_an_epoch))
 
     @property
     def peak(self) -> float:
