@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -21,14 +22,18 @@ from refiner_ds.errors import LaunchError
 from refiner_ds.files import write_atomically
 
 PORTS = range(20000, 30000)  # below the ephemeral range, where any outgoing connection may sit on a port
-PORT_STRIDE = 617  # between the ports of a job's restarts: jobs of neighbouring numbers do not meet at once
+PORT_STRIDE = 617  # between the ports of a job's restarts
 TOLD = ("NCCL_", "SLURM_JOB", "CUDA_", "OMP_", "LOADEDMODULES", "CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 SIOCGIFADDR = 0x8915
 
 
 def free_port(job_id: str, restart_count: int) -> int:
-    """A port of this machine for the ranks' rendezvous: another at every restart, and one that nobody listens at."""
-    number = int(job_id.partition("_")[0]) + restart_count * PORT_STRIDE
+    """A port of this machine for the ranks' rendezvous: another at every restart, and one that nobody listens at.
+
+    Jobs of one number on two clusters, which may share a machine, begin at others.
+    """
+    job = f"{os.environ.get('SLURM_CLUSTER_NAME', '')} {job_id}"
+    number = zlib.crc32(job.encode()) + restart_count * PORT_STRIDE
     candidates = [PORTS[(number + i) % len(PORTS)] for i in range(100)]
     return next((port for port in candidates if _is_free(port)), candidates[0])
 

@@ -75,6 +75,14 @@ def test_every_restart_has_another_port_and_none_that_is_taken() -> None:
     assert free_port("12345_7", 0) in range(20000, 30000)  # of a job array
 
 
+def test_jobs_of_one_number_on_two_clusters_begin_at_other_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for cluster in ("one", "two"):
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", cluster)
+        ports |= {free_port("7", restart) for restart in range(3)}
+    assert len(ports) == 6
+
+
 def test_the_first_node_is_reached_by_name_address_or_interface() -> None:
     assert master_address("name") == socket.gethostname()
     assert master_address("lo") == "127.0.0.1"
