@@ -68,6 +68,16 @@ class Allocation:
             self.run.batch(nodes * self.tasks)
 
     @property
+    def least(self) -> int:
+        """Nodes it can do with."""
+        return self.min_nodes or self.nodes
+
+    @property
+    def wait(self) -> str:
+        """What keeps it waiting, whichever other jobs there are; empty where nothing does."""
+        return self.has.wait(self.least) if self.has else ""
+
+    @property
     def nodes_text(self) -> str | int:
         """The node count as sbatch takes it."""
         return self.nodes if self.min_nodes in (None, self.nodes) else f"{self.min_nodes}-{self.nodes}"
@@ -96,6 +106,8 @@ class Allocation:
                 f"{_count(self.cpus_per_task, 'core')} a process for {_count(workers, 'loader worker')} and training;"
                 f" raise cpus_per_task to {workers + 1}, or lower refiner.data.workers"
             )
+        if self.wait:
+            said.append(f"it will wait: {self.wait}")
         if self.has and self.has.limit and (asked := self.profile.minutes or 0) > self.has.limit:
             said.append(
                 f"the time limit of {asked / 60:.3g} hours is more than the {self.has.limit / 60:.3g} that"

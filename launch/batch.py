@@ -134,8 +134,9 @@ def _setup(allocation: Allocation, run_folder: RunFolder) -> list[str]:
         'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"',
     ]
     if profile.setup:
-        failed = f'failed=$BASH_COMMAND; trap - ERR; cd "$code"; exec {supervisor} --setup-failed "$failed"'
-        lines += [f"trap {shlex.quote(failed)} ERR", *profile.setup, "trap - ERR", 'cd "$code"']
+        # EXIT too: a line that leaves would end the job without a word.
+        failed = f'failed=$BASH_COMMAND; trap - ERR EXIT; cd "$code"; exec {supervisor} --setup-failed "$failed"'
+        lines += [f"trap {shlex.quote(failed)} ERR EXIT", *profile.setup, "trap - ERR EXIT", 'cd "$code"']
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     if profile.setup:
         lines.append('export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"')  # again: a module may have set it

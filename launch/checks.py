@@ -33,9 +33,15 @@ PLACES = ("/", "package:")
 
 
 def check_resources(allocation: Allocation, besides: Sequence[str] = ()) -> None:
-    """Refuse a run that has a job, ``besides`` those, that has not ended; or that wants GPUs this machine has not."""
+    """Refuse a run that has a job, ``besides`` those, that has not ended, or asks for what there cannot be."""
+    folder = allocation.run.folder
+    if "%" in str(folder):
+        raise LaunchError(
+            f"{folder}: Slurm and submitit take what follows a % in a path for a job's number and the like; choose"
+            " another refiner.run.name or refiner.run.output"
+        )
     if not allocation.local:
-        refuse_unfinished(RunFolder(allocation.run.folder), besides)
+        refuse_unfinished(RunFolder(folder), besides)
     elif allocation.gpus and allocation.world_size > len(local.visible_devices()):
         have = len(local.visible_devices())
         raise LaunchError(
@@ -111,11 +117,13 @@ def check_ready(allocation: Allocation, overrides: list[str], root: Path = ROOT)
 def signature(allocation: Allocation, root: Path) -> str:
     """A hash of what ``check_ready`` depends on: code, run file, data, environment, processes, what the run has done.
 
-    A run folder's own name is no part of it: the runs of a sweep, or a dry run and what follows it, are checked once.
+    A run folder's own name is no part of it, nor the seed of a run that has not begun: the seeds of a sweep, or a dry
+    run and what follows it, are checked once.
     """
     folder = RunFolder(allocation.run.folder)
     run = allocation.run.resolved()
-    for key in ("name", "output"):
+    done = [_text(file) for file in (folder.config, folder.complete, folder.latest_file)]
+    for key in ("name", "output", *(() if any(done) else ("seed",))):  # a run that has begun keeps its seed
         run["refiner"]["run"].pop(key)
     watched = [
         *(file for place in sources(root).values() for file in sorted(place.rglob("*.py"))),
@@ -125,7 +133,7 @@ def signature(allocation: Allocation, root: Path) -> str:
     ]
     known = {
         "run": run,
-        "done": [_text(file) for file in (folder.config, folder.complete, folder.latest_file)],
+        "done": done,
         "world": allocation.world_size,
         "machines": planned.machines(allocation),
         "python": sys.executable,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 Flags = dict[str, str | int | bool]
 
 # A second opinion under ``sbatch:`` would silently win over what the launcher has worked out.
@@ -72,6 +74,8 @@ SHORT = {
     "u": "unbuffered", "v": "verbose", "W": "wait", "w": "nodelist", "x": "exclude",
 }  # fmt: skip
 
+FLAG = re.compile(r"[a-z][a-z-]*")  # what else there is, "nodes=3" or "exclusive --array", would be a second one
+
 # Whole names of flags that are also the beginning of one above.
 KNOWN = {"export", "wait"}
 
@@ -97,7 +101,11 @@ def refuse_srun_flags(flags: Flags) -> Flags:
 
 def _refuse(flags: Flags, decided: dict[str, str]) -> Flags:
     named = {_long(flag): value for flag, value in flags.items()}
-    for flag in named:
+    for flag, value in named.items():
+        if not FLAG.fullmatch(flag):
+            raise ValueError(f"cannot set {flag}: give a flag's name alone, and its value behind the colon")
+        if not str(value).isprintable():
+            raise ValueError(f"cannot set {flag} to {value!r}: it must be on one line")
         # getopt takes any unambiguous beginning of a flag for the flag: --no-req is --no-requeue.
         meant = [flag] if flag in decided or flag in KNOWN else [whole for whole in decided if whole.startswith(flag)]
         if meant and meant[0] in decided:

@@ -28,6 +28,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
 
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.files import read_object
+from refiner_ds.output import lasting_output
 from refiner_ds.run_folder import RunFolder
 
 from . import slurm
@@ -156,15 +157,17 @@ def find(target: str) -> JobOfRun:
     """
     if (Path(target) / "jobs").is_dir() and (job := of_folder(RunFolder(Path(target).absolute()))):
         return job
+    folders = known_folders()
     run, _, label = target.rpartition(":")
-    if run and label.partition("-")[0] in NAMES:
+    if run and label.partition("-")[0] in NAMES and target not in (folder.name for folder in folders):
         for job in commands_of(find(run).folder):
             if job.label == label:
                 return job
         raise LaunchError(f"{target}: no {label} was submitted to follow that run")
-    folders = known_folders()
     if target.isdigit():
         holding = [folder for folder in folders if list((folder / "jobs").glob(f"{target}_*"))]
+        if len(holding) > 1:
+            raise LaunchError(f"{target}: several runs had a job of this number, give the folder: {_listed(holding)}")
         for folder in holding:
             if job := of_folder(RunFolder(folder), target):
                 return job
@@ -176,12 +179,16 @@ def find(target: str) -> JobOfRun:
             return job
     named = [folder for folder in folders if folder.name == target]
     if len(named) > 1:
-        raise LaunchError(f"{target}: several runs have this name, give the folder: {', '.join(map(str, named))}")
+        raise LaunchError(f"{target}: several runs have this name, give the folder: {_listed(named)}")
     if named and (job := of_folder(RunFolder(named[0]))):
         return job
     if Path(target).is_dir():
         raise LaunchError(f"{target}: no job was submitted for it")
     raise LaunchError(f"{target}: no run that was submitted from here; give its run folder (jobs.py list shows them)")
+
+
+def _listed(folders: list[Path]) -> str:
+    return ", ".join(map(str, folders))
 
 
 def known_folders() -> list[Path]:
@@ -194,7 +201,7 @@ def ask_slurm(job: JobOfRun, seconds: float = QUICK_SECONDS) -> JobOfRun:
     """The same job, of which Slurm is being asked."""
     if job.local:
         return job
-    return replace(job, question=Question(lambda limit: slurm.job_state(job.job_id, limit), seconds))
+    return replace(job, question=Question(lambda limit: slurm.job_state(job.job_id, limit, job.folder.path), seconds))
 
 
 def list_runs(limit: int) -> str:
@@ -207,7 +214,9 @@ def list_runs(limit: int) -> str:
     states = question.answer or {}
     rows: list[tuple[str, ...]] = [("run", "job", "state", "step", "restarts", "cost", "changed", "folder")]
     for job, (name, number, word, *rest) in zip(newest, known, strict=True):
-        rows.append((name, number, (not job.local and states.get(number)) or word, *rest))
+        state, folder = states.get(number, ("", ""))
+        known_to_slurm = state and not job.local and slurm.works_in(folder, job.folder.path)
+        rows.append((name, number, state if known_to_slurm else word, *rest))
     if len(rows) == 1:
         return "no run was submitted from here"
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -283,6 +292,9 @@ def cancel(job: JobOfRun) -> str:
             raise LaunchError(f"{job.folder}: its local job {job.job_id} does not run")
         os.kill(job.process, signal.SIGTERM)
         return f"job {job.job_id} saves and ends"
+    state = slurm.job_state(job.job_id, of=job.folder.path)
+    if state is not None and state.ended:
+        raise LaunchError(f"job {job.job_id} has ended already ({state.state})")
     answer = slurm.ask("scancel", job.job_id)
     if answer.returncode:
         raise LaunchError(f"job {job.job_id}: {slurm.last_line(answer.stderr)}")
@@ -293,7 +305,7 @@ def requeue(job: JobOfRun) -> str:
     """Have a running job save and start again, or a job that ended start again."""
     if job.local:
         raise LaunchError(f"{job.folder}: a local job is not requeued; submit the run again, and it resumes")
-    state = slurm.job_state(job.job_id)
+    state = slurm.job_state(job.job_id, of=job.folder.path)
     if state is None:
         raise LaunchError("Slurm does not answer; try again later")
     if state.state == "PENDING":
@@ -303,6 +315,12 @@ def requeue(job: JobOfRun) -> str:
         if answer.returncode:
             raise LaunchError(f"job {job.job_id}: {slurm.last_line(answer.stderr)}")
         return f"job {job.job_id} saves and starts again"
+    if state.state == "COMPLETED":
+        raise LaunchError(
+            f"job {job.job_id} has finished; submit the run again to train it further, or its command anew"
+        )
+    if not job.label and (owned := owner(job.folder)) not in (None, job.job_id):
+        raise LaunchError(f"{job.folder}: belongs to job {owned} now; job {job.job_id} cannot go on")
     objection = slurm.requeue(job.job_id)
     if objection:
         raise LaunchError(f"job {job.job_id}: {slurm.last_line(objection)}; submit the run again, and it resumes")
@@ -313,6 +331,11 @@ def requeue(job: JobOfRun) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit code: 0, or 2 where it refuses."""
     args = _parser().parse_args(argv)
+    with lasting_output():  # jobs.py status | head
+        return _do(args)
+
+
+def _do(args: argparse.Namespace) -> int:
     if args.command == "list":
         print(list_runs(args.limit))
         return 0

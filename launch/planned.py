@@ -146,7 +146,7 @@ def _limit(allocation: Allocation, hours: float | None) -> list[str]:
     minutes = profile.minutes or (has and (has.default_limit or has.limit))
     if not minutes:
         return []
-    limit = f"time limit: {minutes / 60:.3g} hours a job"
+    limit = f"time limit: {minutes / 60:.3g} hour{'' if minutes == 60 else 's'} a job"
     if hours is None:
         return [limit]
     restarts = math.ceil(60 * hours / minutes) - 1
@@ -155,6 +155,4 @@ def _limit(allocation: Allocation, hours: float | None) -> list[str]:
     times = f"{restarts} time{'' if restarts == 1 else 's'}"
     if profile.requeue:
         return [f"{limit}: requeued at least {times}"]
-    return [
-        f"warning: {limit.removeprefix('time limit: ')} are not enough, and with requeue: false the run stops there"
-    ]
+    return [f"warning: a {limit.replace(': ', ' of ')} is not enough, and with requeue: false the run stops there"]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from refiner_ds.errors import LaunchError
@@ -20,6 +20,7 @@ ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
 GRES = re.compile(r"\bgpu(?::([^:,(]+))?:(\d+)")  # gpu:8, gpu:h100:8(S:0-1)
+AWAY = re.compile(r"down|drain|drng|fail|maint|unk|.*\*$")  # sinfo's states of nodes that take no job; *: no answer
 WHERE = ("SLURM_CONF", "SLURM_CLUSTERS")  # where Slurm is, not what an allocation around this command was given
 ANSWER_SECONDS = 60  # a submission can wait so long for Slurm
 TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
@@ -27,6 +28,10 @@ TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
 
 class NoSlurm(LaunchError):
     """Slurm's commands are not on this machine."""
+
+
+class Refused(LaunchError):
+    """Slurm would not take a job."""
 
 
 class Forgotten(LaunchError):
@@ -69,6 +74,10 @@ class Nodes:
         cpus, mem_mb: of the smallest node that has the GPUs.
         gpu_type: of the GPUs, in Slurm's words, where it names one for all; else "".
         limit, default_limit: minutes that a job may take, and those of a job that does not say; None: any.
+        count: nodes, those included that take no job now; 0: not counted.
+        idle: of those, nodes without a job.
+        away: reason that Slurm gives, by the names of nodes that take no job: they are down, drained or reserved.
+        state: of the partition: up, down (jobs wait), drain or inact (it takes none).
     """
 
     partition: str
@@ -78,6 +87,21 @@ class Nodes:
     gpu_type: str = ""
     limit: int | None = None
     default_limit: int | None = None
+    count: int = 0
+    idle: int = 0
+    away: Mapping[str, str] = field(default_factory=dict)
+    state: str = "up"
+
+    def wait(self, nodes: int) -> str:
+        """What keeps a job of so many nodes waiting, whichever other jobs there are; empty where nothing does."""
+        if self.state != "up":
+            return f"{self.partition} is down"
+        here = self.count - len(self.away)
+        if not here < nodes <= self.count:
+            return ""
+        reasons = "; ".join(sorted({reason for reason in self.away.values() if reason not in ("", "none")}))
+        names = ", ".join(self.away) + (f": {reasons}" if reasons else "")
+        return f"{here} of {self.count} nodes of {self.partition} take jobs; the others are down or drained ({names})"
 
 
 def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
@@ -87,11 +111,11 @@ def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
         LaunchError: Slurm knows no node of it, or none with that type of GPU.
     """
     which = (f"--partition={partition}",) if partition else ()
-    answer = ask("sinfo", "--noheader", "--format=%P|%G|%c|%m|%l|%L", *which)
+    answer = ask("sinfo", "--noheader", "--Node", "--format=%P|%G|%c|%m|%l|%L|%a|%t|%N|%E", *which)
     if answer.returncode:
         raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}; add --local to run on this machine")
-    rows = [line.split("|") for line in answer.stdout.splitlines()]
-    rows = [row for row in rows if len(row) == 6 and (partition or row[0].endswith("*"))]  # the default has an asterisk
+    rows = [line.split("|", 9) for line in answer.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == 10 and (partition or row[0].endswith("*"))]  # the default's asterisk
     named = f"partition {partition}" if partition else "the default partition"
     if not rows:
         raise LaunchError(f"Slurm knows no node of {named}; say which with --partition")
@@ -109,6 +133,10 @@ def nodes_of(partition: str | None, gpu_type: str | None = None) -> Nodes:
         types.pop() if len(types) == 1 else "",
         minutes_of(rows[0][4]),
         minutes_of(rows[0][5]),
+        len({row[8] for row in rows}),
+        len({row[8] for row in rows if row[7].startswith("idle")}),
+        {row[8]: row[9] for row in rows if AWAY.match(row[7])},
+        rows[0][6],
     )
 
 
@@ -164,9 +192,11 @@ class JobState:
         return f"{self.state}{reason}, exit code {self.exit_code}:{self.signal}"
 
 
-def job_state(job_id: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
+def job_state(job_id: str, seconds: float = ANSWER_SECONDS, of: Path | None = None) -> JobState | None:
     """What the controller says of a job, or accounting; None where the controller is away.
 
+    Args:
+        of: its run folder; a job of the same number that works elsewhere is another.
     Raises:
         NoSlurm, Forgotten: there is no Slurm here, or it no longer knows the job.
     """
@@ -178,7 +208,10 @@ def job_state(job_id: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
     except LaunchError:
         return None
     if shown.returncode == 0 and shown.stdout.strip():
-        return _parsed(shown.stdout)
+        state = _parsed(shown.stdout)
+        if of is not None and not works_in(state.fields["WorkDir"], of):
+            raise Forgotten(f"job {job_id} is another by now; the logs of this one are in the run folder")
+        return state
     if "Invalid job id" not in shown.stderr:
         return None
     if shutil.which("sacct"):
@@ -188,10 +221,10 @@ def job_state(job_id: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
             kept = ask(*words, seconds=max(0.1, end - time.monotonic()))
         except LaunchError:
             return None  # the database is away
-        state, *rest = kept.stdout.strip().partition("\n")[0].split("|")
+        word, *rest = kept.stdout.strip().partition("\n")[0].split("|")
         if rest:
             code, _, number = (rest[0] or "0:0").partition(":")
-            return JobState(state.split()[0], "", _int(code), _int(number), 0, rest[-1], {})
+            return JobState(word.split()[0], "", _int(code), _int(number), 0, rest[-1], {})
     raise Forgotten(f"Slurm no longer knows job {job_id}; its logs are in the run folder")
 
 
@@ -205,8 +238,14 @@ def _parsed(line: str) -> JobState:
         _int(number),
         _int(fields.get("Restarts", "0")),
         fields.get("NodeList", "").replace("(null)", ""),
-        fields,
+        {**fields, "WorkDir": _folder_of(line)},
     )
+
+
+def _folder_of(line: str) -> str:
+    """The working directory in what scontrol shows of a job, whose words spaces separate, as may be in a name."""
+    found = re.search(r" WorkDir=(.*?)(?: [A-Za-z/:]+=|$)", line.rstrip())
+    return found[1] if found else ""
 
 
 def _int(text: str) -> int:
@@ -227,20 +266,36 @@ def unfinished_jobs(jobs: Path, besides: Iterable[str] = ()) -> dict[str, str]:
     submitted = {file.name.partition("_")[0] for file in jobs.glob("*_submission.sh")} - set(besides)
     if not submitted:
         return {}
-    answer = ask("squeue", "--noheader", "--format=%A %T", f"--user={getpass.getuser()}")
+    answer = ask("squeue", "--noheader", "--format=%A %T %Z", f"--user={getpass.getuser()}")
     if answer.returncode:
         raise LaunchError(f"Slurm does not say which jobs have ended: {last_line(answer.stderr)}; try again later")
-    states = {number: state for number, _, state in (line.partition(" ") for line in answer.stdout.splitlines())}
-    return {number: state for number, state in states.items() if number in submitted}
+    known = (line.split(" ", 2) for line in answer.stdout.splitlines())
+    return {number: state for number, state, at in known if number in submitted and works_in(at, jobs.parent)}
 
 
-def states(seconds: float) -> dict[str, str]:
-    """State of each job of this user that the controller remembers. Raises LaunchError where it does not answer."""
-    command = ("squeue", "--noheader", "--states=all", "--format=%A %T", f"--user={getpass.getuser()}")
+def works_in(folder: str, run_folder: Path) -> bool:
+    """Whether a job whose working directory is ``folder`` is of a run folder.
+
+    Numbers come again, when a cluster is set up anew or has counted to its end; then it is another's.
+    """
+    try:
+        return Path(folder).samefile(run_folder)
+    except OSError:
+        return not Path(folder).is_dir()  # cannot be told
+
+
+def states(seconds: float) -> dict[str, tuple[str, str]]:
+    """State and working directory of each job of this user that the controller remembers, by its number.
+
+    Raises:
+        LaunchError: it does not answer.
+    """
+    command = ("squeue", "--noheader", "--states=all", "--format=%A %T %Z", f"--user={getpass.getuser()}")
     answer = ask(*command, seconds=seconds)
     if answer.returncode:
         raise LaunchError(f"Slurm does not answer: {last_line(answer.stderr)}")
-    return {number: state for number, _, state in (line.partition(" ") for line in answer.stdout.splitlines())}
+    known = (line.split(" ", 2) for line in answer.stdout.splitlines())
+    return {number: (state, folder) for number, state, folder in known}
 
 
 def requeue(job_id: str) -> str | None:
@@ -265,11 +320,11 @@ def expected_start(batch_script: str, env: dict[str, str]) -> str:
     """Have Slurm look at a batch script without taking it. Returns when it would start.
 
     Raises:
-        LaunchError: Slurm's objection.
+        Refused: Slurm's objection, which may only be that nodes are down: ``sbatch`` takes such a job, and it waits.
     """
     answer = ask("sbatch", "--test-only", given=batch_script, env=env)
     if answer.returncode:
-        raise LaunchError(f"Slurm refuses the job: {last_line(answer.stderr)}")
+        raise Refused(f"Slurm refuses the job: {last_line(answer.stderr)}")
     found = re.search(r"to start at (\S+)", answer.stderr + answer.stdout)
     return found[1] if found else "unknown"
 

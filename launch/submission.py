@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from typing import Any
 import submitit
 
 from refiner_ds.errors import LaunchError
+from refiner_ds.files import is_full
 from refiner_ds.run_folder import RunFolder
 
-from . import checks, local
+from . import checks, local, slurm
 from .allocation import Allocation
 from .attempts import take_ownership
 from .batch import Executor
@@ -67,18 +69,15 @@ def submit(
     """
     run_folder = RunFolder(allocation.run.folder)
     waits = f"afterok:{after[-1]}" if after else dependency
-    with submission_lock(run_folder):
+    with _writing(run_folder), submission_lock(run_folder):
         checks.refuse_unfinished(run_folder, besides=[*after, *besides])
-        snapshot = Snapshot(allocation.run, _job(allocation, after))
-        try:
+        with _discarded_on_failure(Snapshot(allocation.run, _job(allocation, after))) as snapshot:
             job = Executor(allocation, exclude=exclude, dependency=waits).send(_task(allocation))
-        except BaseException:
-            snapshot.discard()
-            raise
-        if allocation.command is None:
-            prune(run_folder)
-            take_ownership(run_folder, job.job_id)
-        snapshot.assign(job.job_id)
+            try:
+                _hand_over(allocation, run_folder, snapshot, job.job_id)
+            except OSError:
+                slurm.ask("scancel", job.job_id)  # it would find neither its code nor that the run folder is its own
+                raise
     register(run_folder)
     return job
 
@@ -86,27 +85,57 @@ def submit(
 def start_here(allocation: Allocation) -> tuple[submitit.Job[Any], local.LocalExecutor]:
     """Start a run that passed its checks on this machine."""
     run_folder = RunFolder(allocation.run.folder)
-    executor = local.LocalExecutor(
-        run_folder,
-        tasks=allocation.world_size,
-        devices=",".join(local.visible_devices()[: allocation.world_size]) if allocation.gpus else "",
-        environment=allocation.profile.environment,
-        minutes=allocation.profile.minutes,
-        signal_seconds=allocation.profile.signal_seconds,
-    )
-    with submission_lock(run_folder):
-        snapshot = Snapshot(allocation.run, _job(allocation))
-        try:
+    with _writing(run_folder), submission_lock(run_folder):
+        executor = local.LocalExecutor(
+            run_folder,
+            tasks=allocation.world_size,
+            devices=",".join(local.visible_devices()[: allocation.world_size]) if allocation.gpus else "",
+            environment=allocation.profile.environment,
+            minutes=allocation.profile.minutes,
+            signal_seconds=allocation.profile.signal_seconds,
+        )
+        with _discarded_on_failure(Snapshot(allocation.run, _job(allocation))) as snapshot:
             job = executor.submit(_task(allocation))
-            if allocation.command is None:
-                prune(run_folder)
-                take_ownership(run_folder, job.job_id)
-            snapshot.assign(job.job_id)  # last: the controller waits for it
-        except BaseException:
-            snapshot.discard()
-            raise
+            try:
+                _hand_over(allocation, run_folder, snapshot, job.job_id)
+            except OSError:
+                executor.controller.kill()  # it only waits for its snapshot
+                executor.controller.wait()
+                raise
     register(run_folder)
     return job, executor
+
+
+def _hand_over(allocation: Allocation, run_folder: RunFolder, snapshot: Snapshot, job_id: str) -> None:
+    """Make the run folder, if the job trains in it, and the snapshot the job's; the latter last, for which it waits."""
+    if allocation.command is None:
+        prune(run_folder)
+        take_ownership(run_folder, job_id)
+    snapshot.assign(job_id)
+
+
+@contextmanager
+def _discarded_on_failure(snapshot: Snapshot) -> Iterator[Snapshot]:
+    try:
+        yield snapshot
+    except BaseException:
+        snapshot.discard()
+        raise
+
+
+@contextmanager
+def _writing(run_folder: RunFolder) -> Iterator[None]:
+    """Raise LaunchError, in one sentence, where a run folder cannot be written; one that was made for it goes again."""
+    there = run_folder.path.exists()
+    try:
+        yield
+    except OSError as error:
+        if not there:
+            shutil.rmtree(run_folder.path, ignore_errors=True)
+        why = "no room is left" if is_full(error) or "Errno 28]" in str(error) or "Errno 122]" in str(error) else error
+        raise LaunchError(
+            f"{run_folder}: cannot be written: {why}; free some, or set refiner.run.output to another disk"
+        ) from None
 
 
 def _job(allocation: Allocation, after: Sequence[str] = ()) -> dict[str, object]:

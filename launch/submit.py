@@ -13,11 +13,13 @@ and prints where things are. Submitting a run again resumes what its folder hold
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -41,6 +43,8 @@ from .follow import follow
 from .stopwatch import Stopwatch
 from .why import why
 
+SOON_SECONDS = 60
+FAR_SECONDS = 300 * 86400  # Slurm takes a year for a job that has no time limit
 FLAG_TYPES: dict[str, Callable[[str], Any]] = {
     "str | None": str, "str": str, "float | None": float, "int | None": int, "int": int,
     "int | str | None": str, "str | int | None": str, "bool": lambda word: {"true": True, "false": False}[word],
@@ -174,10 +178,10 @@ def check(
         allocation.command.check(allocation.run)
     script = None if allocation.local else Executor(allocation).script()
     if allocation.command is not None:
-        return slurm.expected_start(script, submission_environment(script)) if script else "now"
+        return _expected_start(allocation, script) if script else "now"
     with ThreadPoolExecutor(2) as pool:
         ready = pool.submit(checks.check_ready, allocation, overrides)
-        start = pool.submit(slurm.expected_start, script, submission_environment(script)) if script else None
+        start = pool.submit(_expected_start, allocation, script) if script else None
         print("checking the code and the data …", file=sys.stderr)
         expected = start.result() if start else "now"
         passed = ready.result()
@@ -191,13 +195,41 @@ def check(
     return expected
 
 
+def _expected_start(allocation: Allocation, script: str) -> str:
+    try:
+        return slurm.expected_start(script, submission_environment(script))
+    except slurm.Refused:
+        if allocation.has and allocation.wait and allocation.least <= allocation.has.count:
+            return ""  # sbatch takes what its --test-only refuses, since that looks at nodes alone that are up
+        raise
+
+
 def _dry_run(allocation: Allocation, start: str) -> None:
     if allocation.local:
         told = allocation.command or f"train --config {allocation.run.path}"
         print(f"{allocation}: refiner_ds.{told}")
         return
     print(Executor(allocation).script())
-    print(f"Slurm would start {allocation.name} at {start}", file=sys.stderr)
+    print(f"{allocation.name}: {_why_not_now(allocation, start)}", file=sys.stderr)
+
+
+def _why_not_now(allocation: Allocation, start: str) -> str:
+    """When Slurm would start it, and what it would wait for."""
+    if allocation.wait:
+        return f"Slurm would not start it now: {allocation.wait}"
+    has = allocation.has
+    idle = (
+        f"; {has.idle} of {has.count} nodes of {has.partition} are idle, of {allocation.nodes} asked for" if has else ""
+    )
+    try:
+        seconds = (datetime.fromisoformat(start) - datetime.now()).total_seconds()
+    except ValueError:
+        return f"Slurm does not say when it would start it{idle}"
+    if seconds < SOON_SECONDS:
+        return "Slurm would start it now"
+    if seconds > FAR_SECONDS:
+        return f"Slurm cannot say when it would start it, since jobs before it have no time limit{idle}"
+    return f"Slurm would start it at {start.replace('T', ' ')}{idle}"
 
 
 def _run_on_slurm(stages: list[chain.Stage], there: list[str], wait: bool, watch: Stopwatch) -> int:
@@ -256,10 +288,10 @@ def _print_summary(allocation: Allocation, job_id: str, stop: str, watch: Stopwa
     target = str(folder) if allocation.command is None else f"{folder}:{allocation.command.label}"
     rows = {
         "run folder": str(folder),
-        "log": f"tail -F {folder.jobs}/{job_id}_0_log.out",
-        "status": f"python -m {__package__}.jobs status {target}",
-        "curves": f"tensorboard --logdir {folder.tensorboard}",
-        "accuracy": f"python -m refiner_ds.evaluate {folder}",
+        "log": f"tail -F {shlex.quote(f'{folder.jobs}/{job_id}_0_log.out')}",
+        "status": f"{_typed('jobs')} status {shlex.quote(target)}",
+        "curves": f"tensorboard --logdir {shlex.quote(str(folder.tensorboard))}",
+        "accuracy": f"{_typed('evaluate')} {shlex.quote(str(folder))}",
         "stop": stop,
     }
     if allocation.command is not None:
@@ -270,6 +302,16 @@ def _print_summary(allocation: Allocation, job_id: str, stop: str, watch: Stopwa
     for word, command in rows.items():
         print(f"  {word:<12}{command}")
     sys.stdout.flush()
+
+
+def _typed(command: str) -> str:
+    """How another command is typed where this one was, from whichever folder."""
+    launch = Path(__file__).resolve().parent
+    if __package__ != "launch":
+        return f"refiner-{command}"  # installed
+    file = launch / "jobs.py" if command == "jobs" else launch.parent / "refiner_ds" / f"{command}.py"
+    here = Path.cwd()
+    return f"python {shlex.quote(str(file.relative_to(here) if file.is_relative_to(here) else file))}"
 
 
 def print_ending(run_folder: RunFolder, job_id: str, local_code: int | None = None) -> int:

@@ -41,7 +41,7 @@ from .environment import capture, free_port, master_address
 from .health.node import host_name
 from .policy import Action, Cause, Decision, Limits
 from .snapshot import JOB_FILE, RUN_FILE, check_code
-from .symptoms import ADVICE, BY_NAME
+from .symptoms import ADVICE, BY_NAME, recognise
 
 ASK_SECONDS = 5.0  # between two questions to a controller that is away, or refuses
 AWAY_SECONDS = 3600.0  # how long it may be away when the job wants to be requeued
@@ -152,8 +152,9 @@ class Supervisor(ABC):
                 "REFINER_MASTER_PORT": str(free_port(self.job_id, record.number)),
             }
         except LaunchError as error:
-            refused = Diagnosis(Cause.REFUSED, REFUSED, None, "", "refused", str(error), ADVICE["refused"])
-            return self._end(record, refused)
+            found = recognise([str(error)])
+            name, advice = (found[0].name, found[0].advice) if found else ("refused", ADVICE["refused"])
+            return self._end(record, Diagnosis(Cause.REFUSED, REFUSED, None, "", name, str(error), advice))
         capture(self.run_folder.jobs / f"{self.job_id}_environment.json", self.nodes)
         self.notify("restart" if record.number else "start", f"started on {self.nodes}")
         outcome = self.run_tasks(variables)

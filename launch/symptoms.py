@@ -42,7 +42,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "snapshot damaged",
-        r"snapshot (was purged|is damaged)|its code has not appeared",
+        r"snapshot (was purged|is damaged)|its code has not appeared|No module named '?(launch|refiner_ds)\b",
         "submit the run again, which takes a new copy of the code; keep run folders where nothing purges old files",
     ),
     Symptom(

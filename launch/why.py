@@ -87,7 +87,7 @@ def waits(state: JobState, last: Record | None) -> str:
     words = WAITING[max(matching, key=len)] if matching else "Slurm has not said why"
     start = state.fields.get("StartTime", "Unknown")
     expected = f"; expected to start {start.replace('T', ' ')}" if start not in ("Unknown", "N/A", "") else ""
-    again = f"; it was requeued because {last}" if last and last.cause else ""
+    again = f"; requeued after this: {last}" if last and last.cause else ""
     return f"{words} (Slurm: {reason or 'None'}){expected}{again}"
 
 
@@ -116,8 +116,8 @@ def _never_started(run_folder: RunFolder, job_id: str, state: JobState | None) -
     if not log.exists():
         node = state.fields.get("BatchHost") or state.nodes or "its node"
         return (
-            f"{node} could not open its log {log} ({told}): the run folder must lie where every node sees it,"
-            " set refiner.run.output"
+            f"{node} could not open its log {log} ({told}): the run folder must lie where every node sees it, and may"
+            " write; set refiner.run.output"
         )
     tail = f": {lines[-1]}" if lines else ""
     return f"its batch script ended before the supervisor began ({told}){tail}; read {log}"

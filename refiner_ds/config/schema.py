@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[float, float]
@@ -385,6 +385,13 @@ class RunKeys(Section):
         None, gt=0, description="standard deviations above the mean of recent steps that make a spike; null: none does"
     )
     spike_window: int = Field(100, ge=10, description="number of recent steps that spike_sigmas looks at")
+
+    @field_validator("output", "name")
+    @classmethod
+    def _on_one_line(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("be on one line, without control characters")
+        return value
 
 
 class RefinerKeys(Section):

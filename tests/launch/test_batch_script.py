@@ -81,7 +81,8 @@ def test_the_batch_script_is_the_recorded_one(name: str, run: RunFile) -> None:
 def test_what_a_node_has_is_what_slurm_counts(
     monkeypatch: pytest.MonkeyPatch, partition: str | None, gpu_type: str | None, listed: str, found: object
 ) -> None:
-    monkeypatch.setattr(slurm, "ask", lambda *_: subprocess.CompletedProcess((), 0, listed, ""))
+    lines = "".join(f"{line}|up|idle|node{i}|none\n" for i, line in enumerate(listed.splitlines()))
+    monkeypatch.setattr(slurm, "ask", lambda *_: subprocess.CompletedProcess((), 0, lines, ""))
     if isinstance(found, tuple):
         has = slurm.nodes_of(partition, gpu_type)
         assert (has.gpus, has.cpus, has.mem_mb) == found
@@ -101,7 +102,8 @@ def test_what_a_node_has_is_what_slurm_counts(
 def test_a_partition_says_how_long_a_job_may_take_and_which_gpus_it_has(
     monkeypatch: pytest.MonkeyPatch, listed: str, gpu_type: str, limit: int | None, default: int | None
 ) -> None:
-    monkeypatch.setattr(slurm, "ask", lambda *_: subprocess.CompletedProcess((), 0, listed, ""))
+    lines = "".join(f"{line}|up|idle|node{i}|none\n" for i, line in enumerate(listed.splitlines()))
+    monkeypatch.setattr(slurm, "ask", lambda *_: subprocess.CompletedProcess((), 0, lines, ""))
     has = slurm.nodes_of("p")
     assert (has.gpu_type, has.limit, has.default_limit) == (gpu_type, limit, default)
 

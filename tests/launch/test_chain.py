@@ -133,7 +133,7 @@ def test_what_follows_a_run_that_fails_is_cancelled_and_says_why(clone: Clone, s
     done = clone.submit(*words, env=slurm.env)
     assert done.returncode == 1, done.stdout + done.stderr
     first, evaluation, _, *_ = re.findall(r"^job (\d+): ", done.stdout, re.MULTILINE)
-    assert f"jobs status {clone.run_folder}:evaluate" in done.stdout and "  runs        export" in done.stdout
+    assert f"jobs.py status {clone.run_folder}:evaluate" in done.stdout and "  runs        export" in done.stdout
     ending = done.stdout.strip().splitlines()[-1]
     assert "CANCELLED" in ending and f"job {evaluation}, which it follows, did not finish" in ending
     assert slurm.squeue(first)[first] == "FAILED" and slurm.squeue(evaluation)[evaluation] == "CANCELLED"

@@ -86,10 +86,17 @@ def test_what_the_launcher_decides_cannot_be_set_beside_it(refused) -> None:  # 
         "gpus",
         "wrap",
         "hold",
+        "-a",
+        "--array",
+        "ntasks",
+        "nodes=3",
+        "exclusive --array=1-3",
+        "Array",
     ):
         assert "sbatch cannot set" in refused(f"sbatch: {{{flag}: 1}}\n"), flag
     for flag in ("ntasks", "n", "kill-on-bad-exit", "output", "multi-prog", "nodelist"):
         assert "srun cannot set" in refused(f"srun: {{{flag}: 1}}\n"), flag
+    assert "must be on one line" in refused('sbatch: {comment: "x\\n#SBATCH --array=1-3"}\n')
 
 
 def test_other_flags_are_passed_on_under_their_long_names() -> None:

@@ -27,9 +27,9 @@ code=/shared/runs/refiner_s/code/$SLURM_JOB_ID
 for _ in {1..60}; do [ -d "$code" ] && break; sleep 1; done
 cd "$code" || { echo 'launch: its code has not appeared in /shared/runs/refiner_s/code for 60 s; submit the run again'; exit 2; }
 export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"
-trap 'failed=$BASH_COMMAND; trap - ERR; cd "$code"; exec <python> -u -m launch.supervisor /shared/runs/refiner_s --setup-failed "$failed"' ERR
+trap 'failed=$BASH_COMMAND; trap - ERR EXIT; cd "$code"; exec <python> -u -m launch.supervisor /shared/runs/refiner_s --setup-failed "$failed"' ERR EXIT
 module load cuda/12.4
-trap - ERR
+trap - ERR EXIT
 cd "$code"
 export NCCL_SOCKET_IFNAME=ib0
 export GREETING='it'"'"'s $HOME'
