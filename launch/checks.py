@@ -29,7 +29,6 @@ from .snapshot import ROOT, sources
 READY = ": ready; "  # of train.py --ready, before it plans
 CODE_SECONDS = 300  # importing torch from a cold shared file system takes its time
 KEPT_SIGNATURES = 200
-PLACES = ("/", "package:")
 
 
 def check_resources(allocation: Allocation, besides: Sequence[str] = ()) -> None:
@@ -148,11 +147,15 @@ def _data_places(allocation: Allocation) -> list[str]:
 
 
 def _data_files(place: str, allocation: Allocation) -> Iterator[Path]:
-    """What stands where data is: shards, index, label files; for a packaged set, the sets that were made."""
+    """What stands where data is: shards, index, label files; for a packaged set, the folder that it is made in.
+
+    What else there is in the cache, such as times of attention that a run has measured, is none of its business.
+    """
     with suppress(OSError):
         if place.startswith("package:"):
-            made = Path(allocation.run.refiner.data.cache or cache_folder())
-            yield from sorted(entry for entry in made.iterdir() if entry.is_dir())
+            made = Path(allocation.run.refiner.data.cache or cache_folder()).expanduser()
+            package, _, part = place.removeprefix("package:").partition("/")
+            yield from sorted(made.glob(f"{package}-*/{part}"))
         else:
             yield Path(place)
             yield from sorted(Path(place).iterdir())
