@@ -129,11 +129,17 @@ def on_slurm(
     A command has one node, and one that is a single process one GPU of it.
 
     Raises:
-        LaunchError: the nodes have no GPUs and none were ruled out, too few, or not all the same number.
+        LaunchError: the nodes have no GPUs and none were ruled out, too few, or not all the same number; or there are
+            not as many nodes.
     """
     gpus = _gpus(profile, has)
     if command is not None:
         nodes, min_nodes = 1, None
+    if has.count and (min_nodes or nodes) > has.count:
+        flag, asked = ("--min-nodes", min_nodes) if min_nodes else ("--nodes", nodes)
+        raise LaunchError(
+            f"{has.partition} has {has.count} nodes, not {asked}; lower {flag}, or name another --partition"
+        )
     if command is not None and command.alone:
         profile, gpus = _one_process(profile, gpus), min(gpus, 1)
     tasks, most = gpus or profile.tasks_per_node, max(has.gpus)

@@ -145,7 +145,7 @@ def test_nodes_that_are_down_do_not_keep_a_run_from_being_submitted_and_are_told
         assert f"quickstart: Slurm would not start it now: {told}" in say(submit.main, *wide, "--dry-run")
         assert "Slurm would start it now" in say(submit.main, *typed(here, "--nodes", "2"), "--dry-run")
         assert "would start it now" in say(submit.main, *wide, "--min-nodes", "2", "--dry-run")
-        assert "Slurm refuses the job" in say(submit.main, *typed(here, "--nodes", "6"), code=2)
+        assert "has 4 nodes, not 6; lower --nodes" in say(submit.main, *typed(here, "--nodes", "6"), code=2)
         said = say(submit.main, *wide)
         assert f"warning: it will wait: {told}" in said
         job = said.partition("job ")[2].partition(":")[0]

@@ -106,7 +106,9 @@ def test_what_slurm_itself_would_refuse(refusal, slurm: SlurmCluster) -> None:  
     assert "Slurm knows no node of partition fast" in refusal(
         "--gpus-per-node", "0", "--partition", "fast", env=slurm.env
     )
-    assert "configuration is not available" in refusal("--nodes", "6", "--gpus-per-node", "0", env=slurm.env)
+    cpu = ("--gpus-per-node", "0")
+    assert "has 4 nodes, not 6; lower --nodes" in refusal("--nodes", "6", *cpu, env=slurm.env)
+    assert "configuration is not available" in refusal(*cpu, "--cpus-per-task", "99", env=slurm.env)
 
 
 @pytest.mark.slurm
