@@ -240,6 +240,6 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
     (run.jobs / "7_0_log.out").write_text("a line of the log\n" * 100_000)
     (run.jobs / "7_submission.sh").touch()
     command = f"{sys.executable} {ROOT}/launch/jobs.py logs runs/long | head -n 1"
-    env = {**os.environ, "REFINER_DS_CACHE": str(tmp_path)}
+    env = {**os.environ, "REFINER_DS_CACHE": str(tmp_path), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("a line of the log\n", "")
