@@ -110,6 +110,8 @@ def test_a_finished_run_is_this_one_and_says_where_its_recipe_was_another(chain:
     assert is_finished(chain.run("a").run) and not is_finished(chain.run("a", "refiner.model.depth=2").run)
     (chain.output / "a/complete.json").write_text('{"step": 40}')  # as earlier versions wrote it
     assert is_finished(chain.run("a").run)
+    (chain.output / "a/complete.json").write_text('{"step": 40, "epochs": "many"}')
+    assert not is_finished(chain.run("a").run)
     (chain.output / "a/complete.json").write_text('{"step":')
     assert not is_finished(chain.run("a").run)
 
