@@ -5,6 +5,7 @@ lock ─▶ no job of the run has come meanwhile ─▶ snapshot ─▶ sbatch �
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shlex
 import shutil
@@ -28,16 +29,22 @@ from .registry import register
 from .snapshot import Snapshot, prune
 from .supervisor import Job
 
+LOCK = ".submission.lock"
+
 
 @contextmanager
 def submission_lock(run_folder: RunFolder) -> Iterator[None]:
     """Keep other submissions of the run away.
 
     Raises:
-        LaunchError: another is under way.
+        LaunchError: another is under way, or the run folder cannot be written.
     """
-    run_folder.jobs.mkdir(parents=True, exist_ok=True)
-    with (run_folder.jobs / ".submission.lock").open("w") as lock:
+    try:
+        run_folder.jobs.mkdir(parents=True, exist_ok=True)
+        file = (run_folder.jobs / LOCK).open("w")
+    except OSError as error:
+        raise _unwritable(run_folder, error) from None
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -69,7 +76,7 @@ def submit(
     """
     run_folder = RunFolder(allocation.run.folder)
     waits = f"afterok:{after[-1]}" if after else dependency
-    with _writing(run_folder), submission_lock(run_folder):
+    with submission_lock(run_folder), _writing(run_folder):
         checks.refuse_unfinished(run_folder, besides=[*after, *besides])
         with _discarded_on_failure(Snapshot(allocation.run, _job(allocation, after))) as snapshot:
             job = Executor(allocation, exclude=exclude, dependency=waits).send(_task(allocation))
@@ -85,7 +92,7 @@ def submit(
 def start_here(allocation: Allocation) -> tuple[submitit.Job[Any], local.LocalExecutor]:
     """Start a run that passed its checks on this machine."""
     run_folder = RunFolder(allocation.run.folder)
-    with _writing(run_folder), submission_lock(run_folder):
+    with submission_lock(run_folder), _writing(run_folder):
         executor = local.LocalExecutor(
             run_folder,
             tasks=allocation.world_size,
@@ -125,17 +132,28 @@ def _discarded_on_failure(snapshot: Snapshot) -> Iterator[Snapshot]:
 
 @contextmanager
 def _writing(run_folder: RunFolder) -> Iterator[None]:
-    """Raise LaunchError, in one sentence, where a run folder cannot be written; one that was made for it goes again."""
-    there = run_folder.path.exists()
+    """Raise LaunchError, in one sentence, where a run folder cannot be written; one that is new goes again.
+
+    Held inside the submission's lock: nobody else can be writing there.
+    """
+    new = [*run_folder.path.iterdir()] == [run_folder.jobs] and [*run_folder.jobs.iterdir()] == [run_folder.jobs / LOCK]
     try:
         yield
     except OSError as error:
-        if not there:
+        if new:
             shutil.rmtree(run_folder.path, ignore_errors=True)
-        why = "no room is left" if is_full(error) or "Errno 28]" in str(error) or "Errno 122]" in str(error) else error
-        raise LaunchError(
-            f"{run_folder}: cannot be written: {why}; free some, or set refiner.run.output to another disk"
-        ) from None
+        raise _unwritable(run_folder, error) from None
+
+
+def _unwritable(run_folder: RunFolder, error: OSError) -> LaunchError:
+    why = _in_words(error)
+    return LaunchError(f"{run_folder}: cannot be written: {why}; free some, or set refiner.run.output to another disk")
+
+
+def _in_words(error: OSError) -> str:
+    said = str(error.args[0][0][2] if isinstance(error, shutil.Error) else error)  # copying a tree lists every file
+    full = is_full(error) or f"[Errno {errno.ENOSPC}]" in said or f"[Errno {errno.EDQUOT}]" in said
+    return "no room is left" if full else said
 
 
 def _job(allocation: Allocation, after: Sequence[str] = ()) -> dict[str, object]:
