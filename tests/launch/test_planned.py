@@ -129,7 +129,7 @@ def test_a_dry_run_says_what_the_run_takes_and_a_small_node_is_refused(clone: Cl
     done = clone.submit("--dry-run", "--nodes", "2", "--gpu", "h200", "--hours", "0.01", *shallow, env=slurm.env)
     assert done.returncode == 0, done.stderr
     assert "of 139.70 GiB a GPU, " in done.stderr and " GPU-hours (at h200's data-sheet rates)" in done.stderr
-    assert "time limit: 0.0167 hours a job" in done.stderr and "Slurm would start quickstart at 20" in done.stderr
+    assert "time limit: 0.0167 hours a job" in done.stderr and "quickstart: Slurm would start it" in done.stderr
     small = ("--dry-run", "--gpus-per-node", "0", "--mem-gb", "0.25", *shallow)
     done = clone.submit(*small, env=slurm.env)
     assert done.returncode == 2 and "GiB a process, and there are 0.25; " in done.stderr, done.stderr
