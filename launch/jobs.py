@@ -28,7 +28,6 @@ if not __package__:  # started as a file: its packages are those of the clone it
 
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.files import read_object
-from refiner_ds.output import lasting_output
 from refiner_ds.run_folder import RunFolder
 
 from . import slurm
@@ -331,11 +330,6 @@ def requeue(job: JobOfRun) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Exit code: 0, or 2 where it refuses."""
     args = _parser().parse_args(argv)
-    with lasting_output():  # jobs.py status | head
-        return _do(args)
-
-
-def _do(args: argparse.Namespace) -> int:
     if args.command == "list":
         print(list_runs(args.limit))
         return 0

@@ -62,7 +62,7 @@ class Trace:
 REMEMBERED = 32
 TRACED: dict[str, Trace] = {}  # by what a micro-batch follows from, the newest last; kept.py brings it to disk
 # Keys that change nothing about a micro-batch: runs that differ in them alone are counted once.
-WITHOUT_EFFECT = {"init_from", "reset_head"}
+WITHOUT_EFFECT = {"init_from", "init_layers", "reset_head"}
 WEIGHTS_OF_LOSSES = {"cls_weight", "dense_weight"}
 
 
