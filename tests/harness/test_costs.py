@@ -1,0 +1,132 @@
+"""What tests cost is counted whole: nothing twice, and nothing becomes less when processes end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests import costs
+from tests.costs import TICKS, Identity, Meter, Process, processes
+
+BURNT = 0.3
+ROUNDING = 5 / TICKS
+
+
+def burn(seconds: float = BURNT) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+@contextmanager
+def forked(does: Callable[[], None]) -> Iterator[int]:
+    """A process that does something and then waits for its end, which comes with the block at the latest."""
+    process = os.fork()
+    if not process:
+        try:
+            does()
+            signal.pause()
+        finally:
+            os._exit(0)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+def burnt_by(process: int) -> float:
+    """Wait until a process sleeps; returns its CPU seconds."""
+    while True:
+        (one,) = (seen for (pid, _), seen in processes().items() if pid == process)
+        with open(f"/proc/{process}/stat") as stat:
+            if one.own >= BURNT - ROUNDING and stat.read().rpartition(")")[2].split()[0] == "S":
+                return one.own
+        time.sleep(0.01)
+
+
+def test_what_a_process_used_is_counted_once_while_it_lives_and_when_it_was_waited_for() -> None:
+    meter, me = Meter(), time.process_time()
+    before = meter.read()
+    with forked(burn) as child:
+        used = burnt_by(child)
+        living = meter.read() - before - (time.process_time() - me)
+    ended = meter.read() - before - (time.process_time() - me)
+    assert living == pytest.approx(used, abs=ROUNDING) and ended == pytest.approx(used, abs=ROUNDING)
+
+
+def test_what_loses_its_parent_is_followed() -> None:
+    """A launcher killed outright, its rank left over."""
+    reading, writing = os.pipe()
+
+    def launch() -> None:
+        rank = os.fork()
+        if not rank:
+            signal.signal(signal.SIGUSR1, lambda *_: burn())
+            burn()
+            while True:
+                signal.pause()
+        os.write(writing, f"{rank}\n".encode())
+
+    meter, me = Meter(), time.process_time()
+    before = meter.read()
+    with forked(launch) as launcher, os.fdopen(reading) as told:
+        os.close(writing)
+        rank = int(told.readline())
+        try:
+            used = burnt_by(rank)
+            meter.read()
+            os.kill(launcher, signal.SIGKILL)
+            os.waitpid(launcher, 0)
+            os.kill(rank, signal.SIGUSR1)
+            while burnt_by(rank) < used + BURNT - ROUNDING:
+                time.sleep(0.01)
+            assert meter.read() - before - (time.process_time() - me) >= used + BURNT - 2 * ROUNDING
+        finally:
+            os.kill(rank, signal.SIGKILL)
+
+
+ME = os.getpid()
+LAUNCHER, RANK = (10, 1), (11, 2)
+STEPS: dict[str, list[tuple[dict[Identity, Process], float]]] = {
+    "waited for by its parent": [
+        ({LAUNCHER: Process(ME, 1, 0), RANK: Process(10, 5, 2)}, 8),
+        ({LAUNCHER: Process(ME, 1, 7.5)}, 8.5),
+    ],
+    "gone with a parent that did not wait": [
+        ({LAUNCHER: Process(ME, 1, 0), RANK: Process(10, 5, 2)}, 8),
+        ({LAUNCHER: Process(ME, 1, 0)}, 8),
+        ({}, 8),
+    ],
+    "both at once, as with a node of a Slurm": [
+        ({LAUNCHER: Process(ME, 1, 0), RANK: Process(10, 5, 2)}, 8),
+        ({}, 8),
+    ],
+    "one after the other": [
+        ({LAUNCHER: Process(ME, 1, 0), RANK: Process(10, 5, 2)}, 8),
+        ({RANK: Process(1, 6, 2)}, 9),
+        ({}, 9),
+    ],
+    "another under the same number": [
+        ({LAUNCHER: Process(ME, 1, 0)}, 1),
+        ({(10, 7): Process(1, 90, 0)}, 1),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_what_has_ended_counts_as_it_was_last_seen(
+    steps: list[tuple[dict[Identity, Process], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter, me = Meter(), time.process_time()
+    monkeypatch.setattr(costs, "processes", dict)
+    before = meter.read()
+    for living, seconds in steps:
+        monkeypatch.setattr(costs, "processes", lambda living=living: living)
+        assert meter.read() - before - (time.process_time() - me) == pytest.approx(seconds, abs=ROUNDING)
