@@ -1,6 +1,6 @@
 """What every test can rely on: one torch thread, and a package that needs no installation to be found.
 
-Tests run side by side, file by file (``-n 4 --dist loadfile``): those of a file share what it makes once, a run or a
+Tests run side by side, file by file (``-n 6 --dist loadfile``): those of a file share what it makes once, a run or a
 cluster. Files that start processes come first, the longest of all before them, so that none is left over at the end.
 """
 
@@ -61,10 +61,12 @@ def pytest_collection() -> Generator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes or computes for long as slow; among several test processes starters come first."""
+    """Mark what is slow and what has a Slurm; among several test processes, what starts processes comes first."""
     for item in items:
         if starts_processes(item) or name_of(item).startswith(COMPUTING):
             item.add_marker("slow")
+        if "slurm_of_session" in getattr(item, "fixturenames", ()):
+            item.add_marker("slurm")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=when)
 
