@@ -7,6 +7,7 @@
     submission.py    one at a time a run      snapshot.py     the code a job will run
     batch.py         the batch script         slurm.py        Slurm's commands
     supervisor.py    starts tasks and acts    local.py        the same on this machine
+    standby.py       waits for its end        takeover.py     and acts where it was killed
     job.py           what every task does     environment.py  addresses, ports, a node's faults
     policy.py        what follows when tasks end, one pure function
     diagnosis.py     which rank failed first  symptoms.py     and of what

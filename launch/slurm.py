@@ -22,6 +22,7 @@ ENDED = {
 GRES = re.compile(r"\bgpu(?::([^:,(]+))?:(\d+)")  # gpu:8, gpu:h100:8(S:0-1)
 AWAY = re.compile(r"down|drain|drng|fail|maint|unk|.*\*$")  # sinfo's states of nodes that take no job; *: no answer
 WHERE = ("SLURM_CONF", "SLURM_CLUSTERS")  # where Slurm is, not what an allocation around this command was given
+SUPERVISOR = "REFINER_SUPERVISOR"  # the variable that tells tasks where their supervisor runs: host:process
 ANSWER_SECONDS = 60  # a submission can wait so long for Slurm
 TASK_ANSWER_SECONDS = 12  # a job that is to end soon cannot
 

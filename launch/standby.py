@@ -6,6 +6,8 @@ on the supervisor's node keeps a small process beside it, that does nothing but 
 
     the task              nothing to do: the supervisor acts
     the supervisor        nothing to do where it has decided; else this decides by the same policy, and requeues
+
+It imports what decides (launch/takeover.py) when it has to: there is one beside every job, and hardly any acts.
 """
 
 from __future__ import annotations
@@ -21,42 +23,17 @@ from pathlib import Path
 
 from refiner_ds.run_folder import RunFolder
 
-from . import slurm
-from .attempts import Attempts, Record
-from .diagnosis import Diagnosis
 from .health.node import host_name
-from .policy import Cause, Limits
-from .supervisor import PLACE, SlurmSupervisor
-from .symptoms import ADVICE
+from .slurm import SUPERVISOR
 
-KILLED = 128 + signal.SIGKILL
 MEANT_FOR_THE_TASK = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
 REQUEUE_SECONDS = 60.0  # how long a task that leaves waits for its standby to have requeued the job
-
-
-class Standby(SlurmSupervisor):
-    """What decides and requeues in the place of a supervisor that was killed."""
-
-    def take_over(self) -> int:
-        """Requeue the job where the policy says so. Returns the exit code."""
-        self.attempts = Attempts.of(self.run_folder, self.job_id)
-        record = self.attempts.records[-1] if self.attempts.records else None
-        if record is None or record.action:
-            return 0  # it had decided
-        name = "supervisor killed"
-        evidence = f"the supervisor on {host_name()} was killed, and with it the batch script"
-        return self._end(record, Diagnosis(Cause.CRASHED, KILLED, None, "", name, evidence, ADVICE[name]))
-
-    def _limits(self, state: slurm.JobState, record: Record) -> Limits:
-        # Slurm is clearing the job away, because its batch script has ended: not on account of scancel.
-        profile = self.job.profile
-        return Limits(profile.requeue, profile.requeues, state.state == "CANCELLED", self._requeued(state))
 
 
 @contextmanager
 def standby(run_folder: RunFolder) -> Iterator[None]:
     """Keep a standby beside this task while it runs, if it is the one to have it."""
-    host, _, process = os.environ.get(PLACE, "").partition(":")
+    host, _, process = os.environ.get(SUPERVISOR, "").partition(":")
     if host != host_name() or os.environ.get("SLURM_LOCALID") != "0" or not _supervises(process):
         yield
         return
@@ -86,11 +63,10 @@ def main(argv: list[str]) -> int:
     told: list[int] = []
     for number in MEANT_FOR_THE_TASK:
         signal.signal(number, lambda number, frame: told.append(number))
-    place = Standby(RunFolder(argv[0]), ())
     supervisor, task = map(_opened, argv[1:])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_THE_TASK)
     if supervisor is None:
-        return place.take_over()
+        return _take_over(argv[0])
     if task is None:
         return 0
     ending = select.poll()
@@ -99,7 +75,13 @@ def main(argv: list[str]) -> int:
     ended = {descriptor for descriptor, _ in ending.poll()}
     if task in ended or signal.SIGTERM in told:
         return 0  # the supervisor acts; or Slurm is ending the whole job, and has told us first
-    return place.take_over()
+    return _take_over(argv[0])
+
+
+def _take_over(run_folder: str) -> int:
+    from .takeover import Takeover
+
+    return Takeover(RunFolder(run_folder), ()).act_for_the_supervisor()
 
 
 def _opened(process: str) -> int | None:

@@ -49,7 +49,6 @@ REFUSED_SECONDS = 120.0  # how long it may answer and refuse
 NOTIFY_SECONDS = 15.0
 EXCLUDE_SECONDS = 20.0  # how long it may refuse to leave a node out
 EXCLUDE_TRIES = 3  # how often a node is asked to be left out, where the job comes back to it all the same
-PLACE = "REFINER_SUPERVISOR"  # the variable that tells tasks where it runs: host:process
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT)  # meant for the tasks, which get them too
 
 
@@ -275,7 +274,7 @@ class SlurmSupervisor(Supervisor):
         command = [*self._command]
         if self.job.elastic:
             command[1:1] = self._fit()
-        variables = variables | {PLACE: f"{host_name()}:{os.getpid()}"}
+        variables = variables | {slurm.SUPERVISOR: f"{host_name()}:{os.getpid()}"}
         with subprocess.Popen(
             command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as tasks:

@@ -42,7 +42,7 @@ LONGEST = (
 )  # fmt: skip
 # Kernels interpreted, operators checked, whole models traced: seconds a test.
 COMPUTING = ("attention/triton/", "attention/test_operators.py", "attention/test_memory.py", "plan/")
-STARTERS = ("torchrun", "run", "ranks", "findings")  # of tests.training.launched
+STARTERS = ("run", "ranks", "running_ranks", "findings")  # of tests.training.launched
 
 
 @pytest.fixture(autouse=True)

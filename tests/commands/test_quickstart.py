@@ -131,7 +131,7 @@ def test_tensorboard_holds_the_same_numbers_and_a_picture(quickstart: Quickstart
 
 def test_the_same_command_again_says_that_the_run_is_complete(quickstart: Quickstart) -> None:
     before = sorted(quickstart.folder.rglob("*"))
-    again = quickstart.type("deepspeed", TRAIN, *SHORT)
+    again = ranks(TRAIN, *SHORT, cwd=quickstart.place, env=quickstart.env)
     assert again.returncode == 0
     assert f"quickstart is complete: {STEPS} steps, top-1" in again.stdout
     assert "--set refiner.run.name=" in again.stdout

@@ -27,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 WAYS = {
     "python": (["python", "-X", "importtime", "refiner_ds/train.py"], 1),
-    "torchrun": (["torchrun", "--standalone", "--nproc_per_node", "3", "refiner_ds/train.py"], 3),
+    "torchrun": (["torchrun", "--standalone", "--nproc_per_node", "2", "refiner_ds/train.py"], 2),
     "deepspeed module": (["deepspeed", "--master_port", "29600", "--module", "refiner_ds.train"], 2),
     "deepspeed count": (
         ["deepspeed", "--master_port", "29600", "--num_accelerators", "2", "refiner_ds/train.py"],

@@ -37,7 +37,7 @@ def module(source: str) -> dict[str, object]:
     [
         ("data/test_a.py", "import subprocess", True),
         ("data/test_a.py", "from tests.training.launched import ranks", True),
-        ("data/test_a.py", "from tests.training.launched import torchrun", True),
+        ("data/test_a.py", "from tests.training.launched import running_ranks", True),
         ("data/test_a.py", "from tests.training.launched import run", True),
         ("data/test_a.py", "from tests.training.launched import findings", True),
         ("attention/triton/test_a.py", "", True),

@@ -240,11 +240,12 @@ class SlurmCluster:
             daemon.wait(timeout=5)
 
     def _until(self, true: Callable[[], object], what: str, seconds: float) -> None:
-        end = time.monotonic() + seconds
+        end, pause = time.monotonic() + seconds, 0.1
         while not true():
             if time.monotonic() > end:
                 raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self._diagnosis()}")
-            time.sleep(0.1)
+            time.sleep(pause)
+            pause = min(0.5, 1.2 * pause)  # each question to Slurm is a process
 
     def _diagnosis(self) -> str:
         ends = [

@@ -1,7 +1,7 @@
 """Starting a script of the tests in several real processes, with a time-out, and reading what it found.
 
-`ranks` forks them from a process that has imported torch and DeepSpeed (`forkserver`); `torchrun` and `run` start
-everything anew, for what is to be tested with a launcher or from Python's first line on.
+`ranks` forks them from a process that has imported torch and DeepSpeed (`forkserver`); `run` starts everything anew,
+for what is to be tested with a launcher or from Python's first line on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,6 @@ def environment(**more: str) -> dict[str, str]:
     """What a user's shell would hold, with one thread a process and the package found from anywhere."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
-
-
-def torchrun(
-    *command: str | Path, processes: int = 2, timeout: float = 240, **settings: Any
-) -> subprocess.CompletedProcess:
-    """``torchrun --nproc_per_node N command…`` on a free port; ends with an assertion where it takes too long."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return run(*start, *command, timeout=timeout, **settings)
 
 
 def run(*command: str | Path, timeout: float = 240, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Any:
@@ -111,6 +106,13 @@ def ranks(
         out, err = ("".join(Path(one[stream]).read_text() for one in started) for stream in ("out", "err"))
     assert not ended["late"], f"{command} ran past {timeout} s\n{out[-3000:]}\n{err[-3000:]}"
     return subprocess.CompletedProcess(command, next((code for code in ended["codes"] if code), 0), out, err)
+
+
+@contextmanager
+def running_ranks(*command: str | Path, **settings: Any) -> Iterator[Future[subprocess.CompletedProcess[str]]]:
+    """`ranks` while the block runs, which may signal them; what becomes of them is the future's result."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(ranks, *command, **settings)
 
 
 def findings(script: str, folder: Path, processes: int = 2, timeout: float = 280) -> dict[str, Any]:

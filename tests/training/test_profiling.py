@@ -17,7 +17,7 @@ from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.profiling import Profiling
 from refiner_ds.training.trace_summary import DATA_WAIT, STEP, in_words, read_trace, shares
 from refiner_ds.training.world import World
-from tests.training.launched import ROOT, torchrun
+from tests.training.launched import ROOT, ranks
 from tests.training.test_resume import arguments
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
@@ -89,7 +89,7 @@ def test_a_run_profiles_the_steps_it_is_told_to_and_those_it_is_asked_for(tmp_pa
     run.mkdir()
     (run / "profile").write_text("2\n")
     keys = {"refiner.recipe.epochs": 0.4, "refiner.run.profile_steps": [8, 9], "zero_optimization.stage": 2}
-    done = torchrun(TRAIN, *arguments(tmp_path, **keys, **{"refiner.model.drop_path": 0.0}))
+    done = ranks(TRAIN, *arguments(tmp_path, **keys, **{"refiner.model.drop_path": 0.0}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (run / "profile").exists() and len(read_metrics(run, "train")) == 12
     folders = sorted(path.name for path in (run / "profiles").iterdir())

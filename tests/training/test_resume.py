@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -11,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from refiner_ds.training.build import build_model
 from refiner_ds.training.metrics import read_metrics
 from refiner_ds.training.preparation import prepare
 from refiner_ds.training.resuming import config_before, refuse_unfit_checkpoint
-from tests.training.launched import ROOT, environment, ranks
+from tests.training.launched import ROOT, environment, ranks, running_ranks
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
 # Dropout, drop-path, mixing and random crops on, drawn again in recomputed blocks: all of it has to come back.
@@ -73,24 +74,11 @@ def newest(run: Path) -> Path:
 
 def test_one_signalled_rank_makes_all_save_and_leave_and_the_same_command_goes_on(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN]
-    process = subprocess.Popen(
-        [str(part) for part in start] + arguments(tmp_path),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run, "train")) >= 3, process)
+    with running_ranks(TRAIN, *arguments(tmp_path)) as training:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run, "train")) >= 3, training)
         os.kill(pid_of_rank(run, 1), signal.SIGUSR2)
-        out, err = process.communicate(timeout=120)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert "asked to stop: saved step" in out and "exitcode  : 75" in err, out + err
+        done = training.result()
+    assert "asked to stop: saved step" in done.stdout and done.returncode == 75, done.stdout + done.stderr
     stopped_at = read_state(newest(run)).step
     assert 3 <= stopped_at < 30
     again = ranks(TRAIN, *arguments(tmp_path))
@@ -255,8 +243,10 @@ def pid_of_rank(run: Path, rank: int) -> int:
     return int(found[1])
 
 
-def wait_for(true, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(true: Callable[[], bool], training: Future[subprocess.CompletedProcess[str]], seconds: float = 90) -> None:
+    """Wait while ranks run."""
     end = time.monotonic() + seconds
     while not true():
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)
+        assert not training.done(), training.result()
+        assert time.monotonic() < end
         time.sleep(0.05)

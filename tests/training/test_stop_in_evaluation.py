@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +15,9 @@ from refiner_ds.data.batch import Batch
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.evaluation import EvaluationStopped, evaluate
 from refiner_ds.training.metrics import read_metrics
-from tests.training.launched import ROOT, environment, ranks
+from tests.training.launched import ranks, running_ranks
 from tests.training.saving import ALONE, Alone
-from tests.training.test_resume import TRAIN, arguments
+from tests.training.test_resume import TRAIN, arguments, pid_of_rank
 
 
 class Rank(Alone):
@@ -64,16 +62,13 @@ def test_what_it_interrupts_is_saved_before_and_made_up_for_on_resume(tmp_path: 
     keys = {"refiner.data.eval_batch": 2, "refiner.run.eval_epochs": 0.2, "refiner.recipe.epochs": 0.2}
     keys |= {"refiner.recipe.warmup_epochs": 0, "refiner.data.workers": 0}
     folder = RunFolder(tmp_path / "quickstart")
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), *arguments(tmp_path, **keys)], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while folder.latest_checkpoint() is None:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 75 and "asked to stop: saved step 6" in out, out + err
+    with running_ranks(TRAIN, *arguments(tmp_path, **keys), processes=1) as training:
+        while folder.latest_checkpoint() is None:
+            assert not training.done(), training.result()
+            time.sleep(0.01)
+        os.kill(pid_of_rank(folder.path, 0), signal.SIGTERM)
+        done = training.result()
+    assert done.returncode == 75 and "asked to stop: saved step 6" in done.stdout, done.stdout + done.stderr
     assert not read_metrics(folder.path, "eval") and not folder.complete.exists()
     again = ranks(TRAIN, *arguments(tmp_path, **{**keys, "refiner.data.eval_batch": 64}), processes=1)
     assert again.returncode == 0, again.stderr[-3000:]
