@@ -31,7 +31,8 @@ STEPS_AN_EPOCH, STEPS_A_SAVE, LAST_STEPS = 90, 4, 8
 ENDLESS = 1000.0  # epochs
 KEYS: dict[str, object] = {
     "refiner.model.depth": 2, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
-    "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1, "refiner.model.drop_path": 0.1,
+    "refiner.model.patch_size": 14, "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1,
+    "refiner.model.drop_path": 0.1,
     "refiner.recipe.schedule": "constant", "refiner.recipe.warmup_epochs": 0.1, "refiner.recipe.cooldown_epochs": 0,
     "refiner.data.workers": 1, "refiner.run.log_steps": 1, "refiner.run.checkpoint_epochs": None,
     "refiner.run.checkpoint_steps": STEPS_A_SAVE, "refiner.run.eval_epochs": 10000, "refiner.run.picture_epochs": None,

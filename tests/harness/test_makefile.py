@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "Makefile").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 TARGETS = re.search(r"^\.PHONY: (.*)$", TEXT, re.MULTILINE)[1].split()  # type: ignore[index]
 VARIABLES = re.findall(r"^(\w+) \?=", TEXT, re.MULTILINE)
 TESTING = ("test", "test-long", "test-fast", "test-isa", "test-newest")
@@ -55,6 +56,14 @@ def test_tests_are_all_but_the_long_ones_several_at_a_time() -> None:
     assert last("test") == [*PYTEST, "-m", "not long"]
     assert last("test-long") == [*PYTEST, "-m", "long"]
     assert last("test-fast") == [*PYTEST, "-m", "not slow and not slurm and not long"]
+
+
+def test_pages_say_how_many_tests_run_at_a_time() -> None:
+    words = "one two three four five six seven eight".split()
+    jobs = words[int(PYTEST[PYTEST.index("-n") + 1]) - 1]
+    for file in [*PAGES, ROOT / "Makefile", ROOT / "pyproject.toml"]:
+        found = re.findall(rf"\b({'|'.join(words)})(?: tests)? at a time", file.read_text())
+        assert set(found) <= {jobs}, file.name
 
 
 def test_the_operators_tests_are_repeated_as_on_a_smaller_cpu() -> None:
@@ -159,7 +168,6 @@ def test_the_other_targets_run_what_they_say() -> None:
 def test_every_variable_is_tested_here_and_a_page_names_no_other() -> None:
     tested = {"PYTHON", "VENV", "JOBS", "TESTS", "LOCKED", "GPU"}
     assert set(VARIABLES) | set(re.findall(r"\$\((TESTS|GPU)\)", TEXT)) == tested
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile"]
-    for page in pages:
+    for page in [*PAGES, ROOT / "Makefile"]:
         for words in re.findall(r"\bmake [a-z-]+((?: [A-Z_]+=\S*)+)", page.read_text()):
             assert set(re.findall(r"([A-Z_]+)=", words)) <= tested, f"{page.name}: make …{words}"

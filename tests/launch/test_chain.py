@@ -27,9 +27,9 @@ from tests.slurm.cluster import SlurmCluster
 from .conftest import ROOT, Clone
 
 TINY = {
-    "refiner.model.depth": 2, "refiner.recipe.epochs": 0.25, "refiner.recipe.warmup_epochs": 0.1,
-    "refiner.recipe.cooldown_epochs": 0, "refiner.run.picture_epochs": "null", "refiner.run.eval_epochs": 100,
-    "refiner.model.attention": "tiled", "train_batch_size": 120,
+    "refiner.model.depth": 2, "refiner.model.patch_size": 14, "refiner.model.attention": "tiled",
+    "refiner.recipe.epochs": 0.25, "refiner.recipe.warmup_epochs": 0.1, "refiner.recipe.cooldown_epochs": 0,
+    "refiner.run.picture_epochs": "null", "refiner.run.eval_epochs": 100, "train_batch_size": 120,
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class Chain:
 def submitted(slurm: SlurmCluster, folder: Path, cache: Path, *then: str) -> list[str]:
     """A chain of small runs a and b, of which b has larger images, as ``submit.py`` submits it once it is checked."""
     small: dict[str, Any] = {"extends": str(ROOT / "ds_configs/quickstart.json"), "refiner": {"run": {"name": "a"}}}
-    large = {**small, "refiner": {"run": {"name": "b"}, "model": {"img_size": 36}}}
+    large = {**small, "refiner": {"run": {"name": "b"}, "model": {"img_size": 42}}}
     for name, run_file in (("a", small), ("b", large)):
         (folder / f"{name}.json").write_text(json.dumps(run_file))
     sets = [f"{key}={value}" for key, value in {**TINY, "refiner.run.output": f"{folder}/runs"}.items()]
@@ -102,9 +102,9 @@ def test_each_job_starts_after_the_one_before_and_leaves_its_results_in_the_run_
         spans.append((records[0].started, records[-1].ended))
     assert all(ended <= started for (_, ended), (started, _) in zip(spans[:-1], spans[1:], strict=True))
     config = json.loads(run.config.read_text())["refiner"]["model"]
-    assert (config["img_size"], config["init_from"]) == (36, str(runs["a"].path))
+    assert (config["img_size"], config["init_from"]) == (42, str(runs["a"].path))
     (result,) = run.evaluation.glob("*/*.json")
-    assert json.loads(result.read_text())["img_size"] == 36
+    assert json.loads(result.read_text())["img_size"] == 42
     assert "license: apache-2.0" in (run.export / "README.md").read_text()
     # The evaluation was requeued from outside, and did it all again from its own snapshot.
     first, last = Attempts.of(run, chain.jobs[2]).records

@@ -20,6 +20,8 @@ SMALL = (
         "--set",
         "refiner.model.depth=2",
         "--set",
+        "refiner.model.patch_size=14",
+        "--set",
         "refiner.recipe.epochs=1",
         "--set",
         "refiner.recipe.warmup_epochs=0.5",

@@ -29,11 +29,12 @@ from refiner_ds.training.resuming import config_before, refuse_unfit_checkpoint
 from tests.training.launched import ROOT, environment, ranks, running_ranks
 
 TRAIN = ROOT / "refiner_ds" / "train.py"
-# Dropout, drop-path, mixing and random crops on, drawn again in recomputed blocks: all of it has to come back.
+# Dropout, drop-path, mixing and random crops on, drawn again in recomputed blocks: all of it has to come back. Of few
+# patches: maps of fifty tokens take most of a tiny model's time.
 TINY = {
     "refiner.model.depth": 2, "refiner.model.embed_dim": 16, "refiner.model.num_heads": 2,
-    "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1, "refiner.model.drop_path": 0.1,
-    "refiner.model.checkpointing": "pair",
+    "refiner.model.patch_size": 14, "refiner.model.stem_chs": [4, 4, 4], "refiner.model.drop": 0.1,
+    "refiner.model.drop_path": 0.1, "refiner.model.checkpointing": "pair",
     "refiner.recipe.mixup": 0.8, "refiner.recipe.cutmix": 1.0, "refiner.recipe.epochs": 1,
     "refiner.recipe.warmup_epochs": 0.1, "refiner.recipe.cooldown_epochs": 0, "refiner.run.log_steps": 1,
     "refiner.run.checkpoint_epochs": 0.2, "refiner.run.eval_epochs": 1, "refiner.run.keep_checkpoints": 9,
