@@ -1,5 +1,5 @@
 # make quickstart    install, then train on real data for a minute or two
-# make test          install, then run the tests, six at a time
+# make test          install, then run the tests, four at a time
 # make test-long     the long forms of what those test in short: more launchers, more faults, a whole training
 # make test-fast     the tests of the inner loop: nothing that starts a launcher, a Slurm or a long computation
 # make test-isa      the operator's tests as on a CPU without AVX-512 and bf16 instructions
@@ -18,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED ?= -c constraints.txt
-JOBS ?= 6
+JOBS ?= 4
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-long test-fast test-isa test-newest lock lint docs drill drill-slurm gpu compiled clean

@@ -1,6 +1,6 @@
 """What every test can rely on: one torch thread, and a package that needs no installation to be found.
 
-Tests run side by side, file by file (``-n 6 --dist loadfile``): those of a file share what it makes once, a run or a
+Tests run side by side, file by file (``-n 4 --dist loadfile``): those of a file share what it makes once, a run or a
 cluster. Files that start processes come first, the longest of all before them, so that none is left over at the end.
 """
 
@@ -23,22 +23,28 @@ import torch
 
 from refiner_ds import garbage
 from tests.costs import pytest_runtest_setup, pytest_runtest_teardown, pytest_terminal_summary  # noqa: F401  (hooks)
+from tests.training.launched import share_forkserver
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks when kernels are defined: before anything imports it
 
 torch.set_num_threads(1)
 
-# Files of half a minute and more, longest first; a file that is missing here only makes the end less even.
+# Files of two minutes and more, longest first, as six at a time took them on two busy cores (30 November 2026); a file
+# that is missing here only makes the end less even.
 LONGEST = (
-    "launch/test_slurm_jobs.py", "commands/test_quickstart.py", "training/test_launchers.py",
-    "launch/test_real_training.py", "commands/test_starting.py", "launch/test_refusals.py", "training/test_resume.py",
-    "launch/test_why.py", "launch/test_doctor.py", "packaging/test_wheel.py", "drill/test_drill.py",
-    "attention/test_operators.py", "training/test_rollback.py", "launch/test_chain.py", "training/test_combinations.py",
-    "launch/test_plain_sbatch.py", "launch/test_local_jobs.py", "training/test_elastic.py", "models/test_inference.py",
-    "training/test_watchdog.py", "training/test_golden_curves.py", "attention/triton/test_loops.py",
-    "benchmark/test_kernels_benchmark.py", "benchmark/test_compiled_benchmark.py", "plan/test_trace.py",
-    "plan/test_plan.py", "models/test_deepspeed.py",
+    "launch/test_slurm_jobs.py", "commands/test_quickstart.py", "plan/test_trace.py",
+    "attention/triton/test_backend.py", "attention/test_operators.py", "commands/test_starting.py",
+    "benchmark/test_model_benchmark.py", "training/test_launchers.py", "plan/test_plan.py",
+    "data_tools/test_annotate.py", "launch/test_real_training.py", "attention/triton/test_linear.py",
+    "drill/test_drill.py", "attention/triton/test_maps.py", "attention/triton/test_bottleneck_backward.py",
+    "packaging/test_wheel.py", "launch/test_refusals.py", "models/test_inference.py",
+    "evaluation/test_calibration.py", "launch/test_local_jobs.py", "launch/test_planned.py",
+    "commands/test_export.py", "attention/triton/test_map_attend.py", "launch/test_chain.py",
+    "launch/test_plain_sbatch.py", "models/test_models_page.py", "training/test_tensorboard.py",
+    "training/test_score_maps.py", "training/test_resume.py", "launch/test_doctor.py",
+    "benchmark/test_kernels_benchmark.py", "training/test_damaged_run_folder.py", "models/test_timm_models.py",
+    "data/test_loader.py", "training/test_patience.py", "training/test_elastic.py",
 )  # fmt: skip
 # Kernels interpreted, operators checked, whole models traced: seconds a test.
 COMPUTING = ("attention/triton/", "attention/test_operators.py", "attention/test_memory.py", "plan/")
@@ -49,6 +55,12 @@ STARTERS = ("run", "ranks", "running_ranks", "findings")  # of tests.training.la
 def same_randomness_each_test() -> None:
     """Start every test from the same torch generator, so that order does not matter."""
     torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of tests share what they fork ranks from."""
+    if not hasattr(config, "workerinput"):  # the first of them
+        share_forkserver()
 
 
 @pytest.hookimpl(wrapper=True)

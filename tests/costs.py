@@ -10,7 +10,7 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,8 @@ class Meter:
     they count here as they were last seen. What has lost its parent is followed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Callable[[], dict[Identity, Process]] = processes) -> None:
+        self._processes = processes
         self._lost = self._waited = 0.0
         self._seen: dict[Identity, Process] = {}
         self._heirs: dict[Identity, Identity | None] = {}  # who is handed the seconds of each
@@ -62,7 +63,7 @@ class Meter:
     def read(self) -> float:
         """CPU seconds until now."""
         own, waited = (_seconds(resource.getrusage(who)) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        now = processes()
+        now = self._processes()
         self._lost += self._handed_to_nobody(now, waited - self._waited)
         self._waited = waited
         self._heirs = self._started(now)
@@ -105,7 +106,14 @@ def _seconds(used: resource.struct_rusage) -> float:
 
 
 _meter = Meter()
+_elsewhere = 0.0
 _begun: tuple[Path, float, float] | None = None  # the file whose tests run, and when it began
+
+
+def count(seconds: float) -> None:
+    """Count CPU seconds that another process used on behalf of the test that runs."""
+    global _elsewhere
+    _elsewhere += seconds
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -113,7 +121,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note when the first test of a file begins."""
     global _begun
     if _begun is None or _begun[0] != item.path:
-        _begun = item.path, time.monotonic(), _meter.read()
+        _begun = item.path, time.monotonic(), _meter.read() + _elsewhere
 
 
 @pytest.hookimpl(wrapper=True)
@@ -127,7 +135,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     finally:
         if _begun is not None and last:
             _, began, cpu = _begun
-            costs = [time.monotonic() - began, _meter.read() - cpu]
+            costs = [time.monotonic() - began, _meter.read() + _elsewhere - cpu]
             item.user_properties.append((PROPERTY, costs))
 
 

@@ -42,7 +42,7 @@ def test_ci_makes_everything_anew_and_ends_at_the_first_step_that_fails(failing:
 BAD = {
     "ruff-check": "import os\n",
     "ruff-format": "x = {  'a':1 }\n",
-    "codespell": "# this is teh end\n",
+    "codespell": f"# this is {'het'[::-1]} end\n",
     "mypy": "x: int = 'a'\n",
 }
 

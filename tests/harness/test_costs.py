@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
-from tests import costs
 from tests.costs import TICKS, Identity, Meter, Process, processes
 
 BURNT = 0.3
@@ -122,11 +123,14 @@ STEPS: dict[str, list[tuple[dict[Identity, Process], float]]] = {
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 def test_what_has_ended_counts_as_it_was_last_seen(
-    steps: list[tuple[dict[Identity, Process], float]], monkeypatch: pytest.MonkeyPatch
+    steps: list[tuple[dict[Identity, Process], float]],
 ) -> None:
-    meter, me = Meter(), time.process_time()
-    monkeypatch.setattr(costs, "processes", dict)
-    before = meter.read()
-    for living, seconds in steps:
-        monkeypatch.setattr(costs, "processes", lambda living=living: living)
-        assert meter.read() - before - (time.process_time() - me) == pytest.approx(seconds, abs=ROUNDING)
+    living: dict[Identity, Process] = {}
+    meter, found = Meter(lambda: dict(living)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_utime=0.0, ru_stime=0.0))
+        for now, _ in [({}, 0.0), *steps]:
+            living.clear()
+            living.update(now)
+            found.append(meter.read())
+    assert found == [0.0, *(seconds for _, seconds in steps)]

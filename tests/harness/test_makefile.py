@@ -43,7 +43,7 @@ def installs(*words: str) -> list[str]:
     return [line for line in planned(*words) if " pip install " in line]
 
 
-PYTEST = [".venv/bin/python", "-m", "pytest", "-n", "6", "--dist", "loadfile", "--no-loadscope-reorder"]
+PYTEST = [".venv/bin/python", "-m", "pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def test_the_head_tells_of_every_target() -> None:

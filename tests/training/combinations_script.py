@@ -1,6 +1,6 @@
 """On every rank: train a tiny model with each row of keys, at each ZeRO stage, as it is and compiled.
 
-    combinations_script.py REPORT STAGES COMPILED       lists in JSON: stages, and those of them at which also compiled
+    combinations_script.py REPORT STAGES        a list in JSON
 
 REPORT gets, by "row | stage | compiled", how far weights and statistics ended from those of the same row that it is to
 be like (the first stage; or, compiled, the same stage as it is), over the way they had come; or the sentence of a
@@ -90,12 +90,12 @@ def train(run: RunFile, world: World) -> tuple[Tensor, Tensor]:
     return start, flat({name: found[name] for name in names})
 
 
-def train_row(row: str, stages: list[int], compiled_at: list[int], world: World) -> dict[str, object]:
+def train_row(row: str, stages: list[int], world: World) -> dict[str, object]:
     """What became of each cell of a row at these stages."""
     found: dict[str, object] = {}
     ends: dict[tuple[int, bool], Tensor] = {}
     for stage in stages:
-        for compiled in (False, True) if stage in compiled_at else (False,):
+        for compiled in (False, True):
             cell = f"{row} | {stage} | {compiled}"
             try:
                 run = run_file(row, stage, compiled)
@@ -120,7 +120,7 @@ def main() -> None:
     world.barrier()
     found: dict[str, object] = {}
     for row in ROWS:
-        found |= train_row(row, *map(json.loads, sys.argv[2:]), world)
+        found |= train_row(row, json.loads(sys.argv[2]), world)
     found["graphs"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))

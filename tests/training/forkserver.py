@@ -1,7 +1,13 @@
 """Ranks that begin at once: a process that has imported what trains, and forks a rank as often as it is asked.
 
+    python -m tests.training.forkserver SOCKET OWNER        OWNER: the process that it ends with
+
     a JSON line in     {"argv": […], "cwd": …, "ranks": [{"env": {…}, "out": FILE, "err": FILE}, …], "timeout": seconds}
-    a JSON line out    {"codes": [exit code of each rank, minus the number of the signal that ended it], "late": …}
+    a JSON line out    {"codes": [exit code of each rank, minus the number of the signal that ended it], "late": …,
+                        "cpu": seconds of all ranks}
+
+A connection to the socket is one job. A process of its own answers it, since several processes of tests ask at once;
+where the asker goes away its ranks are killed.
 
 Importing torch, DeepSpeed and timm takes a rank four CPU seconds, many times what a tiny model trains for. Only others'
 packages are imported here: a rank imports this project's modules itself, so that a test may replace parts of them. They
@@ -17,8 +23,12 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
+import select
+import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -37,22 +47,52 @@ GRACE_SECONDS = 40  # for other ranks, once one has failed
 PR_SET_PDEATHSIG = 1
 
 
-def serve() -> None:
-    """Fork ranks until standard input ends."""
-    for line in sys.stdin:
-        job = json.loads(line)
-        pids: list[int] = []
-        for rank in job["ranks"]:
-            pid = os.fork()
-            if pid == 0:
-                end_with(lambda: become(job, rank))  # noqa: B023  (it does not return)
-            pids.append(pid)
-        print(json.dumps(wait(pids, job["timeout"])), flush=True)
+def serve(path: Path, owner: int) -> None:
+    """Answer who connects to ``path``, until the owner has ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a process that has answered
+    with socket.socket(socket.AF_UNIX) as listening:
+        new = path.with_name("new")
+        listening.bind(str(new))
+        listening.listen(64)
+        new.rename(path)  # who finds it can connect
+        ended = os.pidfd_open(owner)
+        while ended not in select.select([listening.fileno(), ended], [], [])[0]:
+            asker = listening.accept()[0]
+            if os.fork() == 0:
+                try:
+                    listening.close()
+                    answer(asker)
+                finally:
+                    os._exit(0)
+            asker.close()
 
 
-def wait(pids: list[int], timeout: float) -> dict[str, Any]:
-    """Wait for ranks. None outlives the time-out, nor another's failure for long."""
+def answer(asker: socket.socket) -> None:
+    """Fork the ranks of one job and say what became of them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    received = b""
+    while not received.endswith(b"\n"):
+        received += (more := asker.recv(1 << 16))
+        if not more:
+            return
+    job = json.loads(received)
+    pids: list[int] = []
+    for rank in job["ranks"]:
+        pid = os.fork()
+        if pid == 0:
+            asker.close()
+            end_with(lambda: become(job, rank))  # noqa: B023  (it does not return)
+        pids.append(pid)
+    found = wait(pids, job["timeout"], asker)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    asker.sendall(json.dumps({**found, "cpu": used.ru_utime + used.ru_stime}).encode() + b"\n")
+
+
+def wait(pids: list[int], timeout: float, asker: socket.socket) -> dict[str, Any]:
+    """Wait for ranks. None outlives the time-out or the asker, nor another's failure for long."""
     codes: dict[int, int] = {}
+    late = False
     end = time.monotonic() + timeout
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
@@ -61,12 +101,14 @@ def wait(pids: list[int], timeout: float) -> dict[str, Any]:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 if codes[pid]:
                     end = min(end, time.monotonic() + GRACE_SECONDS)
-        if time.monotonic() > end:
+        gone = bool(select.select([asker], [], [], 0)[0])  # there is nothing more to read from it but its end
+        if gone or time.monotonic() > end:
+            late = late or not any(codes.values())
             for pid in set(pids) - set(codes):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
         time.sleep(0.01)
-    return {"codes": [codes[pid] for pid in pids], "late": time.monotonic() > end and not any(codes.values())}
+    return {"codes": [codes[pid] for pid in pids], "late": late}
 
 
 def become(job: dict[str, Any], rank: dict[str, Any]) -> None:
@@ -134,4 +176,5 @@ def preload() -> None:
 
 if __name__ == "__main__":
     preload()
-    serve()
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
+    shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)

@@ -6,21 +6,26 @@ for what is to be tested with a launcher or from Python's first line on.
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests import costs
+
 ROOT = Path(__file__).resolve().parents[2]
+SHARED = "REFINER_TESTS_FORKSERVER"  # the variable that says where all processes of tests find theirs
+THIS_PROCESS = os.getpid()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -49,30 +54,52 @@ def run(*command: str | Path, timeout: float = 240, cwd: Path = ROOT, env: dict[
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def end(server: subprocess.Popen[str]) -> None:
-    """Let a forkserver end, which it does when nobody can ask it any more."""
-    assert server.stdin
-    server.stdin.close()
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        server.kill()
+def connected() -> socket.socket:
+    """A connection to the forkserver, which is started where there is none yet.
+
+    All processes of tests share one. A process that was forked from one of them may see other mounts, and has its own.
+    """
+    return _connected(os.getpid())
 
 
-def forkserver() -> subprocess.Popen[str]:
-    """The process that forks ranks: one for each process of tests, started when it is first needed."""
-    return _forkserver(os.getpid())
+def _connected(asker: int) -> socket.socket:
+    owner, folder = _place(asker)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path, log = folder / "socket", folder / "log"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server = socket.socket(socket.AF_UNIX)
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            server.connect(str(path))
+            return server
+        path.unlink(missing_ok=True)
+        command = (sys.executable, "-m", "tests.training.forkserver", str(path), str(owner))
+        with log.open("w") as out:  # detached: it is nobody's child, and counts for no file of tests
+            subprocess.run(
+                (sys.executable, "-S", "-c", "import subprocess, sys; subprocess.Popen(sys.argv[1:])", *command),
+                check=True, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + 240
+        while not path.exists():
+            assert time.monotonic() < end, f"no forkserver\n{log.read_text()[-3000:]}"
+            time.sleep(0.05)
+        server.connect(str(path))
+        return server
 
 
 @cache
-def _forkserver(asker: int) -> subprocess.Popen[str]:
-    """That of one process: one that was forked from it may see other mounts, and must not read another's answers."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.training.forkserver"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
-    )  # fmt: skip
-    atexit.register(end, process)
-    return process
+def _place(asker: int) -> tuple[int, Path]:
+    """The process that a forkserver belongs to, and its folder."""
+    if asker == THIS_PROCESS and (shared := os.environ.get(SHARED)):
+        owner, _, folder = shared.partition(":")
+        return int(owner), Path(folder)
+    return asker, Path(tempfile.mkdtemp(prefix="forkserver-"))
+
+
+def share_forkserver() -> None:
+    """Have the processes that this one starts share one, which ends with this one."""
+    os.environ[SHARED] = f"{os.getpid()}:{tempfile.gettempdir()}/forkserver-{os.getpid()}-{time.time_ns()}"
 
 
 def ranks(
@@ -87,8 +114,6 @@ def ranks(
     Returns:
         The exit code of the first rank that failed, or 0; standard output and error of all ranks, one after the other.
     """
-    server = forkserver()
-    assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
@@ -100,9 +125,10 @@ def ranks(
             files = {stream: f"{folder}/{rank}.{stream}" for stream in ("out", "err")}
             started.append({"env": {**(env or environment()), **mine}, **files})
         job = {"argv": [str(part) for part in command], "cwd": str(cwd), "ranks": started, "timeout": timeout}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        ended = json.loads(server.stdout.readline())
+        with connected() as server, server.makefile() as answer:
+            server.sendall(json.dumps(job).encode() + b"\n")
+            ended = json.loads(answer.readline())
+        costs.count(ended["cpu"])
         out, err = ("".join(Path(one[stream]).read_text() for one in started) for stream in ("out", "err"))
     assert not ended["late"], f"{command} ran past {timeout} s\n{out[-3000:]}\n{err[-3000:]}"
     return subprocess.CompletedProcess(command, next((code for code in ended["codes"] if code), 0), out, err)
