@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": {"ground", "config"},
     "checkpoint": {"ground", "config", "models"},
     "training": LIBRARY,
-    "plan": LIBRARY,
+    "plan": LIBRARY | {"sweep_table"},
     "analysis": LIBRARY,
     "benchmark": LIBRARY,
     "text": {"ground", "attention", "analysis", "glue_table"},

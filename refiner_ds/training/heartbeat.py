@@ -2,7 +2,7 @@
 
     heartbeats/rank_00003.json    {"rank": 3, "host": …, "pid": …, "beats": 812, "step": 40, "doing": "forward", …}
 
-The loop beats whenever it begins something; that costs two assignments. A thread (watchdog.py) writes the file. All
+The loop beats whenever it begins something; that costs one small object. A thread (watchdog.py) writes the file. All
 ranks run the same program, so the one with the fewest beats is the one the others wait for.
 """
 
@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 FIRST_STEPS = 2  # they compile, autotune, fill caches and wait for the loader's workers to start
 # With torch.compile the step is compiled again as long as a side of mix-token's box has had but one value.
@@ -67,24 +68,34 @@ class Beat:
         return f"rank {self.rank} (process {self.pid} on {self.host}; step {self.step}, {self.doing})"
 
 
-class Heartbeat:
-    """What this process does, as its loop tells it.
+class Doing(NamedTuple):
+    """What a process does at a moment: one object, so that another thread never sees half of a change.
 
-    Args:
-        first_steps: steps after a start that may take long without anything being wrong.
     Attributes:
         beats, step, doing: as in `Beat`.
         since: when it began that, seconds of the monotonic clock.
         patient: whether that may take long without anything being wrong.
     """
 
+    beats: int
+    step: int
+    doing: str
+    since: float
+    patient: bool
+
+
+class Heartbeat:
+    """What this process does, as its loop tells it.
+
+    Args:
+        first_steps: steps after a start that may take long without anything being wrong.
+    Attributes:
+        now: the latest; another object from beat to beat.
+    """
+
     def __init__(self, first_steps: int = FIRST_STEPS) -> None:
         self._first_steps = first_steps
-        self.beats = 0
-        self.step = 0
-        self.doing = "starting"
-        self.patient = True
-        self.since = time.monotonic()
+        self.now = Doing(0, 0, "starting", time.monotonic(), patient=True)
         self._steps_begun = 0
         self._elapsed = 0.0
         self._recent: deque[float] = deque(maxlen=REMEMBERED_STEPS)
@@ -97,20 +108,20 @@ class Heartbeat:
             doing: what, to follow "step 40, ": "forward", "saving".
             patient: it may take minutes: a save, an evaluation, the first batch of an epoch.
         """
-        now = time.monotonic()
-        if not self.patient:
-            self._elapsed += now - self.since
-        if step != self.step:
+        since, before = time.monotonic(), self.now
+        if not before.patient:
+            self._elapsed += since - before.since
+        if step != before.step:
             if self._elapsed:
                 self._recent.append(self._elapsed)
             self._steps_begun, self._elapsed = self._steps_begun + 1, 0.0
-        self.patient = patient or self._steps_begun <= self._first_steps
-        self.step, self.doing, self.since = step, doing, now
-        self.beats += 1
+        patient = patient or self._steps_begun <= self._first_steps
+        self.now = Doing(before.beats + 1, step, doing, since, patient)
 
     def starts_from(self, step: int) -> None:
         """Say that the loop starts, or starts again, after ``step`` steps: the first ones that come may take long."""
-        self.step, self._steps_begun, self._elapsed = step, 0, 0.0
+        self.now = self.now._replace(step=step)
+        self._steps_begun, self._elapsed = 0, 0.0
 
     @property
     def recent_step(self) -> float:

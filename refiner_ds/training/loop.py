@@ -184,7 +184,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             use = memory_use(self.ready.run, self.engine.module, self.ready.batch, self.world)
-            raise out_of_memory(self.world.rank, self.step + 1, self.heartbeat.doing, use, error) from None
+            raise out_of_memory(self.world.rank, self.step + 1, self.heartbeat.now.doing, use, error) from None
 
     def _read(self, all_but: int = 0) -> set[str]:
         """Read the steps that are not read yet, ``all_but`` the newest; what any rank has asked for in them.

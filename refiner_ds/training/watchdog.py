@@ -34,7 +34,7 @@ from typing import Any, TextIO
 
 from refiner_ds.exit_codes import RUN_AGAIN
 from refiner_ds.files import read_object
-from refiner_ds.training.heartbeat import Beat, Heartbeat
+from refiner_ds.training.heartbeat import Beat, Doing, Heartbeat
 from refiner_ds.training.parent import Process
 from refiner_ds.training.run_lock import Holder
 from refiner_ds.training.signals import leave_at_once
@@ -98,7 +98,7 @@ class Watchdog:
         """Begin to watch."""
         self._stacks = open(self._stacks_file, "a", buffering=1)
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True, chain=False)
-        self._write()
+        self._write(self._heartbeat.now)
         self._thread.start()
 
     def close(self) -> None:
@@ -128,11 +128,12 @@ class Watchdog:
                 self._look(now)
 
     def _look(self, now: float) -> None:
-        still = now - max(self._heartbeat.since, self._excused)
+        doing = self._heartbeat.now
+        still = now - max(doing.since, self._excused)
         limit = max(self._seconds, STEPS_OF_PATIENCE * self._heartbeat.recent_step)
         suspicious = still > limit / 2
         if suspicious or now - self._written >= min(WRITE_SECONDS, self._seconds / 5):
-            self._write()
+            self._write(doing)
             self._written = now
             if self._verdict.exists():
                 self._leave_by_verdict()
@@ -146,17 +147,19 @@ class Watchdog:
         elif still > limit + min(self._rank, TURNS) * TURN_SECONDS and now - self._before_read > APART_SECONDS:
             after = self._read()
             blamed: Mapping[int, Beat | None]
-            if self._heartbeat.patient and still < self._patience:
+            if doing.patient and still < self._patience:
                 blamed = {rank: beat for rank, beat in after.items() if beat is not None and self._is_stopped(beat)}
                 why = "is stopped" if len(blamed) == 1 else "are stopped"
             else:
                 blamed, why = blame(self._before, after)
+            if self._heartbeat.now is not doing:
+                return  # it has gone on while the others' heartbeats were read
             if blamed and not (still < STARVED_PATIENCE * limit and self._are_starved(blamed, now)):
                 self._write_verdict(blamed, why, still)
 
-    def _write(self) -> None:
+    def _write(self, doing: Doing) -> None:
         self._alive += 1
-        mine, doing = self._me, self._heartbeat
+        mine = self._me
         Beat(
             self._rank, mine.host, mine.pid, mine.machine, mine.began, doing.beats, doing.step, doing.doing, self._alive
         ).write(self._folder)

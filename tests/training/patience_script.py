@@ -110,7 +110,7 @@ original_batches, loop.train_batches_of = loop.train_batches_of, batches  # type
 original_asked, validation.Validation._asked_to_stop = validation.Validation._asked_to_stop, asked  # type: ignore
 
 takes_long(Engine, "__init__", "start")
-takes_long(OptimizerStep, "_forward", "first step", lambda self, *rest: self._heartbeat.step in first_steps)
+takes_long(OptimizerStep, "_forward", "first step", lambda self, *rest: self._heartbeat.now.step in first_steps)
 takes_long(Checkpoints, "begin", "save")
 takes_long(Checkpoints, "outcome", "end of a save", lambda self, wait=False: wait)
 takes_long(Checkpoints, "load", "load")
@@ -118,7 +118,7 @@ takes_long(Metrics, "picture", "picture")
 takes_long(Profiling, "finish", "profile")
 takes_long(Engine, "full_weights", "weights to evaluate")
 if place == "forward":
-    takes_long(OptimizerStep, "_forward", "ordinary step", lambda self, *rest: self._heartbeat.step == the_step)
+    takes_long(OptimizerStep, "_forward", "ordinary step", lambda self, *rest: self._heartbeat.now.step == the_step)
 
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[4:]))

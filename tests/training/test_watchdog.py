@@ -147,6 +147,38 @@ def test_what_a_whole_process_slept_through_counts_for_nothing(tmp_path: Path, m
     assert not (tmp_path / "verdict.json").exists() and not left
 
 
+@pytest.mark.parametrize("doing, looks", [("saving", 100), ("backward", 50)])
+def test_what_goes_on_while_the_others_are_looked_at_is_no_alarm(
+    doing: str, looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long save ends at the very moment, or a step: heartbeats take time to read, and on a file server more."""
+    now = [1000.0]
+    monkeypatch.setattr(heartbeats, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    heartbeat = Heartbeat(first_steps=0)
+    watchdog = Watchdog(heartbeat, tmp_path, 0, 2, 25.0, 1800.0, tmp_path / "stacks")
+    read, ends = watchdog._read, [False]
+
+    def slow_read() -> dict[int, Beat | None]:
+        found = read()
+        if ends[0]:
+            heartbeat.beat(8, "forward")
+        return found
+
+    monkeypatch.setattr(watchdog, "_read", slow_read)
+    replace(BEAT, doing=doing).write(tmp_path)
+    replace(BEAT, rank=1, doing=doing).write(tmp_path)
+    heartbeat.beat(7, doing, patient=doing == "saving")
+    for _ in range(looks):
+        now[0] += 0.5
+        watchdog._look(now[0])
+    ends[0] = True
+    now[0] += 0.5
+    watchdog._look(now[0])
+    assert heartbeat.now.step == 8 and not (tmp_path / "verdict.json").exists()
+    watchdog._look(now[0] + 0.5)
+    assert not (tmp_path / "verdict.json").exists()
+
+
 @pytest.mark.parametrize(
     "state, share, elsewhere, patience",
     [("R", 0.1, False, 4.0), ("R", 1.0, False, 1.0), ("S", 0.0, False, 1.0), ("T", 0.0, False, 1.0),
@@ -205,6 +237,6 @@ def test_a_heartbeat_knows_how_long_steps_take_and_what_may_take_long(monkeypatc
     for step in range(1, 8):
         for doing, seconds, patient in (("data", 1.0, False), ("forward", 2.0, False), ("saving", 500.0, True)):
             heartbeat.beat(step, doing, patient)
-            assert heartbeat.patient is (patient or step <= heartbeats.FIRST_STEPS)  # the first steps compile
+            assert heartbeat.now.patient is (patient or step <= heartbeats.FIRST_STEPS)  # the first steps compile
             now[0] += seconds if step > 2 else 100.0
-    assert heartbeat.recent_step == 3.0 and heartbeat.beats == 21
+    assert heartbeat.recent_step == 3.0 and heartbeat.now.beats == 21
