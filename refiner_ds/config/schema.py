@@ -138,6 +138,14 @@ class ModelKeys(Section):
         " only traces; ZeRO stages 0 to 2",
     )
 
+    @model_validator(mode="after")
+    def _takes_from_somewhere(self) -> Self:
+        if self.init_from is None and self.init_layers is not None:
+            raise ValueError("init_layers must be null where init_from is null")
+        if self.init_from is None and self.reset_head:
+            raise ValueError("reset_head must be false where init_from is null")
+        return self
+
 
 class SetKeys(Section):
     """The part of ``refiner.data`` about the sets, and how evaluation looks at them."""

@@ -50,6 +50,7 @@ sys.exit(main())
 """
 
 
+BUFFERED = {**environment(), "PYTHONUNBUFFERED": ""}  # as most people have it: what is printed is written at the end
 REPORTS = """
 import argparse, sys
 from refiner_ds.errors import report_errors
@@ -71,7 +72,7 @@ sys.exit(main())
 @pytest.mark.parametrize("lines, codes", [(1, {141}), (100_000, {141}), ("--help", {0, 141})])  # argparse minds nothing
 def test_a_command_that_is_cut_short_by_head_ends_without_a_word(lines: int | str, codes: set[int]) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", REPORTS, str(lines)], cwd=ROOT, env=environment(),
+        [sys.executable, "-c", REPORTS, str(lines)], cwd=ROOT, env=BUFFERED,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin and process.stdout and process.stderr
@@ -85,7 +86,7 @@ def test_a_command_that_is_cut_short_by_head_ends_without_a_word(lines: int | st
 def test_a_report_that_finds_no_room_is_an_error_in_one_sentence(lines: int) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", REPORTS, str(lines)], cwd=ROOT, env=environment(), text=True, stdout=full,
+            [sys.executable, "-c", REPORTS, str(lines)], cwd=ROOT, env=BUFFERED, text=True, stdout=full,
             stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
     said = "error: standard output cannot be written: No space left on device\n"

@@ -168,6 +168,8 @@ def _without_mixup(keys: RefinerKeys) -> RefinerKeys:
         (["refiner.model.init_from=nowhere"], r"refiner.model.init_from \S+nowhere does not exist; give a run folder"),
         (["refiner.model.init_from=README.md"], r"refiner.model.init_from: \S+README.md cannot be read as weights"),
         (["refiner.model.init_from=docs"], r"refiner.model.init_from: \S+docs: holds no checkpoint"),
+        (['refiner.model.init_layers=["patch_embed"]'], "init_layers .* it must be null where init_from is null"),
+        (["refiner.model.reset_head=true"], "reset_head is true; it must be false where init_from is null"),
         (['refiner.model.freeze=["*"]'], "refiner.model.freeze leaves nothing to train; name parts of the model"),
         (['refiner.model.freeze=["blokcs.0"]'], r"refiner.model.freeze: blokcs.0 names no parameter; names begin with"),
     ],
@@ -176,8 +178,7 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(
     tmp_path: Path, settings: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    run = load(None, [*settings, f"refiner.run.output={tmp_path}"])
     with pytest.raises(ConfigError, match=sentence) as refusal:
-        prepare(run, 1)
+        prepare(load(None, [*settings, f"refiner.run.output={tmp_path}"]), 1)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir())
