@@ -62,7 +62,7 @@ class Meter:
 
     def read(self) -> float:
         """CPU seconds until now."""
-        own, waited = (_seconds(resource.getrusage(who)) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        own, waited = (seconds(resource.getrusage(who)) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         now = self._processes()
         self._lost += self._handed_to_nobody(now, waited - self._waited)
         self._waited = waited
@@ -101,7 +101,8 @@ class Meter:
         return heirs
 
 
-def _seconds(used: resource.struct_rusage) -> float:
+def seconds(used: resource.struct_rusage) -> float:
+    """CPU seconds of what the kernel says was used."""
     return used.ru_utime + used.ru_stime
 
 
@@ -149,7 +150,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 if costs is not None:
                     files[report.nodeid.partition("::")[0]] = costs
     if files:
-        seconds, cpu = (sum(costs[number] for costs in files.values()) for number in (0, 1))
-        terminalreporter.section(f"files that took most CPU; all: {cpu:.0f} CPU s, {seconds:.0f} s one by one")
+        wall, cpu = (sum(costs[number] for costs in files.values()) for number in (0, 1))
+        terminalreporter.section(f"files that took most CPU; all: {cpu:.0f} CPU s, {wall:.0f} s one by one")
         for file, costs in sorted(files.items(), key=lambda item: -item[1][1])[:SHOWN]:
             terminalreporter.write_line(f"{costs[1]:7.1f} CPU s {costs[0]:7.1f} s  {file}")
