@@ -33,6 +33,7 @@ class Beat:
         beats: things this rank has begun since its start.
         step: optimizer step it is in; ``doing`` what.
         alive: counts up as long as the process runs, whatever its main thread does.
+        patient: whether what it does may take long without anything being wrong.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Beat:
     step: int
     doing: str
     alive: int
+    patient: bool = False
 
     def write(self, folder: Path) -> None:
         """Put it where the others look; whole, but not forced to the disk: the next one comes in seconds."""

@@ -8,7 +8,8 @@ running rank) writes a verdict:
     else the ranks with the fewest beats             they are stuck in what they last began
     else all of them                                 they wait in one collective: the network, or NCCL
 
-Ranks of this machine that would run, and are kept from it by other work, are given four times as long.
+Ranks of this machine that would run, and are kept from it by other work, are given four times as long. A rank that does
+something patient for all, such as drawing a picture, is left to it; once it goes on it has as long as any for a step.
 
     heartbeats/verdict.json    {"ranks": [1], "sentence": …}     every rank leaves with exit code 75 when it sees it
     logs/rank_1.stacks         Python stacks of its threads; `kill -QUIT` writes them at any other time, too
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from refiner_ds.exit_codes import RUN_AGAIN
 from refiner_ds.files import read_object
@@ -88,6 +90,7 @@ class Watchdog:
         self._written = 0.0
         self._before: dict[int, Beat | None] = {}
         self._before_read = 0.0
+        self._seen_to_move = -math.inf  # when the rank that the others wait for last turned out to get on
         self._cpu_before: dict[int, float] = {}  # seconds by process of this machine, read with ``_before``
         self._excused = 0.0
         self._ended = threading.Event()
@@ -141,27 +144,57 @@ class Watchdog:
         if not suspicious:
             self._before = {}
         elif not self._before:
-            self._before, self._before_read = self._read(), now
-            here = [beat for beat in self._before.values() if beat is not None and self._is_here(beat)]
-            self._cpu_before = {beat.pid: cpu_seconds(beat.pid) for beat in here}
+            self._remember(self._read(), now)
         elif still > limit + min(self._rank, TURNS) * TURN_SECONDS and now - self._before_read > APART_SECONDS:
             after = self._read()
-            blamed: Mapping[int, Beat | None]
-            if doing.patient and still < self._patience:
-                blamed = {rank: beat for rank, beat in after.items() if beat is not None and self._is_stopped(beat)}
-                why = "is stopped" if len(blamed) == 1 else "are stopped"
-            else:
-                blamed, why = blame(self._before, after)
+            patience = still < self._patience
+            blamed, why, running = (
+                self._blame_stopped(after) if doing.patient and patience else blame(self._before, after)
+            )
             if self._heartbeat.now is not doing:
                 return  # it has gone on while the others' heartbeats were read
+            if running and self._get_on(blamed, after, now, limit, patience):
+                return
             if blamed and not (still < STARVED_PATIENCE * limit and self._are_starved(blamed, now)):
                 self._write_verdict(blamed, why, still)
+
+    def _remember(self, beats: dict[int, Beat | None], now: float) -> None:
+        """Keep what later heartbeats are compared with."""
+        self._before, self._before_read = beats, now
+        here = [beat for beat in beats.values() if beat is not None and self._is_here(beat)]
+        self._cpu_before = {beat.pid: cpu_seconds(beat.pid) for beat in here}
+
+    def _get_on(
+        self, blamed: Mapping[int, Beat | None], after: dict[int, Beat | None], now: float, limit: float, patience: bool
+    ) -> bool:
+        """Whether ranks that run and have come least far may be about to catch up with the others."""
+        for rank, beat in blamed.items():
+            before = self._before.get(rank)
+            if beat is not None and (before is None or beat.beats != before.beats):
+                self._remember(after, now)
+                self._seen_to_move = now
+                return True
+        return now - self._seen_to_move < limit or patience and any(beat and beat.patient for beat in blamed.values())
+
+    def _blame_stopped(self, beats: dict[int, Beat | None]) -> Blame:
+        """Only those of this machine that are stopped: the others may be about something patient, too."""
+        stopped = {rank: beat for rank, beat in beats.items() if beat is not None and self._is_stopped(beat)}
+        return Blame(stopped, "is stopped" if len(stopped) == 1 else "are stopped", running=False)
 
     def _write(self, doing: Doing) -> None:
         self._alive += 1
         mine = self._me
         Beat(
-            self._rank, mine.host, mine.pid, mine.machine, mine.began, doing.beats, doing.step, doing.doing, self._alive
+            self._rank,
+            mine.host,
+            mine.pid,
+            mine.machine,
+            mine.began,
+            doing.beats,
+            doing.step,
+            doing.doing,
+            self._alive,
+            doing.patient,
         ).write(self._folder)
 
     def _read(self) -> dict[int, Beat | None]:
@@ -241,20 +274,31 @@ class Watchdog:
         return "\n".join(lines)
 
 
-def blame(before: dict[int, Beat | None], after: dict[int, Beat | None]) -> tuple[dict[int, Beat | None], str]:
-    """Whom the others wait for, by rank, and in words why.
+class Blame(NamedTuple):
+    """Whom the others wait for, by rank; in words why; and whether those run, and stand still all the same."""
+
+    ranks: Mapping[int, Beat | None]
+    why: str
+    running: bool
+
+
+def blame(before: dict[int, Beat | None], after: dict[int, Beat | None]) -> Blame:
+    """Whom the others wait for.
 
     Args:
         before, after: heartbeats at two moments between which every running process wrote; None: none was found.
     """
     silent = {rank: beat for rank, beat in after.items() if beat is None or _is_same_process(before.get(rank), beat)}
     if silent:
-        return silent, "is stopped, or its machine is gone" if len(silent) == 1 else "are stopped, or their machine is"
+        why = "is stopped, or its machine is gone" if len(silent) == 1 else "are stopped, or their machine is"
+        return Blame(silent, why, running=False)
     beats = {rank: beat.beats for rank, beat in after.items() if beat is not None}
     last = {rank: after[rank] for rank, count in beats.items() if count == min(beats.values())}
     if len(last) < len(after):
-        return last, "is stuck there; the others wait for it" if len(last) == 1 else "are stuck; the others wait"
-    return last, "is stuck there" if len(last) == 1 else "wait for each other: a collective does not end"
+        why = "is stuck there; the others wait for it" if len(last) == 1 else "are stuck; the others wait"
+    else:
+        why = "is stuck there" if len(last) == 1 else "wait for each other: a collective does not end"
+    return Blame(last, why, running=True)
 
 
 def _is_same_process(before: Beat | None, after: Beat) -> bool:

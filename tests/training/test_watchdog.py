@@ -20,7 +20,7 @@ from refiner_ds.training import heartbeat as heartbeats
 from refiner_ds.training import watchdog as watchdogs
 from refiner_ds.training.heartbeat import Beat, Heartbeat
 from refiner_ds.training.run_lock import Holder
-from refiner_ds.training.watchdog import Watchdog, blame, prepare_heartbeats
+from refiner_ds.training.watchdog import SHARE_OF_PATIENCE, Watchdog, blame, prepare_heartbeats
 from tests.training.launched import ROOT, environment
 
 SECONDS = 2.0  # that a step may stand still here
@@ -99,8 +99,7 @@ def test_long_saves_suspended_jobs_and_the_end_are_no_alarms(tmp_path: Path) -> 
         return all(step_of(tmp_path, rank) > step for rank, step in enumerate(before))
 
     with ranks(tmp_path, 2, LONGER) as processes:
-        for process in processes:
-            say(process, f"save {1.5 * LONGER}")
+        say(processes[0], f"save {1.5 * LONGER}")  # the other one waits in an ordinary step
         time.sleep(2 * LONGER)
         for process in processes:
             os.kill(process.pid, signal.SIGSTOP)
@@ -180,6 +179,39 @@ def test_what_goes_on_while_the_others_are_looked_at_is_no_alarm(
 
 
 @pytest.mark.parametrize(
+    "then, named_after",
+    [("it stays there", SHARE_OF_PATIENCE * 1800.0), ("it gets stuck behind it", 300.0 + 25.0),
+     ("it dies there", 25.0), ("it takes a step", None)],
+)  # fmt: skip
+def test_a_rank_that_does_something_patient_for_all_is_left_to_it_and_then_has_time_for_a_step(
+    then: str, named_after: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 draws, for five minutes; rank 1, which looks, waits for it in an ordinary step."""
+    now, verdict = [1000.0], tmp_path / "verdict.json"
+    monkeypatch.setattr(heartbeats, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    heartbeat = Heartbeat(first_steps=0)
+    watchdog = Watchdog(heartbeat, tmp_path, 1, 2, 25.0, 1800.0, tmp_path / "stacks")
+    heartbeat.beat(7, "backward")
+    beats = heartbeat.now.beats - 1
+    drawing = replace(BEAT, beats=beats - 1, doing="drawing", patient=True)
+    forward = replace(BEAT, beats=beats, doing="forward")
+    while not verdict.exists() and now[0] < 3000.0:
+        now[0] += 0.5
+        passed = now[0] - 1000.0
+        draws = passed < 300.0 or then == "it stays there"
+        beat = replace(drawing if draws else forward, alive=1 if then == "it dies there" else int(2 * passed))
+        beat.write(tmp_path)
+        if then == "it takes a step" and passed > 320.0:
+            heartbeat.beat(heartbeat.now.step + 1, "backward")
+        watchdog._look(now[0])
+    if named_after is None:
+        assert not verdict.exists()
+    else:
+        assert json.loads(verdict.read_text())["ranks"] == [0]
+        assert now[0] - 1000.0 == pytest.approx(named_after, abs=6)
+
+
+@pytest.mark.parametrize(
     "state, share, elsewhere, patience",
     [("R", 0.1, False, 4.0), ("R", 1.0, False, 1.0), ("S", 0.0, False, 1.0), ("T", 0.0, False, 1.0),
      ("R", 0.1, True, 1.0)],
@@ -221,12 +253,12 @@ def later(beat: Beat, **changes: object) -> Beat:
 def test_blame_falls_on_the_silent_then_on_the_last_then_on_all() -> None:
     before: dict[int, Beat | None] = {rank: replace(BEAT, rank=rank) for rank in range(4)}
     alive: dict[int, Beat | None] = {rank: later(beat) for rank, beat in before.items() if beat}
-    blamed, why = blame(before, {**alive, 2: before[2]})
+    blamed, why, _ = blame(before, {**alive, 2: before[2]})
     assert list(blamed) == [2] and why == "is stopped, or its machine is gone"
-    assert list(blame(before, {**alive, 1: None, 2: before[2]})[0]) == [1, 2]
-    blamed, why = blame(before, {**alive, 3: later(BEAT, rank=3, beats=49, doing="data")})
+    assert list(blame(before, {**alive, 1: None, 2: before[2]}).ranks) == [1, 2]
+    blamed, why, _ = blame(before, {**alive, 3: later(BEAT, rank=3, beats=49, doing="data")})
     assert list(blamed) == [3] and why.startswith("is stuck there")
-    blamed, why = blame(before, alive)
+    blamed, why, _ = blame(before, alive)
     assert list(blamed) == [0, 1, 2, 3] and "wait for each other" in why
 
 
