@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,23 +85,29 @@ def fit_weights(
         source: what errors call the checkpoint.
         layers: names, prefixes or patterns of what is taken from it; the rest of the model stays as it is. None: all.
     """
-    own = wanted = model.state_dict()
+    own = model.state_dict()
+    taken = set(own) if layers is None else matching(layers, own)
     try:
         if layers is None:
             state, notes = fit_to(model, content, old_grid, reset_head)
         else:
-            taken = matching(layers, own)
-            wanted = {name: value for name, value in own.items() if name in taken}
-            given = {name: value for name, value in unwrap(content).items() if name in taken or name == GRID}
-            heads = any(name.startswith(f"{head}.") for name in taken for head in HEADS)
-            state, notes = fit_to(model, given, old_grid, reset_head, heads)
-            state = {name: value for name, value in state.items() if name in taken}
+            state, notes = _fit_part(model, content, taken, old_grid, reset_head)
             notes = [f"{', '.join(layers)} alone, the rest starts afresh", *notes]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if misfits := _misfits(wanted, state):
+    if misfits := _misfits({name: value for name, value in own.items() if name in taken}, state):
         raise ValueError(f"{source} does not fit the model; {'; '.join(misfits)}")
     return {**own, **state}, notes
+
+
+def _fit_part(
+    model: RefinedViT, content: Mapping[str, Any], taken: Collection[str], old_grid: Grid | None, reset_head: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What `fit_to` makes of some names of a checkpoint; the others may fit the model or not."""
+    given = {name: value for name, value in unwrap(content).items() if name in taken or name == GRID}
+    heads = any(name.startswith(f"{head}.") for name in taken for head in HEADS)
+    state, notes = fit_to(model, given, old_grid, reset_head, heads)
+    return {name: value for name, value in state.items() if name in taken}, notes
 
 
 def read_weight_file(path: Path) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from refiner_ds.checkpoint.files import CLASSES, find_checkpoint, read_classes, 
 from refiner_ds.config import RunFile
 from refiner_ds.errors import CheckpointError, ConfigError
 from refiner_ds.models import RefinedViT
+from refiner_ds.models.patterns import matching
 from refiner_ds.models.released import fit_weights, read_weight_file
 from refiner_ds.run_folder import RunFolder
 
@@ -42,6 +43,10 @@ def initial_weights(run: RunFile, model: RefinedViT, classes: Sequence[str]) -> 
         raise ConfigError(
             f"{run.path}: refiner.model.init_from {place} does not exist; give a run folder, a checkpoint or a file"
         )
+    try:
+        matching(keys.init_layers or (), model.state_dict())
+    except ValueError as error:
+        raise ConfigError(f"{run.path}: refiner.model.init_layers: {error}") from None
     try:
         content, names = _read(place)
         others = names is not None and list(names) != list(classes)

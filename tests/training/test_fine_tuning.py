@@ -124,7 +124,7 @@ def test_layers_can_be_taken_alone_and_the_rest_starts_afresh(story: dict[str, A
     for name, value in state.items():
         source = saved if name.startswith(("patch_embed.", "blocks.0.")) else own
         assert torch.equal(value, source[name]), name
-    with pytest.raises(ConfigError, match="patch_embde names no parameter; names begin with"):
+    with pytest.raises(ConfigError, match="refiner.model.init_layers: patch_embde names no parameter; names"):
         taking(["patch_embde"])
 
 
