@@ -39,8 +39,9 @@ test-newest:
 	$(MAKE) test VENV=.venv-newest LOCKED=--upgrade
 
 lock:
+	versions=$$(.venv-newest/bin/python -m pip freeze --all --exclude-editable) && \
 	{ echo '# Versions known to pass the tests, which `make` installs. `make test-newest lock` writes this file anew.'; \
-	  .venv-newest/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip=='; } > constraints.txt
+	  printf '%s\n' "$$versions" | grep -v '^pip=='; } > constraints.txt
 
 # The kernels' tests are left out: Triton's interpreter multiplies by itself. Inductor gets a cache of its own: tests call it
 # directly, and it would take code generated for longer vectors from the usual one, and compute half of every tensor.
@@ -52,7 +53,7 @@ lint: $(VENV)/installed-test
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
 
 docs: $(VENV)/installed
-	$(BIN)/python -m refiner_ds.config > docs/run_file.md
+	page=$$($(BIN)/python -m refiner_ds.config) && printf '%s\n' "$$page" > docs/run_file.md
 
 drill: $(VENV)/installed-test
 	$(BIN)/python -m tests.drill --events 100 --minutes 60 --report docs/reliability.md

@@ -70,6 +70,30 @@ def test_a_hook_refuses_what_it_is_there_for_and_takes_the_rest(name: str, tmp_p
         assert file.read_text() == text  # a check changes nothing
 
 
+def test_pages_are_checked_too(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".pre-commit-config.yaml", tmp_path)
+    (tmp_path / "page.md").write_text(f"A page about {'het'[::-1]} end.\n\n```python\nx = {{  'a':1 }}\n```\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.ruff]\npreview = true\n")
+    names = {"GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"}  # of a commit that runs the tests in a hook
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PRE_COMMIT_HOME": str(tmp_path / "home")}
+
+    def run(*words: str) -> str:
+        return subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120).stdout
+
+    run("git", "init", "--quiet")
+    run("git", "add", "page.md", "pyproject.toml", ".pre-commit-config.yaml")
+    for hook in ("ruff-format", "codespell"):
+        assert "Failed" in run("pre-commit", "run", hook, "--all-files"), hook
+
+
+def test_ci_installs_the_slurm_that_the_page_names() -> None:
+    wanted = "slurmctld slurmd slurm-client munge"
+    for file in (".ci/run", "docs/developing.md"):
+        assert f" {wanted}" in (ROOT / file).read_text(), file
+
+
 def test_types_are_checked_strictly_in_all_that_is_ours() -> None:
+    assert HOOKS["mypy"]["pass_filenames"] is False
     settings = PROJECT["tool"]["mypy"]
     assert settings["strict"] is True and {"refiner_ds", "launch", "data_tools", "tests"} <= {*settings["files"]}

@@ -137,13 +137,81 @@ def test_nothing_is_installed_again_until_something_else_is_to_be(tmp_path: Path
         os.utime(clone / name, (1e9, 1e9))
 
 
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with what make reads and writes, and a Python that makes environments and fails where it is told to."""
+    (tmp_path / "docs").mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> told
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && for name in python deepspeed pre-commit; do cp "$0" "$3/bin/$name"; done ;;
+    *--exclude-editable*) printf 'pip==1.0\ntorch==2.0\n' ;;
+    *refiner_ds.config) printf 'A page.\\n\\nIts \\\\n end.\\n' ;;
+    *freeze*) printf 'pip==1.0\n-e refiner_ds\ntorch==2.0\n' ;;
+esac
+if [ -n "$FAILS" ]; then case "$*" in *"$FAILS"*) exit 3 ;; esac fi
+exit 0
+"""
+
+
+def make(clone: Path, *words: str, fails: str = "") -> list[str]:
+    """What Python is told in a real run, which has to fail where this does."""
+    (clone / "told").unlink(missing_ok=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in VARIABLES}
+    command = ("make", "PYTHON=./python", *words)
+    done = subprocess.run(command, cwd=clone, env={**env, "FAILS": fails}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode != 0) == bool(fails), done.stderr
+    return (clone / "told").read_text().splitlines()
+
+
+def test_what_is_installed_stays_installed_and_what_failed_is_tried_again(clone: Path) -> None:
+    assert make(clone, "test", fails=".[train]")[-1].endswith(".[train]")
+    assert make(clone, "test", fails=".[test]")[-1].endswith(".[test]")
+    told = make(clone, "test")
+    assert told[0].endswith(".[test]") and "pytest" in told[1] and len(told) == 2
+    (told_again,) = make(clone, "test")
+    assert "pytest" in told_again
+
+
+@pytest.mark.parametrize("target", sorted({*TARGETS} - {"lock", "clean"}))
+def test_a_target_fails_where_its_command_does(target: str, clone: Path) -> None:
+    command = make(clone, target)[-1]
+    assert make(clone, target, fails=command.split(" -")[-1])[-1] == command
+
+
+def test_the_locked_versions_are_all_but_pip_and_the_project(clone: Path) -> None:
+    (clone / ".venv-newest/bin").mkdir(parents=True)
+    shutil.copy(clone / "python", clone / ".venv-newest/bin/python")
+    before = (clone / "constraints.txt").read_text()
+    make(clone, "lock", fails="freeze")
+    assert (clone / "constraints.txt").read_text() == before
+    make(clone, "lock")
+    head, *versions = (clone / "constraints.txt").read_text().splitlines()
+    assert head.startswith("# ") and versions == ["torch==2.0"]
+
+
+def test_a_page_is_written_whole_or_not_at_all(clone: Path) -> None:
+    make(clone, "docs", fails="refiner_ds.config")
+    assert not (clone / "docs/run_file.md").exists()
+    make(clone, "docs")
+    assert (clone / "docs/run_file.md").read_text() == "A page.\n\nIts \\n end.\n"
+
+
 def test_the_newest_versions_have_an_environment_of_their_own_and_become_the_locked_ones() -> None:
     commands = planned("test-newest")
     assert commands[0] == "python3 -m venv .venv-newest" and not any(".venv/" in command for command in commands)
     assert all("--upgrade" in line and "constraints.txt" not in line for line in installs("test-newest"))
     assert commands[-1].startswith(".venv-newest/bin/python -m pytest")
     (lock,) = planned("lock")
-    assert ".venv-newest/bin/python -m pip freeze" in lock and lock.endswith("> constraints.txt")
+    assert ".venv-newest/bin/python -m pip freeze" in lock
 
 
 def test_linters_are_those_of_pre_commit_on_the_whole_tree() -> None:
@@ -155,7 +223,7 @@ def test_linters_are_those_of_pre_commit_on_the_whole_tree() -> None:
 def test_the_other_targets_run_what_they_say() -> None:
     python = ".venv/bin/python"
     assert last("quickstart") == [".venv/bin/deepspeed", "refiner_ds/train.py"]
-    assert last("docs") == [python, "-m", "refiner_ds.config", ">", "docs/run_file.md"]
+    assert " ".join(last("docs")).startswith(f"page=$({python} -m refiner_ds.config)")
     assert last("drill")[:3] == [python, "-m", "tests.drill"]
     assert last("drill")[-2:] == ["--report", "docs/reliability.md"]
     assert last("drill-slurm") == [python, "-m", "tests.launch.drills"]
