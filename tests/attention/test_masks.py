@@ -13,7 +13,18 @@ from refiner_ds import attention
 from refiner_ds.attention import BottleneckWeights, DeferredMap, Refiner, equations
 from refiner_ds.attention.dispatch import _fallbacks
 from refiner_ds.attention.tiling import tiles
-from tests.attention.cases import SCALE, bottleneck, leaf, leaves, linear, norms_of, relative_errors
+from tests.attention.cases import (
+    SCALE,
+    bottleneck,
+    in_dtype,
+    leaf,
+    leaves,
+    linear,
+    norms_of,
+    relative_errors,
+    restore,
+    statistics,
+)
 from tests.attention.ragged import HEADS, REAL, WIDTH, check_alone_equals_padded, ragged
 
 REFINERS = {
@@ -136,6 +147,20 @@ def test_kernels_leave_a_masked_bottleneck_to_tiles_and_say_so(caplog):
     with caplog.at_level(logging.INFO):
         attention.refine(DeferredMap(*scores[:2], SCALE, 0.0, mask), scores[2], weights, backend="triton")
     assert "bottleneck: tiled, because kernels of a bottleneck in training take no mask" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+def test_in_single_precision_statistics_are_those_of_float64(backend):
+    mask, weights = REAL["at the front"], bottleneck(HEADS, 2)
+    _, padded = ragged(mask)
+    before, counted = statistics(weights), []
+    for dtype in (torch.float64, torch.float32):
+        restore(weights, before)
+        q, k, v = (x.detach().to(dtype) for x in padded)
+        attention.refine(DeferredMap(q, k, SCALE, 0.0, mask), v, in_dtype(weights, dtype), SCALE, backend)
+        counted.append(statistics(weights))
+    for ours, truth in zip(counted[1], counted[0], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
