@@ -116,7 +116,8 @@ def test_moments_of_padded_sequences_keep_their_digits(device, monkeypatch):
     """Far from zero, so that a part that begins with padding needs a pilot of its own."""
     few_rows(monkeypatch)
     monkeypatch.setattr(triton_forward, "POSITIONS", 16)
-    mask_BN = torch.arange(24).ge(torch.tensor([[10], [0]])).to(device)
+    monkeypatch.setattr(triton_forward, "SEGMENT", 24)
+    mask_BN = torch.arange(24).ge(torch.tensor([[17], [3]])).to(device)
     real_BNN = mask_BN[:, :, None] & mask_BN[:, None]
     made = case((2, 3, 9, 24, 1), torch.float32, device)
     map_BHNN = made["map_BHNN"] * real_BNN[:, None]
@@ -126,7 +127,7 @@ def test_moments_of_padded_sequences_keep_their_digits(device, monkeypatch):
     assert close(local_BENN.transpose(0, 1)[:, real_BNN], truth_EL, SUMS[torch.float32])
     assert not local_BENN.transpose(0, 1)[:, ~real_BNN].any()
     assert close(mean_E, truth_EL.mean(1), 1e-6)
-    assert ((variance_E - truth_EL.var(1, correction=0)).abs() < 1e-3 * truth_EL.var(1, correction=0)).all()
+    assert ((variance_E - truth_EL.var(1, correction=0)).abs() < 3e-4 * truth_EL.var(1, correction=0)).all()
     local_BENN = 1 + torch.randn(2, 9, 24, 24, device=device) * 1e-3
     weights = torch.full_like(made["gain2_E"], 1.0), torch.full_like(made["shift2_E"], 2.0), made["reduce_HE"]
     reduced_BHNN, mean3_H, joint_22H = reduce(local_BENN, map_BHNN, *weights, mask_BN)
