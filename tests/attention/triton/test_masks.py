@@ -106,7 +106,7 @@ def test_in_float64_a_bottleneck_trains_on_padded_sequences_as_by_the_equations(
     ours, truth = (
         trained(attn, value, weights, backend, save, mask) for backend in ("triton", "eager" if mask.any() else "tiled")
     )
-    assert max(relative_errors(ours, truth)) < 1e-12
+    assert all(error < 1e-12 for error in relative_errors(ours, truth))  # NaN is not
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels take float64 in the interpreter alone")
@@ -128,7 +128,7 @@ def test_a_bottleneck_trains_on_padded_sequences_as_by_the_equations(
     attn = maps(len(mask), HEADS, mask.shape[1]).detach().float().to(device).requires_grad_()
     value = leaf(len(mask), HEADS, mask.shape[1], 5, dtype=torch.float32).detach().to(device).requires_grad_()
     ours, truth = (trained(attn, value, weights, backend, save, mask) for backend in ("triton", "eager"))
-    assert max(relative_errors(ours, truth)) < 1e-5
+    assert all(error < 1e-5 for error in relative_errors(ours, truth))
 
 
 # What the same maps err by without padding; the interpreter cuts bfloat16 off instead of rounding it.
