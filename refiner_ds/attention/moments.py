@@ -51,10 +51,11 @@ def combine(counts_P: Tensor, means_PK: Tensor, comoments_PKK: Tensor) -> tuple[
     Returns:
         [K] and [K, K].
     """
-    share_P = counts_P.double() / counts_P.sum()
+    total = counts_P.sum().clamp(min=1)  # of nothing but padding there is none
+    share_P = counts_P.double() / total
     mean_K = share_P @ means_PK.double()
     apart_PK = means_PK.double() - mean_K
-    return mean_K, comoments_PKK.double().sum(0) / counts_P.sum() + (apart_PK * share_P[:, None]).mT @ apart_PK
+    return mean_K, comoments_PKK.double().sum(0) / total + (apart_PK * share_P[:, None]).mT @ apart_PK
 
 
 def combine_each(counts_PC: Tensor, means_PKC: Tensor, comoments_PKKC: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +67,9 @@ def combine_each(counts_PC: Tensor, means_PKC: Tensor, comoments_PKKC: Tensor) -
     Returns:
         [K, C] and [K, K, C].
     """
-    share_PC = counts_PC.double() / counts_PC.sum(0, dtype=torch.float64)
+    total_C = counts_PC.sum(0, dtype=torch.float64).clamp(min=1)
+    share_PC = counts_PC.double() / total_C
     mean_KC = (share_PC[:, None] * means_PKC).sum(0)
     apart_PKC = means_PKC - mean_KC
     between_KKC = torch.einsum("pc,pkc,plc->klc", share_PC, apart_PKC, apart_PKC)
-    return mean_KC, comoments_PKKC.double().sum(0) / counts_PC.sum(0, dtype=torch.float64) + between_KKC
+    return mean_KC, comoments_PKKC.double().sum(0) / total_C + between_KKC

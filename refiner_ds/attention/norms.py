@@ -166,7 +166,7 @@ def update_running(norm: Norm, mean_C: Tensor, variance_C: Tensor, count: int | 
     others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else count - 1
     unbiased_C = variance_C * (count / others)
     for running_C, new_C in ((norm.running_mean, mean_C), (norm.running_var, unbiased_C)):
-        running_C.copy_(running_C.double().lerp(new_C.to(running_C.device), norm.momentum))
+        running_C.copy_(running_C.double().lerp(new_C.to(running_C.device, torch.float64), norm.momentum))
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -4,7 +4,8 @@
 
 Every kernel is compiled for every card, model and image size, in several processes, and nothing is run. A row is a
 kernel on a card: the most of all models and sizes, and how many of these spill. Triton keeps what it has compiled.
-``--configurations`` adds the kernels that tile configurations change (attention/kernels/configurations.py).
+``--configurations`` adds the kernels that tile configurations change (attention/kernels/configurations.py), and
+``--padded`` the forms that kernels have for padded sequences.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ Found = list[tuple[str, int, int, int]]
 
 
 def compile_shape(
-    architecture: str, heads: int, width: int, tokens: int, configurations: bool = False, dtype: str = "bf16"
-) -> Found:
+    architecture: str, heads: int, width: int, tokens: int, configurations: bool = False, dtype: str = "bf16",
+    padded: bool = False,
+) -> Found:  # fmt: skip
     """Every kernel of a shape: name, registers, bytes of plane, and of shared memory.
 
     Args:
         configurations: those of configurations, "reduce[tall]", too.
         dtype: of the maps, "bf16" or "fp32".
+        padded: the forms for padded sequences, "reduce, padded", too.
     """
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
@@ -67,9 +70,10 @@ def compile_shape(
     layer, maps = Layer(Setting(1, heads, width, dtype=dtype), tokens), DTYPES[dtype]
     target = int(architecture) if architecture.isdigit() else architecture
     with compile_only(target) as compiled:
-        for name, training in product(("map", "bottleneck", "linear"), (True, False)):
-            run_step(layer, name, maps, training)
-    found = [(one.name.split()[0].lstrip("_"), one.registers, one.spilled, one.shared) for one in compiled.values()]
+        forms = (False, True) if padded else (False,)
+        for name, training, form in product(("map", "bottleneck", "linear"), (True, False), forms):
+            run_step(layer, name, maps, training, form)
+    found = [(_kernel(one.name), one.registers, one.spilled, one.shared) for one in compiled.values()]
     for kind, names in CONFIGURATIONS.items() if configurations else ():
         for name, changed in names.items():
             with compile_only(target) as compiled, using(kind, name):
@@ -82,6 +86,12 @@ def compile_shape(
     return found
 
 
+def _kernel(name: str) -> str:
+    """A kernel's name, and whether it is the form for padded sequences, of the name that has its constants too."""
+    kernel, *constants = name.split()
+    return kernel.lstrip("_") + (", padded" if "MASKED=True" in constants else "")
+
+
 def compile_all(
     architectures: Sequence[str],
     models: Sequence[str],
@@ -89,12 +99,15 @@ def compile_all(
     processes: int,
     configurations: bool = False,
     dtype: str = "bf16",
+    padded: bool = False,
 ) -> list[Row]:
     """A row for each kernel and architecture."""
     shapes = list(product(architectures, models, sizes))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2, configurations, dtype)
+            pool.submit(
+                compile_shape, architecture, *MODELS[model], 1 + (size // 16) ** 2, configurations, dtype, padded
+            )
             for architecture, model, size in shapes
         ]
         rows: dict[tuple[str, str], Row] = {}
@@ -143,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the maps (default: bf16)")
     parser.add_argument("--configurations", action="store_true", help="of tiles, those that a run may choose, too")
+    parser.add_argument("--padded", action="store_true", help="the forms for padded sequences too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(argv)
     try:
@@ -152,8 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     if given.processes < 1 or min(given.sizes) < 16:
         raise ConfigError("--processes must be 1 or more, --sizes 16")
     rows = compile_all(
-        given.architectures, given.models, given.sizes, given.processes, given.configurations, given.dtype
-    )
+        given.architectures, given.models, given.sizes, given.processes, given.configurations, given.dtype,
+        given.padded,
+    )  # fmt: skip
     if given.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0

@@ -55,20 +55,26 @@ class Row:
     bound: str = ""
 
 
-def run_step(layer: Layer, name: str, dtype: torch.dtype, training: bool) -> None:
-    """One step of a map-making block, of a bottleneck or of a linear refiner, on arbitrary numbers."""
+def run_step(layer: Layer, name: str, dtype: torch.dtype, training: bool, padded: bool = False) -> None:
+    """One step of a map-making block, of a bottleneck or of a linear refiner, on arbitrary numbers.
+
+    Args:
+        padded: of sequences whose last token is padding.
+    """
     layer.train(training)
     setting = layer.setting
     q, k, value = (x.detach().to(setting.device, dtype).requires_grad_(training) for x in layer.inputs)
     batch, heads, tokens, _ = value.shape
     map_BHNN = value.new_full((batch, heads, tokens, tokens), 1 / tokens).requires_grad_(training)
+    mask_BN = torch.arange(tokens, device=setting.device).lt(tokens - 1).expand(batch, -1) if padded else None
+    deferred = DeferredMap(q, k, layer.scale, mask_BN=mask_BN)
     with torch.set_grad_enabled(training):
         if name == "bottleneck":
-            out = attention.refine(map_BHNN, value, layer.refiner(name), layer.scale, "triton", "activations")
+            out = attention.refine(map_BHNN, value, layer.refiner(name), layer.scale, "triton", "activations", mask_BN)
         elif name == "linear":
-            out = attention.refine(DeferredMap(q, k, layer.scale), value, layer.refiner(name), backend="triton")
+            out = attention.refine(deferred, value, layer.refiner(name), backend="triton")
         else:
-            out, made_BHNN = attention.attend(DeferredMap(q, k, layer.scale), value, map_BHNN, backend="triton")
+            out, made_BHNN = attention.attend(deferred, value, map_BHNN, backend="triton")
         if training:
             outputs = [out, made_BHNN] if name == "map" else [out]
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])

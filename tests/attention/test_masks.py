@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from refiner_ds import attention
-from refiner_ds.attention import BottleneckWeights, DeferredMap, Refiner, equations
-from refiner_ds.attention.dispatch import _fallbacks
+from refiner_ds.attention import DeferredMap, Refiner
 from refiner_ds.attention.tiling import tiles
-from tests.attention.cases import SCALE, bottleneck, leaf, leaves, linear, norms_of, relative_errors
-from tests.attention.ragged import HEADS, REAL, WIDTH, check_alone_equals_padded, ragged
+from tests.attention.cases import SCALE, bottleneck, in_dtype, leaf, leaves, linear, restore, statistics
+from tests.attention.ragged import (
+    HEADS,
+    REAL,
+    WIDTH,
+    check_alone_equals_padded,
+    check_statistics_are_of_real_entries,
+    ragged,
+)
 
 REFINERS = {
     "linear, composed": lambda: linear(HEADS, 3),
@@ -35,58 +37,13 @@ def test_a_sequence_alone_equals_itself_padded(kind, where, source, backend, til
     check_alone_equals_padded(REAL[where], REFINERS[kind](), backend, source, differentiable)
 
 
-def of_ragged_maps(maps: list[Tensor], weights: BottleneckWeights) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The bottleneck on maps of different sizes, [H, n, n] each, one after the other, with statistics over all."""
-    used = []
-
-    def normalise(pieces: list[Tensor], one) -> list[Tensor]:
-        entries = torch.cat([x.flatten(1) for x in pieces], 1)
-        used.append((entries.mean(1), entries.var(1)))
-        moments = entries.mean(1), entries.var(1, correction=0)
-        return [equations.normalize(x[None], one.weight, one.bias, moments, one.eps)[0] for x in pieces]
-
-    first, second, third, last = norms_of(weights)
-    kernel = weights.local.kernels[0]
-    expanded = normalise([equations.expand(x[None], weights.expand_EH)[0] for x in maps], first)
-    local = [equations.distributed_local_attention(F.relu6(x)[None], kernel)[0] for x in expanded]
-    activated = [F.relu6(x)[None] for x in normalise(local, second)]
-    reduced = normalise([equations.reduce(x, weights.reduce_HE)[0] for x in activated], third)
-    return normalise([x + y for x, y in zip(reduced, maps, strict=True)], last), used
-
-
 @pytest.mark.parametrize("save", ["map", "activations"])
 @pytest.mark.parametrize("tile_bytes", [300, 2**20])
 @pytest.mark.parametrize("backend", ["eager", "tiled"])
 @pytest.mark.parametrize("where", REAL)
 def test_statistics_in_training_are_those_of_real_entries(where, backend, tile_bytes, save, monkeypatch):
     monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile_bytes)
-    mask, weights = REAL[where], bottleneck(HEADS, 2)
-    before = [(one.running_mean.clone(), one.running_var.clone()) for one in norms_of(weights)]
-    alone, padded = ragged(mask)
-    made = [equations.attention_map(q[None], k[None], SCALE)[0] for q, k, _ in alone]
-    refined, used = of_ragged_maps(made, weights)
-    truth = [x @ v * SCALE for x, (_, _, v) in zip(refined, alone, strict=True)]
-    deferred = DeferredMap(padded[0], padded[1], SCALE, 0.0, mask)
-    out = attention.refine(deferred, padded[2], weights, SCALE, backend=backend, save_for_backward=save)
-    parts = [out[image, :, row] for image, row in enumerate(mask)]
-    assert max(relative_errors(parts, truth)) < 1e-12
-    assert not out.movedim(1, 2)[~mask].any()
-    for one, (mean, variance), (old_mean, old_variance) in zip(norms_of(weights), used, before, strict=True):
-        torch.testing.assert_close(one.running_mean, old_mean.lerp(mean, one.momentum), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(one.running_var, old_variance.lerp(variance, one.momentum), rtol=1e-12, atol=1e-12)
-        assert one.batches == 1
-    direction = torch.randn_like(out)
-    grads = torch.autograd.grad(out, [*padded, *leaves(weights)], direction)
-    inputs = [x for sequence in alone for x in sequence]
-    towards = [direction[image, :, row] for image, row in enumerate(mask)]
-    expected = iter(torch.autograd.grad(truth, [*inputs, *leaves(weights)], towards))
-    for image, row in enumerate(mask):
-        for grad in grads[:3]:
-            assert (grad[image, :, row] - (wanted := next(expected))).abs().max() < 1e-11 * max(wanted.abs().max(), 1)
-    for grad in grads[:3]:
-        assert not grad.movedim(1, 2)[~mask].any()
-    for ours, wanted in zip(grads[3:], expected, strict=True):
-        assert (ours - wanted).abs().max() < 1e-11 * max(wanted.abs().max(), 1)  # of the third norm's bias it is zero
+    check_statistics_are_of_real_entries(REAL[where], bottleneck(HEADS, 2), backend, save)
 
 
 @pytest.mark.parametrize("backend", ["eager", "tiled"])
@@ -125,17 +82,18 @@ def test_a_masked_map_attends_to_real_keys_alone():
     torch.testing.assert_close(plain.movedim(1, 2)[mask], results[0][0].movedim(1, 2)[mask])
 
 
-def test_kernels_leave_a_masked_bottleneck_to_tiles_and_say_so(caplog):
-    launch = pytest.importorskip("refiner_ds.attention.kernels.launch", exc_type=ImportError)
-    if not launch.INTERPRETED:
-        pytest.skip("kernels are compiled in this process")
-    _fallbacks.clear()
-    scores = [torch.randn(2, HEADS, 4, WIDTH) for _ in range(3)]
-    weights = bottleneck(HEADS, 2)
-    mask = torch.arange(4) < torch.tensor([[4], [2]])
-    with caplog.at_level(logging.INFO):
-        attention.refine(DeferredMap(*scores[:2], SCALE, 0.0, mask), scores[2], weights, backend="triton")
-    assert "bottleneck: tiled, because kernels of a bottleneck in training take no mask" in caplog.text
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+def test_in_single_precision_statistics_are_those_of_float64(backend):
+    mask, weights = REAL["at the front"], bottleneck(HEADS, 2)
+    _, padded = ragged(mask)
+    before, counted = statistics(weights), []
+    for dtype in (torch.float64, torch.float32):
+        restore(weights, before)
+        q, k, v = (x.detach().to(dtype) for x in padded)
+        attention.refine(DeferredMap(q, k, SCALE, 0.0, mask), v, in_dtype(weights, dtype), SCALE, backend)
+        counted.append(statistics(weights))
+    for ours, truth in zip(counted[1], counted[0], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def calls(backend: str) -> dict[str, tuple]:
             backend, *plain, three[0].detach(), small[0], three[1].detach(), small[1], three[2].detach(), *small[2:],
             None,
         ),
+        "refine_bottleneck masked": (*common, mask, True),
     }  # fmt: skip
+    found["refine_folded masked"] = (*found["refine_folded"][:-1], mask)
     if backend == "tiled":
         found["refine_bottleneck saving activations"] = (*common, None, True)
-        found["refine_bottleneck masked"] = (*common, mask, True)
-        found["refine_folded masked"] = (*found["refine_folded"][:-1], mask)
         found["make_map dropping"] = (backend, a["q"], a["k"], None, SCALE, 0.5, 7, None)
         kernel, expand, reduce = (single(x) for x in (paper.local.kernels[0], paper.expand_EH, paper.reduce_HE))
         found["refine_linear in steps"] = (backend, 1.0, a["value"], kernel, expand, reduce, [a["q"], a["k"]], None)

@@ -25,14 +25,16 @@ def test_the_linear_kernels_fit_into_the_shared_memory_of_a_card_with_little(mon
 @pytest.mark.parametrize(
     ("architecture", "card_sizes", "dtype"), [("90", False, "bf16"), ("gfx942", True, "bf16"), ("gfx942", True, "fp32")]
 )
-def test_no_configuration_of_tiles_spills_on_hopper_and_no_kernel_on_an_mi300(
+def test_no_configuration_of_tiles_and_no_form_for_padding_spills_on_hopper_and_no_kernel_on_an_mi300(
     architecture: str, card_sizes: bool, dtype: str
 ) -> None:
     """S at 224, in a process that compiles: on an MI300 with that card's sizes, in both dtypes of the self-check."""
-    rows = compile_all([architecture], ["S"], [224], 1, not card_sizes, dtype)
+    rows = compile_all([architecture], ["S"], [224], 1, not card_sizes, dtype, padded=True)
     names = {f"{kernel}[{name}]" for kinds in CONFIGURATIONS.values() for name, ks in kinds.items() for kernel in ks}
     found = {row.kernel for row in rows if "[" in row.kernel}
     assert found == (set() if card_sizes else names)
+    padded = {row.kernel.removesuffix(", padded") for row in rows if row.kernel.endswith(", padded")}
+    assert {"softmax_map", "map_moments", "reduce", "bwd_reduce", "bwd_expand_local", "refine_folded"} < padded
     for row in rows:
         assert row.spilled == 0 and row.too_large == 0, row
 

@@ -93,6 +93,26 @@ def test_a_sequence_alone_equals_itself_padded(kind, refiner, backend):
             assert (together[row, :length] - alone).abs().max() < 1e-12
 
 
+def test_a_bottleneck_trains_on_padded_batches_by_kernels_as_by_the_equations():
+    launch = pytest.importorskip("refiner_ds.attention.kernels.launch", exc_type=ImportError)
+    if not launch.INTERPRETED:
+        pytest.skip("kernels take float64 in the interpreter alone")
+    model = refined("bottleneck", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    given, mask = inputs("bert")
+    before, results = {name: x.clone() for name, x in model.state_dict().items()}, []
+    for backend in ("triton", "eager"):
+        model.load_state_dict(before)
+        model.zero_grad()
+        with attention.attention_backend(backend):
+            out = tokens_of(model, given, mask)
+            out.pow(3).sum().backward()
+            assert "bottleneck" not in attention.describe_backend(torch.device("cpu"))
+        weights = [x for x in model.parameters() if x.grad is not None]
+        results.append([out.detach(), *(x.grad.clone() for x in weights), *(x.clone() for x in model.buffers())])
+    for ours, truth in zip(*results, strict=True):
+        assert (ours - truth).abs().max() < 1e-11 * max(truth.abs().max(), 1)
+
+
 @pytest.mark.parametrize("refiner", KINDS)
 def test_transformers_builds_saves_and_loads_refined_models(refiner, tmp_path):
     model = add_refiner(encoder("bert", AutoModelForSequenceClassification), refiner, 2, 5).train()

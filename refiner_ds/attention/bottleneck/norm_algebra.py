@@ -47,10 +47,10 @@ class NormAlgebra:
     Args:
         weights: with their norms.
         scale: factor on the refined maps.
-        count: entries of one map over the batch, B·N².
+        count: entries of one map over the batch, B·N²; under a mask those that are real, in a float64 tensor.
     """
 
-    def __init__(self, weights: BottleneckWeights, scale: float, count: int) -> None:
+    def __init__(self, weights: BottleneckWeights, scale: float, count: int | Tensor) -> None:
         self.weights, self.scale, self.count = weights, scale, count
         self._expand_EH = weights.expand_EH.double()
 

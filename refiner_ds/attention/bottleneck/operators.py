@@ -38,7 +38,7 @@ def _refine(
     """Output, h2 and h3 (empty unless saved), the fields of Statistics, and mean and variance of norms 1 and 4."""
     weights = _weights(eps, [expand_EH, kernel_E1kk, reduce_HE, *affines])
     with torch.autocast(map_BHNN.device.type, enabled=False):
-        algebra = NormAlgebra(weights, scale, int(_count(map_BHNN, mask_BN)))
+        algebra = NormAlgebra(weights, scale, _count(map_BHNN, mask_BN))
         passes = passes_of(backend)(map_BHNN, algebra, mask_BN)
         statistics, local_BENN, reduced_BHNN = forward_passes(passes, algebra)
         out_BHNd = passes.output(reduced_BHNN, value_BHNd)
@@ -75,7 +75,7 @@ def _refine_backward(
     """Gradients of map, value, expansion, kernel, reduction, and weight and bias of the four norms."""
     tensors = [expand_EH, kernel_E1kk, reduce_HE, *affines]
     with torch.autocast(map_BHNN.device.type, enabled=False):
-        algebra = NormAlgebra(_weights(eps, tensors), scale, int(_count(map_BHNN, mask_BN)))
+        algebra = NormAlgebra(_weights(eps, tensors), scale, _count(map_BHNN, mask_BN))
         algebra.fold(Statistics(*statistics))
         passes = passes_of(backend)(map_BHNN, algebra, mask_BN)
         saved = (activations[0], activations[1]) if activations else passes.recompute()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck.cases import refine_case, unsupported_case
@@ -16,11 +15,6 @@ __all__ = ["refine", "supports"]
 def supports(case: Case) -> str | None:
     """The reason why this case is left to another backend, or ``None``."""
     assert isinstance(case.weights, BottleneckWeights | FoldedWeights)
-    if isinstance(case.weights, BottleneckWeights) and case.weights.norm1_E.training:
-        if case.mask_BN is not None:
-            return "kernels of a bottleneck in training take no mask"
-        if case.value_BHNd.dtype == torch.float64:
-            return "kernels of a bottleneck in training take no float64"
     return unsupported_case(case) or unsupported_kernel_size(case.weights.local)
 
 

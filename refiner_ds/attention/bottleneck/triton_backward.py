@@ -22,14 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from refiner_ds.attention.bottleneck.triton_forward import GROUP
-from refiner_ds.attention.kernels.dot import dense_rows, dot, dot_split_weight, padded_size, relu6
+from refiner_ds.attention.kernels.dot import as_sum, dense_rows, dot, dot_split_weight, padded_size, relu6, zero_sums
 from refiner_ds.attention.kernels.launch import architecture, launch
+from refiner_ds.attention.kernels.masks import real_entries
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
+from refiner_ds.attention.masking import mask_bytes
+from refiner_ds.attention.norms import statistics_dtype
 
 __all__ = ["bwd_output", "bwd_reduce", "bwd_map_statistics"]
 
 # A tile of pass 1: the fewest rows that warp-group products take; in fp32 half of that, or registers spill.
-ROWS = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+ROWS = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 KEYS = 64
 GROUPS = 3  # of expanded maps in a program of pass 2, of 16 heads; with more, registers spill
 POSITIONS = 128  # of a program of pass 4
@@ -58,9 +61,9 @@ def _bwd_output(
     valid_Cd = (key_C[:, None] < TOKENS) & (feature_d[None, :] < width)
     value_Cd = tl.load(value_Nd + key_C[:, None] * value_strides[2] + feature_d[None, :], mask=valid_Cd, other=0.0)
     # T is affine in h3 and A: each is multiplied with ∂out, and every sum follows from the two products and V.
-    reduced_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
-    map_Cd = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
-    grad_d = tl.zeros([WIDTH], dtype=tl.float32)
+    reduced_Cd = zero_sums([KEYS, WIDTH], map_BHNN.dtype.element_ty)
+    map_Cd = zero_sums([KEYS, WIDTH], map_BHNN.dtype.element_ty)
+    grad_d = zero_sums([WIDTH], map_BHNN.dtype.element_ty)
     for step in range(STEPS):
         row_R = step * ROWS + tl.arange(0, ROWS)
         valid_Rd = (row_R[:, None] < TOKENS) & (feature_d[None, :] < width)
@@ -69,11 +72,11 @@ def _bwd_output(
         stored_RC = (row_R[:, None] < TOKENS) & (key_C[None, :] < STRIDE)
         map_RC = tl.load(map_NN + offset_RC, mask=stored_RC, other=0.0)
         reduced_RC = tl.load(reduced_NN + offset_RC, mask=stored_RC, other=0.0)
-        dt_RC = dot(grad_Rd, tl.trans(value_Cd))  # zero after the last key, as the values are
+        dt_RC = dot(grad_Rd, tl.trans(value_Cd))  # zero after the last key and for padding, as values and ∂out are
         tl.store(dt_NN + offset_RC, dt_RC.to(dt_BHNN.dtype.element_ty), mask=stored_RC)
         reduced_Cd += dot(tl.trans(reduced_RC), grad_Rd)
         map_Cd += dot(tl.trans(map_RC), grad_Rd)
-        grad_d += tl.sum(grad_Rd.to(tl.float32), 0)
+        grad_d += tl.sum(as_sum(grad_Rd), 0)
     alpha = tl.load(refined_3H + head)
     beta = tl.load(refined_3H + heads + head)
     gamma = tl.load(refined_3H + 2 * heads + head)
@@ -81,7 +84,7 @@ def _bwd_output(
     offset_Cd = plane * TOKENS * width + key_C[:, None] * width + feature_d[None, :]
     tl.store(d_value_BHNd + offset_Cd, d_value_Cd.to(d_value_BHNd.dtype.element_ty), mask=valid_Cd)
     sums_3 = sums_P3 + (plane * tl.num_programs(1) + part) * 3
-    value_Cd = value_Cd.to(tl.float32)
+    value_Cd = as_sum(value_Cd)
     tl.store(sums_3, tl.sum(tl.sum(value_Cd * grad_d[None, :], 1), 0))
     tl.store(sums_3 + 1, tl.sum(tl.sum(value_Cd * reduced_Cd, 1), 0))
     tl.store(sums_3 + 2, tl.sum(tl.sum(value_Cd * map_Cd, 1), 0))
@@ -118,11 +121,11 @@ def bwd_output(
     value, grad = dense_rows(value_BHNd.to(map_BHNN.dtype)), dense_rows(grad_BHNd.to(map_BHNN.dtype))
     dt_BHNN = empty_padded(map_BHNN)
     d_value_BHNd = value_BHNd.new_empty(value_BHNd.shape)
-    parts, rows = triton.cdiv(tokens, KEYS), ROWS[map_BHNN.dtype]
-    sums_P3 = map_BHNN.new_empty(batch, heads, parts, 3, dtype=torch.float32)
+    parts, rows, exact = triton.cdiv(tokens, KEYS), ROWS[map_BHNN.dtype], statistics_dtype(map_BHNN.dtype)
+    sums_P3 = map_BHNN.new_empty(batch, heads, parts, 3, dtype=exact)
     launch(
         _bwd_output, (batch * heads, parts), map_BHNN, reduced_BHNN, value, grad,
-        to_columns((alpha_H, beta_H, gamma_H)), dt_BHNN, d_value_BHNd, sums_P3,
+        to_columns((alpha_H, beta_H, gamma_H), exact), dt_BHNN, d_value_BHNd, sums_P3,
         value.stride()[:3], grad.stride()[:3], heads, width,
         TOKENS=tokens, STRIDE=row_stride(tokens), WIDTH=padded_size(width), ROWS=rows, KEYS=KEYS,
         STEPS=triton.cdiv(tokens, rows), num_warps=4 if width <= 32 else 8,
@@ -131,9 +134,9 @@ def bwd_output(
     return d_value_BHNd, dt_BHNN, t0_H, t1_H - mean3_H * t0_H, t2_H - mean_H * t0_H
 
 
-def to_columns(vectors: Iterable[Tensor]) -> Tensor:
-    """Vectors of one length stacked in fp32, as kernels read them."""
-    return torch.stack(tuple(vectors)).float()
+def to_columns(vectors: Iterable[Tensor], exact: torch.dtype) -> Tensor:
+    """Vectors of one length stacked in the precision of sums, as kernels read them."""
+    return torch.stack(tuple(vectors)).to(exact)
 
 
 # -- pass 2 --------------------------------------------------------------------------------------------------------
@@ -141,16 +144,20 @@ def to_columns(vectors: Iterable[Tensor]) -> Tensor:
 
 @triton.jit
 def _reduced_gradient(
-    map_H1, reduced_H1, dt_H1, start, lane_L, cut_L, stored_HL, gain, on_reduced, on_map, level,
-    TOKENS: tl.constexpr, STRIDE: tl.constexpr,
+    map_H1, reduced_H1, dt_H1, start, lane_L, cut_L, stored_HL, gain, on_reduced, on_map, level, mask_BN, image,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """∂h3 at a program's step, from ∂T, h3 and A: all groups of expanded maps multiply it, and it is never written."""
     # Cuts are added last: known when compiling, they cost loads nothing.
-    map_HL = tl.load(map_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
-    reduced_HL = tl.load(reduced_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
-    dt_HL = tl.load(dt_H1 + start + lane_L + cut_L, mask=stored_HL).to(tl.float32)
+    map_HL = as_sum(tl.load(map_H1 + start + lane_L + cut_L, mask=stored_HL))
+    reduced_HL = as_sum(tl.load(reduced_H1 + start + lane_L + cut_L, mask=stored_HL))
+    dt_HL = as_sum(tl.load(dt_H1 + start + lane_L + cut_L, mask=stored_HL))
     valid_HL = stored_HL & ((start + cut_L + lane_L) % STRIDE < TOKENS)
-    # Zero after rows' last keys, and so is all that follows from it.
+    if MASKED:
+        offset_L = start + cut_L + lane_L
+        stored_L = (offset_L < TOKENS * STRIDE) & (offset_L % STRIDE < TOKENS)
+        valid_HL &= real_entries(mask_BN, image, offset_L, stored_L, TOKENS, STRIDE)
+    # Zero after rows' last keys and for padding, and so is all that follows from it.
     return tl.where(valid_HL, gain * dt_HL + on_reduced * reduced_HL + on_map * map_HL + level, 0.0)
 
 
@@ -168,9 +175,9 @@ def _expanded_gradient(
     )  # fmt: skip
     reduce_WGH = tl.broadcast_to(reduce_GH, [WARPS, GROUP, PADDED])
     stored_GL = (map_G1 < expanded) & stored_L
-    local_GL = tl.load(local_BEL, mask=stored_GL, other=0.0).to(tl.float32)
+    local_GL = as_sum(tl.load(local_BEL, mask=stored_GL, other=0.0))
     before_GL = gain_G1 * local_GL + shift_G1
-    du2_GL = tl.dot(reduce_WGH, dh3_HL, input_precision=PRECISION)
+    du2_GL = tl.dot(reduce_WGH, dh3_HL, input_precision=PRECISION, out_dtype=dh3_HL.dtype)
     m2_GL = tl.where((before_GL > 0.0) & (before_GL < 6.0), du2_GL, 0.0)
     tl.store(m2_BEL, m2_GL.to(m2_BEL.dtype.element_ty), mask=stored_GL)
     return relu6(before_GL), m2_GL, local_GL
@@ -179,9 +186,9 @@ def _expanded_gradient(
 @triton.jit
 def _bwd_reduce(
     map_BHNN, reduced_BHNN, dt_BHNN, local_BENN, to_reduced_4H, norm_2E, reduce_HE, m2_BENN, d_reduce_PEH, sums_P2E,
-    heads, expanded,
+    heads, expanded, mask_BN,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    WARPS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    WARPS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     image, part, start_G = tl.program_id(0), tl.program_id(1), tl.program_id(2) * GROUPS * GROUP
     AREA: tl.constexpr = TOKENS * STRIDE
@@ -199,15 +206,15 @@ def _bwd_reduce(
     dt_H1 = dt_BHNN + first + head_H1 * AREA
     d_reduce, sums0, sums1 = tl.tuple(()), tl.tuple(()), tl.tuple(())
     for _ in tl.static_range(GROUPS):
-        d_reduce += (tl.zeros([WARPS, GROUP, PADDED], dtype=tl.float32),)
-        sums0 += (tl.zeros([WARPS, GROUP], dtype=tl.float32),)
-        sums1 += (tl.zeros([WARPS, GROUP], dtype=tl.float32),)
+        d_reduce += (zero_sums([WARPS, GROUP, PADDED], map_BHNN.dtype.element_ty),)
+        sums0 += (zero_sums([WARPS, GROUP], map_BHNN.dtype.element_ty),)
+        sums1 += (zero_sums([WARPS, GROUP], map_BHNN.dtype.element_ty),)
     for step in range(STEPS):
         start = (part * STEPS + step) * WARPS * LANES
         stored_L = start + cut_L + lane_L < AREA
         dh3_HL = _reduced_gradient(
             map_H1, reduced_H1, dt_H1, start, lane_L, cut_L, mask_H & stored_L, gain, on_reduced, on_map, level,
-            TOKENS, STRIDE,
+            mask_BN, image, TOKENS, STRIDE, MASKED,
         )  # fmt: skip
         d_reduce_next, sums0_next, sums1_next = tl.tuple(()), tl.tuple(()), tl.tuple(())
         for group in tl.static_range(GROUPS):
@@ -217,7 +224,12 @@ def _bwd_reduce(
                 local_G1 + start + lane_L + cut_L, m2_G1 + start + lane_L + cut_L, stored_L, norm_2E, reduce_HE,
                 map_G1, head_H, dh3_HL, heads, expanded, WARPS, GROUP, PADDED, PRECISION,
             )  # fmt: skip
-            d_reduce_next += (tl.dot(u2_GL, tl.permute(dh3_HL, (0, 2, 1)), d_reduce[group], input_precision=PRECISION),)
+            d_reduce_next += (
+                tl.dot(
+                    u2_GL, tl.permute(dh3_HL, (0, 2, 1)), d_reduce[group], input_precision=PRECISION,
+                    out_dtype=dh3_HL.dtype,
+                ),
+            )  # fmt: skip
             sums0_next += (sums0[group] + tl.sum(m2_GL, 2),)
             sums1_next += (sums1[group] + tl.sum(m2_GL * local_GL, 2),)
         d_reduce, sums0, sums1 = d_reduce_next, sums0_next, sums1_next
@@ -240,6 +252,7 @@ def bwd_reduce(
     shift2_E: Tensor,
     mean2_E: Tensor,
     reduce_HE: Tensor,
+    mask_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pass 2.
 
@@ -251,6 +264,7 @@ def bwd_reduce(
         gain2_E, shift2_E: norm 2 as an affine map.
         mean2_E: the mean of h2.
         reduce_HE: the reduction.
+        mask_BN: which tokens are real, bool.
     Returns:
         m2, [B, E, N, N] in the maps' dtype; ∂reduce [H, E]; the sums of m2 and of m2·(h2 − mean), [E]; float64.
     """
@@ -260,15 +274,15 @@ def bwd_reduce(
     parts, groups = triton.cdiv(tokens * stride, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
     shares = triton.cdiv(groups * padded, GROUPS * 16)  # of the groups, one for each program
     groups = triton.cdiv(groups, shares)
-    m2_BENN = empty_padded(local_BENN)
-    d_reduce_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=torch.float32)
-    sums_P2E = map_BHNN.new_empty(batch * parts, 2, shares * groups * GROUP, dtype=torch.float32)
+    m2_BENN, exact = empty_padded(local_BENN), statistics_dtype(map_BHNN.dtype)
+    d_reduce_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=exact)
+    sums_P2E = map_BHNN.new_empty(batch * parts, 2, shares * groups * GROUP, dtype=exact)
     launch(
-        _bwd_reduce, (batch, parts, shares), map_BHNN, reduced_BHNN, dt_BHNN, local_BENN, to_columns(to_reduced),
-        to_columns((gain2_E, shift2_E)), reduce_HE.float().contiguous(), m2_BENN, d_reduce_PEH, sums_P2E,
-        heads, expanded,
+        _bwd_reduce, (batch, parts, shares), map_BHNN, reduced_BHNN, dt_BHNN, local_BENN, to_columns(to_reduced, exact),
+        to_columns((gain2_E, shift2_E), exact), reduce_HE.to(exact).contiguous(), m2_BENN, d_reduce_PEH, sums_P2E,
+        heads, expanded, sums_P2E if mask_BN is None else mask_bytes(mask_BN),
         TOKENS=tokens, STRIDE=stride, PADDED=padded, GROUPS=groups, GROUP=GROUP, WARPS=WARPS, LANES=LANES, STEPS=STEPS,
-        PRECISION=precision(map_BHNN), num_warps=WARPS,
+        PRECISION=precision(map_BHNN), MASKED=mask_BN is not None, num_warps=WARPS,
     )  # fmt: skip
     d_reduce_HE = d_reduce_PEH.sum(0, dtype=torch.float64)[:expanded, :heads].T
     q0_E, q1_E = sums_P2E.sum(0, dtype=torch.float64)[:, :expanded]
@@ -278,6 +292,8 @@ def bwd_reduce(
 def precision(map_BHNN: Tensor) -> str:
     """The precision of fp32 products of stored maps: no finer than the maps are stored, where a card has less."""
     card = architecture(map_BHNN.device)
+    if map_BHNN.dtype == torch.float64:
+        return "ieee"
     if isinstance(card, str) and (card != "gfx942" or map_BHNN.dtype == torch.float32):
         return "ieee"  # an AMD card multiplies fp32 as it is; of them an MI300 alone has tf32
     return "tf32x3" if map_BHNN.dtype == torch.float32 else "tf32"
@@ -304,9 +320,9 @@ def _bwd_map_statistics(
     offset_HL = head_H[:, None] * AREA + offset_L[None, :]
     stored_HL = mask_H[:, None] & (offset_L[None, :] < AREA)
     map_HL = tl.load(map_BHNN + first + offset_HL, mask=stored_HL, other=0.0)
-    reduced_HL = tl.load(reduced_BHNN + first + offset_HL, mask=stored_HL, other=0.0).to(tl.float32)
-    dt_HL = tl.load(dt_BHNN + first + offset_HL, mask=stored_HL, other=0.0).to(tl.float32)
-    share_HL = tl.load(share_BHNN + first + offset_HL, mask=stored_HL, other=0.0).to(tl.float32)
+    reduced_HL = as_sum(tl.load(reduced_BHNN + first + offset_HL, mask=stored_HL, other=0.0))
+    dt_HL = as_sum(tl.load(dt_BHNN + first + offset_HL, mask=stored_HL, other=0.0))
+    share_HL = as_sum(tl.load(share_BHNN + first + offset_HL, mask=stored_HL, other=0.0))
     if map_HL.dtype == tl.float16:
         map_HL = map_HL.to(tl.float32)  # its smallest numbers are too large for the gain
     d_map_HL = share_HL + gain_H1 * dt_HL + on_reduced_H1 * reduced_HL + level_H1
@@ -337,11 +353,11 @@ def bwd_map_statistics(
     map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN = map(to_padded, (map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN))
     batch, heads, tokens, _ = map_BHNN.shape
     stride = row_stride(tokens)
-    gain_H, on_reduced_H, on_map_H, direct_H = to_map
+    exact, (gain_H, on_reduced_H, on_map_H, direct_H) = statistics_dtype(map_BHNN.dtype), to_map
     launch(
         _bwd_map_statistics, (batch, triton.cdiv(tokens * stride, POSITIONS)),
         map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN,
-        to_columns((gain_H, on_reduced_H, direct_H + level_H)), (gain_HH + on_map_H.diag()).float(), heads,
+        to_columns((gain_H, on_reduced_H, direct_H + level_H), exact), (gain_HH + on_map_H.diag()).to(exact), heads,
         TOKENS=tokens, STRIDE=stride, PADDED=padded_size(heads), POSITIONS=POSITIONS, num_warps=4,
     )  # fmt: skip
     return share_BHNN

@@ -22,10 +22,13 @@ from torch import Tensor
 from refiner_ds.attention.bottleneck.triton_backward import precision, to_columns
 from refiner_ds.attention.bottleneck.triton_forward import GROUP, pad_to_nine_taps
 from refiner_ds.attention.kernels.configurations import sizes_of
-from refiner_ds.attention.kernels.dot import dot_split_weight, load_taps, padded_size, relu6
+from refiner_ds.attention.kernels.dot import as_sum, dot_split_weight, load_taps, padded_size, relu6, zero_sums
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
 from refiner_ds.attention.kernels.launch import architecture, launch
+from refiner_ds.attention.kernels.masks import real_tokens
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
+from refiner_ds.attention.masking import mask_bytes
+from refiner_ds.attention.norms import statistics_dtype
 
 __all__ = ["bwd_expand_local"]
 
@@ -45,7 +48,7 @@ def _local_gradient(m2_L, local_L, plane_M1, mask_M, stored_L, valid_L, gain_MM,
     local_ML = tl.load(local_L[None, :] + plane_M1[:, None], mask=stored_ML, other=0.0)
     if m2_ML.dtype == tl.float16:
         m2_ML, local_ML = m2_ML.to(tl.float32), local_ML.to(tl.float32)  # its smallest numbers are too large for slopes
-    sums_ML = tl.zeros([plane_M1.shape[0], valid_L.shape[0]], dtype=tl.float32)
+    sums_ML = zero_sums([plane_M1.shape[0], valid_L.shape[0]], m2_ML.dtype)
     sums_ML = dot_split_weight(gain_MM, m2_ML, sums_ML)
     return dot_split_weight(slope_MM, local_ML, sums_ML) + level_M1 * valid_L.to(tl.float32)[None, :]
 
@@ -123,24 +126,32 @@ def _add_sums(sums_10E, cross_EH, sums, sum_MS, cross_MH, map_M, step, WIDE: tl.
 
 @triton.jit
 def _activated(
-    map_HL, row, limit, stored_L, valid_L, mask_H1, folded_MH, shift_M1, STRIDE: tl.constexpr
+    map_HL, row, limit, stored_L, valid_L, image_L, mask_BN, mask_H1, folded_MH, shift_M1,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """u1 of one row above ``limit``, zero outside: read once, it serves three rows of ∂kernel and its own gate."""
     row_L = row + tl.zeros_like(valid_L).to(tl.int32)  # the interpreter makes no mask of one number
     map_HL = tl.load(map_HL + row * STRIDE, mask=(stored_L & (row_L < limit))[None, :] & mask_H1, other=0.0)
-    empty_ML = tl.zeros([folded_MH.shape[0], valid_L.shape[0]], dtype=tl.float32)
+    empty_ML = zero_sums([folded_MH.shape[0], valid_L.shape[0]], map_HL.dtype)
     u1_ML = relu6(dot_split_weight(folded_MH, map_HL, empty_ML) + shift_M1)
-    return tl.where((valid_L & (row_L < limit))[None, :], u1_ML, 0.0)
+    in_L = valid_L & (row_L < limit)
+    if MASKED:
+        in_L = real_tokens(mask_BN, image_L, row, in_L, TOKENS)
+    return tl.where(in_L[None, :], u1_ML, 0.0)
 
 
 @triton.jit
 def _local_gradient_row(
-    m2_BENN, local_BENN, row, at_L, at_Q, stored_L, valid_L, valid_Q, plane_M, mask_M, gain_MM, slope_MM, level_M1,
-    TOKENS: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    m2_BENN, local_BENN, row, at_L, at_Q, stored_L, valid_L, valid_Q, image_L, image_Q, mask_BN, plane_M, mask_M,
+    gain_MM, slope_MM, level_M1,
+    TOKENS: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """∂h2 of one row, and its neighbours along the keys: all nine taps of ∂u1 and ∂kernel come from these."""
     row_L, row_Q = row + 0 * at_L, row + 0 * at_Q
     in_L, in_Q = (row_L >= 0) & (row_L < TOKENS), valid_Q & (row_Q >= 0) & (row_Q < TOKENS)
+    if MASKED:
+        in_L = real_tokens(mask_BN, image_L, row, stored_L & in_L, TOKENS)
+        in_Q = real_tokens(mask_BN, image_Q, row, in_Q, TOKENS)
     dh2_ML = _local_gradient(
         m2_BENN + at_L + row * STRIDE, local_BENN + at_L + row * STRIDE, plane_M, mask_M, stored_L & in_L,
         valid_L & in_L, gain_MM, slope_MM, level_M1,
@@ -159,18 +170,20 @@ def _through_expansion(
 ):  # fmt: skip
     """m1·(A − μ)ᵀ of one row, added to ``cross``; the row's share of ∂A, added in scratch memory to other groups'."""
     map_HL = tl.load(map_HL, mask=stored_HL, other=0.0)
-    centred_HL = tl.where(stored_HL, map_HL.to(tl.float32) - mean_H1, 0.0)
+    centred_HL = tl.where(stored_HL, as_sum(map_HL) - mean_H1, 0.0)
     share_HL = tl.load(scratch_HL, mask=again_HL, other=0.0)
-    tl.store(scratch_HL, tl.dot(tl.trans(folded_MH), m1_ML, share_HL, input_precision=PRECISION))
-    return tl.dot(m1_ML, tl.trans(centred_HL), cross_MH, input_precision=PRECISION)
+    share_HL = tl.dot(tl.trans(folded_MH), m1_ML, share_HL, input_precision=PRECISION, out_dtype=m1_ML.dtype)
+    tl.store(scratch_HL, share_HL)
+    return tl.dot(m1_ML, tl.trans(centred_HL), cross_MH, input_precision=PRECISION, out_dtype=m1_ML.dtype)
 
 
 @triton.jit
 def _bwd_expand_local(
     map_BHNN, local_BENN, m2_BENN, folded_EH, affine_4E, taps_E9, mean_H, share_BHNN, scratch_PRHL, sums_P10E,
-    cross_PEH, fragments, steps,
+    cross_PEH, fragments, steps, mask_BN,
     TOKENS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, EXPANDED: tl.constexpr, GROUPS: tl.constexpr,
     PADDED: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(0), tl.program_id(1)
     AREA: tl.constexpr = TOKENS * STRIDE
@@ -179,6 +192,9 @@ def _bwd_expand_local(
     mask_H1 = (head_H < HEADS)[:, None]
     image_L, key_L, stored_L, valid_L = fragment_offsets(tile, fragments, TOKENS, STRIDE, KEYS)
     image_Q, key_Q, valid_Q = halo_offsets(tile, fragments, TOKENS, STRIDE, KEYS)
+    if MASKED:
+        valid_L = real_tokens(mask_BN, image_L, key_L, valid_L, TOKENS)
+        valid_Q = real_tokens(mask_BN, image_Q, key_Q, valid_Q, TOKENS)
     at_HL = (image_L * (HEADS * AREA) + key_L)[None, :] + (head_H * AREA)[:, None]
     at_L, at_Q = image_L * (EXPANDED * AREA) + key_L, image_Q * (EXPANDED * AREA) + key_Q
     mean_H1 = tl.load(mean_H + head_H, mask=head_H < HEADS, other=0.0)[:, None]
@@ -194,24 +210,26 @@ def _bwd_expand_local(
             )
             sums = tl.tuple(())
             for _ in tl.static_range(9):
-                sums += (tl.zeros([GROUP, _FRAGMENTS], dtype=tl.float32),)
-            sum_MS = tl.zeros([GROUP, _FRAGMENTS], dtype=tl.float32)
-            cross_MH = tl.zeros([GROUP, PADDED], dtype=tl.float32)
+                sums += (zero_sums([GROUP, _FRAGMENTS], map_BHNN.dtype.element_ty),)
+            sum_MS = zero_sums([GROUP, _FRAGMENTS], map_BHNN.dtype.element_ty)
+            cross_MH = zero_sums([GROUP, PADDED], map_BHNN.dtype.element_ty)
             # Partial sums of ∂u1 for the row before the one just read, and for that row.
-            before_ML, now_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32), tl.zeros([GROUP, COLUMNS], tl.float32)
+            before_ML = zero_sums([GROUP, COLUMNS], map_BHNN.dtype.element_ty)
+            now_ML = zero_sums([GROUP, COLUMNS], map_BHNN.dtype.element_ty)
             # Triton carries a variable through a loop only if it ends up as another value: of two that begin as one
             # zero and take each other's place, the compiled kernel would see zero for ever.
-            u1_before_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
-            u1_now_ML = tl.zeros([GROUP, COLUMNS], dtype=tl.float32)
+            u1_before_ML = zero_sums([GROUP, COLUMNS], map_BHNN.dtype.element_ty)
+            u1_now_ML = zero_sums([GROUP, COLUMNS], map_BHNN.dtype.element_ty)
             for line in range(ROWS + 2):
                 row, plane = top + line - 1, group * (GROUP * AREA)
                 left_ML, dh2_ML, right_ML = _local_gradient_row(
-                    m2_BENN, local_BENN, row, at_L + plane, at_Q + plane, stored_L, valid_L, valid_Q, offset_M * AREA,
-                    map_M < EXPANDED, gain_MM, slope_MM, level_M1, TOKENS, STRIDE, GROUP, KEYS,
+                    m2_BENN, local_BENN, row, at_L + plane, at_Q + plane, stored_L, valid_L, valid_Q, image_L, image_Q,
+                    mask_BN, offset_M * AREA, map_M < EXPANDED, gain_MM, slope_MM, level_M1,
+                    TOKENS, STRIDE, GROUP, KEYS, MASKED,
                 )  # fmt: skip
                 u1_after_ML = _activated(
-                    map_BHNN + at_HL, row + 1, tl.minimum(TOKENS, top + ROWS), stored_L, valid_L, mask_H1,
-                    folded_MH, shift_M1, STRIDE,
+                    map_BHNN + at_HL, row + 1, tl.minimum(TOKENS, top + ROWS), stored_L, valid_L, image_L, mask_BN,
+                    mask_H1, folded_MH, shift_M1, TOKENS, STRIDE, MASKED,
                 )  # fmt: skip
                 done_ML = before_ML + taps[0] * right_ML + taps[1] * dh2_ML + taps[2] * left_ML
                 before_ML = now_ML + taps[3] * right_ML + taps[4] * dh2_ML + taps[5] * left_ML
@@ -246,6 +264,7 @@ def bwd_expand_local(
     slope_E: Tensor,
     level_E: Tensor,
     mean_H: Tensor,
+    mask_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pass 3, with u1 = relu6(folded · A + shift) and ∂h2 = gain·m2 + slope·h2 + level.
 
@@ -257,6 +276,7 @@ def bwd_expand_local(
         kernel_E1kk: the local kernels, of size 1 or 3.
         gain2_E, slope_E, level_E: norm 2, backward.
         mean_H: the mean of A.
+        mask_BN: which tokens are real, bool; h2 and m2 of the others are zero.
     Returns:
         The share of ∂A that comes through the expanded maps, [B, H, N, N] in the maps' dtype; ∂kernel in its shape; the
         sums of m1, [E], and of m1·(A − mean)ᵀ, [E, H]; float64.
@@ -270,17 +290,18 @@ def bwd_expand_local(
     tiles, blocks = triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, rows)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // tiles))
     segments = triton.cdiv(blocks, steps)
-    share_BHNN = empty_padded(map_BHNN)
+    share_BHNN, exact = empty_padded(map_BHNN), statistics_dtype(map_BHNN.dtype)
     programs, wide = tiles * segments, groups * GROUP
-    scratch_PRHL = map_BHNN.new_empty(programs, rows, padded, FRAGMENTS * keys, dtype=torch.float32)
-    sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=torch.float32)
-    cross_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=torch.float32)
+    scratch_PRHL = map_BHNN.new_empty(programs, rows, padded, FRAGMENTS * keys, dtype=exact)
+    sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=exact)
+    cross_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=exact)
     launch(
-        _bwd_expand_local, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.float().contiguous(),
-        to_columns((shift1_E, gain2_E, slope_E, level_E)), pad_to_nine_taps(kernel_E1kk), mean_H.float(), share_BHNN,
-        scratch_PRHL, sums_P10E, cross_PEH, fragments, steps,
+        _bwd_expand_local, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.to(exact).contiguous(),
+        to_columns((shift1_E, gain2_E, slope_E, level_E), exact), pad_to_nine_taps(kernel_E1kk, exact),
+        mean_H.to(exact), share_BHNN, scratch_PRHL, sums_P10E, cross_PEH, fragments, steps,
+        sums_P10E if mask_BN is None else mask_bytes(mask_BN),
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP,
-        KEYS=keys, ROWS=rows, PRECISION=precision(map_BHNN), num_warps=1, num_stages=1,
+        KEYS=keys, ROWS=rows, PRECISION=precision(map_BHNN), MASKED=mask_BN is not None, num_warps=1, num_stages=1,
     )  # fmt: skip
     sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
     cross_EH = cross_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]

@@ -28,6 +28,7 @@ from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import dot_split_weight, load_taps, padded_size, zero_sums
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
 from refiner_ds.attention.kernels.launch import architecture, launch
+from refiner_ds.attention.kernels.masks import real_tokens
 from refiner_ds.attention.kernels.padded import empty_padded, row_stride, to_padded
 from refiner_ds.attention.masking import mask_bytes
 from refiner_ds.attention.norms import statistics_dtype
@@ -56,8 +57,8 @@ def _refine_folded(
     AREA: tl.constexpr = TOKENS * STRIDE
     map_L, map_Q = map_BHNN + image_L * (HEADS * AREA) + key_L, map_BHNN + image_Q * (HEADS * AREA) + key_Q
     if MASKED:
-        valid_L &= _real(mask_BN, image_L, key_L, valid_L, TOKENS)
-        real_Q = _real(mask_BN, image_Q, key_Q, valid_Q, TOKENS)
+        valid_L &= real_tokens(mask_BN, image_L, key_L, valid_L, TOKENS)
+        real_Q = real_tokens(mask_BN, image_Q, key_Q, valid_Q, TOKENS)
     first = segment * ROWS
     maps, halos, inside_L, inside_Q = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     refined = tl.tuple(())
@@ -70,8 +71,8 @@ def _refine_folded(
         maps += (tl.load(offset_HL, mask=in_L[None, :] & mask_H1, other=0.0),)
         halos += (tl.load(offset_HQ, mask=in_Q[None, :] & mask_H1, other=0.0),)
         if MASKED:
-            inside_L += (valid_L & _real(mask_BN, image_L, row, in_L, TOKENS),)
-            inside_Q += (real_Q & _real(mask_BN, image_Q, row, in_Q, TOKENS),)
+            inside_L += (valid_L & real_tokens(mask_BN, image_L, row, in_L, TOKENS),)
+            inside_Q += (real_Q & real_tokens(mask_BN, image_Q, row, in_Q, TOKENS),)
         else:
             inside_L += (in_L & valid_L,)
             inside_Q += (in_Q,)
@@ -93,12 +94,6 @@ def _refine_folded(
         rounded_HL = tl.where(valid_L[None, :], refined[step], 0.0).to(refined_BHNN.dtype.element_ty)
         stored_HL = (stored_L & (tl.where(stored_L, first + step, TOKENS) < TOKENS))[None, :] & mask_H1
         tl.store(offset_HL, rounded_HL, mask=stored_HL)
-
-
-@triton.jit
-def _real(mask_BN, image_L, token_L, valid_L, TOKENS: tl.constexpr):
-    """Which of some tokens, one for each column, are no padding; padding is outside the map, and zero in it."""
-    return tl.load(mask_BN + image_L * TOKENS + token_L, mask=valid_L, other=0) != 0
 
 
 @triton.jit

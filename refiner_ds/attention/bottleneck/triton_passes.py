@@ -25,25 +25,26 @@ class KernelPasses:
     """All passes by kernels; see :class:`refiner_ds.attention.bottleneck.passes.Passes`.
 
     Args:
-        map_BHNN: the maps, fp32 or half precision, on a device that runs kernels.
+        map_BHNN: the maps, fp32 or half precision, on a device that runs kernels; in the interpreter float64 too.
         algebra: the norms, folded as far as each pass needs them.
+        mask_BN: which tokens are real; maps, values and ∂out of the others are zero. h2, h3, ∂T and m2 are then written
+            as zero too; the output of padding, and ∂A and ∂V of it, are any numbers.
     """
 
     def __init__(self, map_BHNN: Tensor, algebra: NormAlgebra, mask_BN: Tensor | None = None) -> None:
-        assert mask_BN is None  # such a case is left to tiles
-        self.map_BHNN, self.algebra = to_padded(map_BHNN), algebra
+        self.map_BHNN, self.algebra, self.mask_BN = to_padded(map_BHNN), algebra, mask_BN
         self.kernel_E1kk = algebra.weights.local.kernels[0]
         self.reduce_HE = algebra.weights.reduce_HE
 
     def map_moments(self) -> tuple[Tensor, Tensor]:
         """Forward 1: mean and covariance of A over heads, [H] and [H, H]."""
-        return map_moments(self.map_BHNN)
+        return map_moments(self.map_BHNN, self.mask_BN)
 
     def expand_local(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Forward 2: h2, [B, E, N, N], and its mean and variance."""
         algebra = self.algebra
         local_BENN, mean_E, variance_E = triton_forward.expand_local(
-            self.map_BHNN, algebra.folded_EH, algebra.shift1_E, self.kernel_E1kk
+            self.map_BHNN, algebra.folded_EH, algebra.shift1_E, self.kernel_E1kk, self.mask_BN
         )
         return local_BENN, (mean_E, variance_E)
 
@@ -51,7 +52,7 @@ class KernelPasses:
         """Forward 3: h3, [B, H, N, N], and its mean and covariance with A."""
         algebra = self.algebra
         reduced_BHNN, mean3_H, joint_22H = triton_forward.reduce(
-            local_BENN, self.map_BHNN, algebra.gain2_E, algebra.shift2_E, self.reduce_HE
+            local_BENN, self.map_BHNN, algebra.gain2_E, algebra.shift2_E, self.reduce_HE, self.mask_BN
         )
         return reduced_BHNN, (mean3_H, joint_22H)
 
@@ -84,7 +85,7 @@ class KernelPasses:
         self.to_map, algebra = to_map, self.algebra
         self.m2_BENN, d_reduce_HE, q0_E, q1_E = triton_backward.bwd_reduce(
             self.map_BHNN, self.reduced_BHNN, self.dt_BHNN, self.local_BENN, to_reduced,
-            algebra.gain2_E, algebra.shift2_E, algebra.mean2_E, self.reduce_HE,
+            algebra.gain2_E, algebra.shift2_E, algebra.mean2_E, self.reduce_HE, self.mask_BN,
         )  # fmt: skip
         return d_reduce_HE, q0_E, q1_E
 
@@ -93,7 +94,7 @@ class KernelPasses:
         algebra = self.algebra
         self.share_BHNN, d_kernel_E1kk, p0_E, cross_EH = bwd_expand_local(
             self.map_BHNN, self.local_BENN, self.m2_BENN, algebra.folded_EH, algebra.shift1_E, self.kernel_E1kk,
-            algebra.gain2_E, slope_E, level_E, algebra.mean_H,
+            algebra.gain2_E, slope_E, level_E, algebra.mean_H, self.mask_BN,
         )  # fmt: skip
         return d_kernel_E1kk, p0_E, cross_EH
 

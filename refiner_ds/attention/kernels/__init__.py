@@ -3,6 +3,7 @@
     launch.py            where kernels run, the one place that launches them, and compiling them without a GPU
     configurations.py    other sizes of tiles, by name and by card
     padded.py            the memory layout of maps: rows aligned to 16 bytes
+    masks.py             which tokens of padded sequences are real
     fragments.py         neighbouring keys in one thread
     dot.py               small products, and their precision
     moments.py           mean and covariance of maps over heads

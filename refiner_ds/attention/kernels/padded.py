@@ -11,9 +11,10 @@ Axes: B batch, C maps, N tokens.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ALIGNED", "empty_padded", "valid_counts", "to_padded", "is_padded", "row_stride"]
+__all__ = ["ALIGNED", "empty_padded", "real_counts", "valid_counts", "to_padded", "is_padded", "row_stride"]
 
 ALIGNED = 8  # entries: 16 bytes in half precision
 
@@ -28,6 +29,24 @@ def valid_counts(tokens: int, length: int, device: torch.device) -> Tensor:
     stride = row_stride(tokens)
     cuts = torch.arange(0, tokens * stride + length, length, device=device).clamp(max=tokens * stride)
     return (cuts // stride * tokens + (cuts % stride).clamp(max=tokens)).diff()
+
+
+def real_counts(mask_BN: Tensor, length: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Of padded sequences, each image's entries cut into parts of ``steps`` times ``length``.
+
+    Args:
+        mask_BN: which tokens are real, bool.
+    Returns:
+        How many entries of each part are real, and the first step of a part that has any, or 0: [B · parts], int64.
+    """
+    tokens, stride = mask_BN.shape[1], row_stride(mask_BN.shape[1])
+    parts = -(-tokens * stride // (length * steps))
+    cuts = torch.arange(parts * steps + 1, device=mask_BN.device).mul(length).clamp(max=tokens * stride)
+    before_BN = F.pad(mask_BN.cumsum(1), (1, 0))  # real tokens before each, and before the end
+    whole_BC, begun_BC = before_BN[:, cuts // stride], before_BN[:, (cuts % stride).clamp(max=tokens)]
+    entries_BC = whole_BC * before_BN[:, -1:] + F.pad(mask_BN, (0, 1))[:, cuts // stride] * begun_BC
+    found_PS = entries_BC.diff().reshape(-1, steps)
+    return found_PS.sum(1), (found_PS > 0).int().argmax(1)
 
 
 def empty_padded(like_BCN: Tensor, maps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:

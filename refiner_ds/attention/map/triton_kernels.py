@@ -19,6 +19,7 @@ from torch import Tensor
 
 from refiner_ds.attention.kernels.dot import as_sum, dense_rows, dot, padded_size, zero_sums
 from refiner_ds.attention.kernels.launch import launch
+from refiner_ds.attention.kernels.masks import real_tokens
 from refiner_ds.attention.kernels.padded import empty_padded, is_padded, row_stride, to_padded
 from refiner_ds.attention.masking import mask_bytes
 from refiner_ds.attention.norms import statistics_dtype
@@ -59,7 +60,7 @@ def _dropout_factor(seed, plane, row_R, key_K, dropout, TOKENS: tl.constexpr):
 @triton.jit
 def _real(mask_BN, image, token_L, TOKENS: tl.constexpr):
     """Which of some tokens are neither outside nor padding, [L]; where nothing is padded it is not called."""
-    return tl.load(mask_BN + image.to(tl.int64) * TOKENS + token_L, mask=token_L < TOKENS, other=0) != 0
+    return real_tokens(mask_BN, image.to(tl.int64), token_L, token_L < TOKENS, TOKENS)
 
 
 @triton.jit

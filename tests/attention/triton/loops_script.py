@@ -7,6 +7,7 @@ another, both of which began as the same value, is forgotten without a word. Pyt
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import torch
 from triton.compiler import code_generator
@@ -66,8 +67,8 @@ with launch.compile_only(90):
     for dtype in (torch.bfloat16, torch.float32):
         layer = Layer(Setting(2, 12, 32, 3, "cpu"), 50)
         for case in ("map", "bottleneck", "linear"):
-            for training in (True, False):
-                run_step(layer, case, dtype, training)
+            for training, padded in product((True, False), (True, False)):
+                run_step(layer, case, dtype, training, padded)
         attn = torch.rand(1, 12, 50, 50, dtype=dtype).requires_grad_()
         layer.train()
         out = attention.refine(attn, layer.inputs[0][:1].to(dtype), layer.refiner("bottleneck"), 1.0, "triton", "map")

@@ -73,11 +73,9 @@ def test_what_kernels_do_not_support_is_left_to_tiled_with_the_reason(device):
         assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2, kernel_size))) == reason
         assert TRITON.supports(Case(pair, value)) is None
     q, k, value = double
-    pair, precise = DeferredMap(q, k, SCALE), "kernels take no float64"
-    reason = None if INTERPRETED else precise
+    pair, reason = DeferredMap(q, k, SCALE), None if INTERPRETED else "kernels take no float64"
     assert TRITON.supports(Case(pair, value, linear(2, 2))) == TRITON.supports(Case(pair, value)) == reason
-    training = precise if reason else "kernels of a bottleneck in training take no float64"
-    assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2))) == training
+    assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2))) == reason
     with torch.no_grad():
         assert TRITON.supports(Case(q @ k.mT, value, bottleneck(2, 2, training=False))) == reason
 

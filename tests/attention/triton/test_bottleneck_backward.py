@@ -29,7 +29,7 @@ SHAPES = [(2, 3, 9, 7), (1, 12, 36, 9), (1, 17, 34, 6)]
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backward, "ROWS", dict.fromkeys(DTYPES, 16))
+    monkeypatch.setattr(triton_backward, "ROWS", dict.fromkeys([*DTYPES, torch.float64], 16))
     for name, size in {"KEYS": 16, "STEPS": 2, "POSITIONS": 32, "WARPS": 2}.items():
         monkeypatch.setattr(triton_backward, name, size)
     for name, size in {"ROWS": 4, "PROGRAMS": 2}.items():

@@ -112,6 +112,34 @@ def test_projection_with_its_moments(shape, dtype, device, monkeypatch):
         assert close(ours, true, SUMS[dtype])
 
 
+def test_moments_of_padded_sequences_keep_their_digits(device, monkeypatch):
+    """Far from zero, so that a part that begins with padding needs a pilot of its own."""
+    few_rows(monkeypatch)
+    monkeypatch.setattr(triton_forward, "POSITIONS", 16)
+    monkeypatch.setattr(triton_forward, "SEGMENT", 24)
+    mask_BN = torch.arange(24).ge(torch.tensor([[17], [3]])).to(device)
+    real_BNN = mask_BN[:, :, None] & mask_BN[:, None]
+    made = case((2, 3, 9, 24, 1), torch.float32, device)
+    map_BHNN = made["map_BHNN"] * real_BNN[:, None]
+    weights = made["folded_EH"] * 1e-3, torch.full_like(made["shift1_E"], 3.0), made["kernel_E1kk"]
+    local_BENN, mean_E, variance_E = expand_local(map_BHNN, *weights, mask_BN)
+    truth_EL = expanded(map_BHNN, *weights).transpose(0, 1)[:, real_BNN]
+    assert close(local_BENN.transpose(0, 1)[:, real_BNN], truth_EL, SUMS[torch.float32])
+    assert not local_BENN.transpose(0, 1)[:, ~real_BNN].any()
+    assert close(mean_E, truth_EL.mean(1), 1e-6)
+    assert ((variance_E - truth_EL.var(1, correction=0)).abs() < 3e-4 * truth_EL.var(1, correction=0)).all()
+    local_BENN = 1 + torch.randn(2, 9, 24, 24, device=device) * 1e-3
+    weights = torch.full_like(made["gain2_E"], 1.0), torch.full_like(made["shift2_E"], 2.0), made["reduce_HE"]
+    reduced_BHNN, mean3_H, joint_22H = reduce(local_BENN, map_BHNN, *weights, mask_BN)
+    truth_BHNN = projected(local_BENN, *weights)
+    both_2HL = torch.stack((truth_BHNN, map_BHNN.double())).transpose(1, 2)[:, :, real_BNN]
+    assert close(mean3_H, both_2HL[0].mean(1), 1e-6)
+    assert not reduced_BHNN.transpose(0, 1)[:, ~real_BNN].any()
+    truth_22H = torch.stack([both_2HL[:, head].cov(correction=0) for head in range(3)], -1)
+    for which in ((0, 0), (1, 1)):
+        assert ((joint_22H[which] - truth_22H[which]).abs() < 1e-3 * truth_22H[which]).all()
+
+
 @pytest.mark.parametrize("dtype", list(SUMS))
 @pytest.mark.parametrize(("batch", "heads", "tokens", "width"), [(2, 3, 7, 5), (1, 2, 37, 35)])
 def test_output_rounds_nothing_but_itself(batch, heads, tokens, width, dtype, device, monkeypatch):

@@ -11,7 +11,14 @@ from torch import Tensor
 from refiner_ds import attention
 from refiner_ds.attention.bottleneck import triton_backward, triton_backward_local, triton_forward, triton_inference
 from refiner_ds.attention.kernels import padded
-from refiner_ds.attention.kernels.padded import empty_padded, is_padded, row_stride, to_padded, valid_counts
+from refiner_ds.attention.kernels.padded import (
+    empty_padded,
+    is_padded,
+    real_counts,
+    row_stride,
+    to_padded,
+    valid_counts,
+)
 from tests.attention.cases import SCALE, bottleneck, leaves, on
 from tests.marks import long_where
 
@@ -52,6 +59,21 @@ def test_entries_are_counted_without_the_zeros():
         real[:, : plane.shape[-1]] = 1
         parts = [part.sum().item() for part in real.flatten().split(length)]
         assert valid_counts(tokens, length, torch.device("cpu")).tolist() == parts
+
+
+def test_real_entries_of_padded_sequences_are_counted_and_the_first_step_with_any_is_found():
+    for tokens, length, steps in ((7, 16, 2), (8, 16, 1), (13, 8, 5), (5, 1000, 3)):
+        mask_BN = torch.rand(4, tokens) < torch.tensor([[1.0], [0.5], [0.2], [0.0]])
+        real = torch.zeros(4, tokens, row_stride(tokens), dtype=torch.int64)
+        real[:, :, :tokens] = mask_BN[:, :, None] & mask_BN[:, None]
+        counts, firsts = [], []
+        for image in real.flatten(1):
+            for part in image.split(length * steps):
+                found = [bool(step.any()) for step in part.split(length)]
+                counts.append(part.sum().item())
+                firsts.append(found.index(True) if any(found) else 0)
+        counted = real_counts(mask_BN, length, steps)
+        assert counted[0].tolist() == counts and counted[1].tolist() == firsts
 
 
 @pytest.mark.parametrize(
