@@ -114,8 +114,9 @@ class Drill:
             if not course.run.complete.exists():
                 return [f"{course.folder.name}: it did not end"]
             last = course.last_step()
-            if _samples(course.folder) != {step: samples for step, samples in wanted.items() if step < last}:
-                found.append(f"{course.folder.name}: samples")
+            mine, theirs = _samples(course.folder), {step: some for step, some in wanted.items() if step < last}
+            if wrong := [str(step) for step in sorted({*mine, *theirs}) if mine.get(step) != theirs.get(step)]:
+                found.append(f"{course.folder.name}: samples of {len(wrong)} steps, the first of them {wrong[0]}")
         if self.changes and self.loss_apart() > LOSS_TOLERANCE:
             found.append("changing: loss")
         return found + self._bits()

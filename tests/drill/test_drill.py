@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -14,7 +16,7 @@ from tests.drill.drill import Drill, Plan
 from tests.drill.events import CHANGE, EVENTS, FULL, NAN
 from tests.drill.report import table, write
 from tests.drill.stopped import seconds_until_named
-from tests.training.launched import run  # noqa: F401  (this file starts processes)
+from tests.training.launched import environment, run  # noqa: F401  (this file starts processes)
 
 KINDS = (
     "SIGKILL of all ranks while a checkpoint is written", NAN, FULL, "damaged newest checkpoint, SIGKILL of all ranks",
@@ -49,6 +51,38 @@ def test_a_step_that_goes_wrong_again_after_others_is_the_newest(tmp_path: Path)
     assert course._newest_incident(since=2.0) == incidents[0]
     with pytest.raises(ValueError):
         course._newest_incident(since=9.0)
+
+
+LOGS_A_STEP = """
+import os, sys, time
+from types import SimpleNamespace
+
+import torch
+
+import sitecustomize
+
+losses = SimpleNamespace(_replace=lambda **_: None)
+launcher = os.getpid()
+reading, writing = os.pipe()
+if os.fork():
+    os.read(reading, 1)  # the rank has begun its step
+    os._exit(0)
+rank = SimpleNamespace(_clean_call=lambda *_: os.write(writing, b"."), _clean_forward=lambda *_: losses)
+sitecustomize._take(rank, 7)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+sitecustomize._forward(rank, SimpleNamespace(sample_B=torch.tensor([3, 5])))
+print(launcher)
+"""
+
+
+def test_samples_of_a_step_in_which_the_launcher_is_killed_are_those_of_its_start(tmp_path: Path) -> None:
+    env = {**environment(), "REFINER_SAMPLES": str(tmp_path), "PYTHONPATH": str(Path(__file__).with_name("poison"))}
+    with subprocess.Popen((sys.executable, "-c", LOGS_A_STEP), env=env, stdout=subprocess.PIPE, text=True) as process:
+        launcher = int(process.communicate(timeout=120)[0])
+    (log,) = tmp_path.iterdir()
+    line = json.loads(log.read_text())
+    assert (line["launcher"], line["step"], line["samples"]) == (launcher, 7, [3, 5])
 
 
 def test_the_table_has_every_kind_and_goes_between_the_marks_of_a_page(tmp_path: Path) -> None:

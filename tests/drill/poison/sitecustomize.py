@@ -18,10 +18,12 @@ from pathlib import Path
 
 HOW, _, WHAT = os.environ.get("REFINER_POISON", "").partition(":")
 SAMPLES = os.environ.get("REFINER_SAMPLES")
+LAUNCHERS: dict[int, int] = {}  # of each process, forked ones included; once it is killed, another adopts its ranks
 
 
 def _take(self, step, *arguments, **more):
     self._noted_step, self._noted_micro = step, 0
+    LAUNCHERS.setdefault(os.getpid(), os.getppid())
     return self._clean_call(step, *arguments, **more)
 
 
@@ -29,7 +31,7 @@ def _forward(self, batch, *arguments):
     losses = self._clean_forward(batch, *arguments)
     rank = os.environ.get("RANK", "0")
     if SAMPLES:
-        line = {"time": time.time(), "launcher": os.getppid(), "rank": int(rank), "step": self._noted_step}
+        line = {"time": time.time(), "launcher": LAUNCHERS[os.getpid()], "rank": int(rank), "step": self._noted_step}
         line |= {"micro": self._noted_micro, "samples": batch.sample_B.tolist()}
         with open(Path(SAMPLES, f"{os.getpid()}.jsonl"), "a") as log:
             log.write(json.dumps(line) + "\n")
