@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from refiner_ds.analysis.cka import CKA
 from refiner_ds.analysis.loading import LoadedModel, every_checkpoint, load_model, open_set
 from refiner_ds.analysis.map_statistics import token_similarity
-from refiner_ds.analysis.results import line_colors, new_figure, write_figure, write_table
+from refiner_ds.analysis.results import legend_below, line_colors, new_figure, write_figure, write_table
 from refiner_ds.errors import ConfigError
 
 __all__ = ["block_tokens", "feature_evolution", "main"]
@@ -135,5 +135,5 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             axis.plot(places, values, marker="o", markersize=3, color=color, label=label)
         axis.set(xlabel="block / number of blocks", ylabel=title, ylim=(min(0, axis.get_ylim()[0]), 1.02))
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    legend_below(figure, axes[0, 0])
     write_figure(figure, file)

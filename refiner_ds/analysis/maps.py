@@ -29,7 +29,7 @@ from refiner_ds.analysis.map_statistics import (
     head_similarity,
     token_similarity,
 )
-from refiner_ds.analysis.results import line_colors, new_figure, write_figure, write_table
+from refiner_ds.analysis.results import legend_below, line_colors, new_figure, write_figure, write_table
 from refiner_ds.analysis.vit_maps import attention_maps, patch_grid, refuse_without_maps
 from refiner_ds.errors import ConfigError
 from refiner_ds.training.pictures import STAGES, draw_map_pair
@@ -138,8 +138,9 @@ def draw_numbers(rows: list[dict[str, Any]], file: Path) -> None:
                 values = [row[key] for row in mine]
                 axis.plot([row["block"] for row in mine], values, line, color=color, label=f"{label}, {stage}")
         axis.set(xlabel="block", title=key.replace("_", " "))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    legend_below(figure, axes[0, 0])
     write_figure(figure, file)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refiner_ds.analysis.results import new_figure, write_figure, write_table
+from refiner_ds.analysis.results import legend_below, new_figure, write_figure, write_table
 from refiner_ds.attention.equations import compose_kernel
 from refiner_ds.checkpoint.files import find_checkpoint, integrity_errors, read_weights
 from refiner_ds.errors import CheckpointError
@@ -133,8 +133,9 @@ def draw_summaries(rows: list[dict[str, Any]], file: Path) -> None:
             blocks, values = [row["block"] for row in mine], [row[key] for row in mine]
             axis.plot(blocks, values, "o-", ms=3, color=(0, 0.3, 0.6, shade), label=f"step {step}")
         axis.set(xlabel="block", title=key.replace("_", " "))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    legend_below(figure, axes[0, 0])
     write_figure(figure, file)
 
 

@@ -41,6 +41,12 @@ def line_colors(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def legend_below(figure: Figure, panel: Any) -> None:
+    """One legend for all panels, that of one of them, under them all: beside few lines it would hide some."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=7)
+
+
 def write_figure(figure: Figure, file: Path) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

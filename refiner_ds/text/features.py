@@ -158,7 +158,7 @@ def _maps_before(model: Any) -> Iterator[list[Any]]:
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """Three panels over layers: CKA with the last layer, with the embeddings, and heads before and after refining."""
-    from refiner_ds.analysis.results import line_colors, new_figure, write_figure
+    from refiner_ds.analysis.results import legend_below, line_colors, new_figure, write_figure
 
     figure, axes = new_figure(columns=3, width=5.2)
     colors = line_colors(list(dict.fromkeys(row["model"] for row in rows)))
@@ -177,7 +177,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 axis.plot(layers, before, linestyle=":", marker="o", markersize=3, color=color, label="before refining")
         axis.set(xlabel="layer", ylabel=title, xticks=sorted({row["layer"] for row in rows}))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    legend_below(figure, axes[0, -1])
     write_figure(figure, file)
 
 
