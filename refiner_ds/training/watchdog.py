@@ -90,7 +90,7 @@ class Watchdog:
         self._written = 0.0
         self._before: dict[int, Beat | None] = {}
         self._before_read = 0.0
-        self._seen_to_move = -math.inf  # when the rank that the others wait for last turned out to get on
+        self._seen_moving = -math.inf  # when the rank that the others wait for last turned out to get on
         self._cpu_before: dict[int, float] = {}  # seconds by process of this machine, read with ``_before``
         self._excused = 0.0
         self._ended = threading.Event()
@@ -147,13 +147,13 @@ class Watchdog:
             self._remember(self._read(), now)
         elif still > limit + min(self._rank, TURNS) * TURN_SECONDS and now - self._before_read > APART_SECONDS:
             after = self._read()
-            patience = still < self._patience
+            may_wait = still < self._patience
             blamed, why, running = (
-                self._blame_stopped(after) if doing.patient and patience else blame(self._before, after)
+                self._blame_stopped(after) if doing.patient and may_wait else blame(self._before, after)
             )
             if self._heartbeat.now is not doing:
                 return  # it has gone on while the others' heartbeats were read
-            if running and self._get_on(blamed, after, now, limit, patience):
+            if running and self._may_catch_up(blamed, after, now, limit, may_wait):
                 return
             if blamed and not (still < STARVED_PATIENCE * limit and self._are_starved(blamed, now)):
                 self._write_verdict(blamed, why, still)
@@ -164,17 +164,17 @@ class Watchdog:
         here = [beat for beat in beats.values() if beat is not None and self._is_here(beat)]
         self._cpu_before = {beat.pid: cpu_seconds(beat.pid) for beat in here}
 
-    def _get_on(
-        self, blamed: Mapping[int, Beat | None], after: dict[int, Beat | None], now: float, limit: float, patience: bool
+    def _may_catch_up(
+        self, blamed: Mapping[int, Beat | None], after: dict[int, Beat | None], now: float, limit: float, may_wait: bool
     ) -> bool:
         """Whether ranks that run and have come least far may be about to catch up with the others."""
         for rank, beat in blamed.items():
             before = self._before.get(rank)
             if beat is not None and (before is None or beat.beats != before.beats):
                 self._remember(after, now)
-                self._seen_to_move = now
+                self._seen_moving = now
                 return True
-        return now - self._seen_to_move < limit or patience and any(beat and beat.patient for beat in blamed.values())
+        return now - self._seen_moving < limit or may_wait and any(beat and beat.patient for beat in blamed.values())
 
     def _blame_stopped(self, beats: dict[int, Beat | None]) -> Blame:
         """Only those of this machine that are stopped: the others may be about something patient, too."""

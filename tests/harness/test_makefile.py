@@ -21,12 +21,20 @@ TESTING = ("test", "test-long", "test-fast", "test-isa", "test-newest")
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
+def environment() -> dict[str, str]:
+    """What a make started here is given: MAKEFLAGS of one that runs the tests would say JOBS and others, too."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in VARIABLES}
+
+
 def planned(*words: str) -> list[str]:
     """The commands that make would run, continued lines joined; all is installed anew."""
-    # MAKEFLAGS of a make that runs the tests would say JOBS and others here, too.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in VARIABLES}
     done = subprocess.run(
-        ("make", "--dry-run", "--always-make", *words), cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        ("make", "--dry-run", "--always-make", *words),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace("\\\n", " ").splitlines()
@@ -165,9 +173,10 @@ exit 0
 def make(clone: Path, *words: str, fails: str = "") -> list[str]:
     """What Python is told in a real run, which has to fail where this does."""
     (clone / "told").unlink(missing_ok=True)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in VARIABLES}
     command = ("make", "PYTHON=./python", *words)
-    done = subprocess.run(command, cwd=clone, env={**env, "FAILS": fails}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=clone, env={**environment(), "FAILS": fails}, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode != 0) == bool(fails), done.stderr
     return (clone / "told").read_text().splitlines()
 

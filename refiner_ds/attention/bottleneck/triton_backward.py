@@ -121,11 +121,11 @@ def bwd_output(
     value, grad = dense_rows(value_BHNd.to(map_BHNN.dtype)), dense_rows(grad_BHNd.to(map_BHNN.dtype))
     dt_BHNN = empty_padded(map_BHNN)
     d_value_BHNd = value_BHNd.new_empty(value_BHNd.shape)
-    parts, rows, exact = triton.cdiv(tokens, KEYS), ROWS[map_BHNN.dtype], statistics_dtype(map_BHNN.dtype)
-    sums_P3 = map_BHNN.new_empty(batch, heads, parts, 3, dtype=exact)
+    parts, rows, precision = triton.cdiv(tokens, KEYS), ROWS[map_BHNN.dtype], statistics_dtype(map_BHNN.dtype)
+    sums_P3 = map_BHNN.new_empty(batch, heads, parts, 3, dtype=precision)
     launch(
         _bwd_output, (batch * heads, parts), map_BHNN, reduced_BHNN, value, grad,
-        to_columns((alpha_H, beta_H, gamma_H), exact), dt_BHNN, d_value_BHNd, sums_P3,
+        to_columns((alpha_H, beta_H, gamma_H), precision), dt_BHNN, d_value_BHNd, sums_P3,
         value.stride()[:3], grad.stride()[:3], heads, width,
         TOKENS=tokens, STRIDE=row_stride(tokens), WIDTH=padded_size(width), ROWS=rows, KEYS=KEYS,
         STEPS=triton.cdiv(tokens, rows), num_warps=4 if width <= 32 else 8,
@@ -134,9 +134,9 @@ def bwd_output(
     return d_value_BHNd, dt_BHNN, t0_H, t1_H - mean3_H * t0_H, t2_H - mean_H * t0_H
 
 
-def to_columns(vectors: Iterable[Tensor], exact: torch.dtype) -> Tensor:
+def to_columns(vectors: Iterable[Tensor], precision: torch.dtype) -> Tensor:
     """Vectors of one length stacked in the precision of sums, as kernels read them."""
-    return torch.stack(tuple(vectors)).to(exact)
+    return torch.stack(tuple(vectors)).to(precision)
 
 
 # -- pass 2 --------------------------------------------------------------------------------------------------------
@@ -274,22 +274,23 @@ def bwd_reduce(
     parts, groups = triton.cdiv(tokens * stride, STEPS * WARPS * LANES), triton.cdiv(expanded, GROUP)
     shares = triton.cdiv(groups * padded, GROUPS * 16)  # of the groups, one for each program
     groups = triton.cdiv(groups, shares)
-    m2_BENN, exact = empty_padded(local_BENN), statistics_dtype(map_BHNN.dtype)
-    d_reduce_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=exact)
-    sums_P2E = map_BHNN.new_empty(batch * parts, 2, shares * groups * GROUP, dtype=exact)
+    m2_BENN, precision = empty_padded(local_BENN), statistics_dtype(map_BHNN.dtype)
+    d_reduce_PEH = map_BHNN.new_empty(batch * parts, shares * groups * GROUP, padded, dtype=precision)
+    sums_P2E = map_BHNN.new_empty(batch * parts, 2, shares * groups * GROUP, dtype=precision)
     launch(
-        _bwd_reduce, (batch, parts, shares), map_BHNN, reduced_BHNN, dt_BHNN, local_BENN, to_columns(to_reduced, exact),
-        to_columns((gain2_E, shift2_E), exact), reduce_HE.to(exact).contiguous(), m2_BENN, d_reduce_PEH, sums_P2E,
-        heads, expanded, sums_P2E if mask_BN is None else mask_bytes(mask_BN),
+        _bwd_reduce, (batch, parts, shares), map_BHNN, reduced_BHNN, dt_BHNN, local_BENN,
+        to_columns(to_reduced, precision), to_columns((gain2_E, shift2_E), precision),
+        reduce_HE.to(precision).contiguous(), m2_BENN, d_reduce_PEH, sums_P2E, heads, expanded,
+        sums_P2E if mask_BN is None else mask_bytes(mask_BN),
         TOKENS=tokens, STRIDE=stride, PADDED=padded, GROUPS=groups, GROUP=GROUP, WARPS=WARPS, LANES=LANES, STEPS=STEPS,
-        PRECISION=precision(map_BHNN), MASKED=mask_BN is not None, num_warps=WARPS,
+        PRECISION=product_precision(map_BHNN), MASKED=mask_BN is not None, num_warps=WARPS,
     )  # fmt: skip
     d_reduce_HE = d_reduce_PEH.sum(0, dtype=torch.float64)[:expanded, :heads].T
     q0_E, q1_E = sums_P2E.sum(0, dtype=torch.float64)[:, :expanded]
     return m2_BENN, d_reduce_HE, q0_E, q1_E - mean2_E * q0_E
 
 
-def precision(map_BHNN: Tensor) -> str:
+def product_precision(map_BHNN: Tensor) -> str:
     """The precision of fp32 products of stored maps: no finer than the maps are stored, where a card has less."""
     card = architecture(map_BHNN.device)
     if map_BHNN.dtype == torch.float64:
@@ -353,11 +354,12 @@ def bwd_map_statistics(
     map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN = map(to_padded, (map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN))
     batch, heads, tokens, _ = map_BHNN.shape
     stride = row_stride(tokens)
-    exact, (gain_H, on_reduced_H, on_map_H, direct_H) = statistics_dtype(map_BHNN.dtype), to_map
+    precision, (gain_H, on_reduced_H, on_map_H, direct_H) = statistics_dtype(map_BHNN.dtype), to_map
     launch(
         _bwd_map_statistics, (batch, triton.cdiv(tokens * stride, POSITIONS)),
         map_BHNN, reduced_BHNN, dt_BHNN, share_BHNN,
-        to_columns((gain_H, on_reduced_H, direct_H + level_H), exact), (gain_HH + on_map_H.diag()).to(exact), heads,
+        to_columns((gain_H, on_reduced_H, direct_H + level_H), precision),
+        (gain_HH + on_map_H.diag()).to(precision), heads,
         TOKENS=tokens, STRIDE=stride, PADDED=padded_size(heads), POSITIONS=POSITIONS, num_warps=4,
     )  # fmt: skip
     return share_BHNN

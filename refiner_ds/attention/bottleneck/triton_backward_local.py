@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refiner_ds.attention.bottleneck.triton_backward import precision, to_columns
+from refiner_ds.attention.bottleneck.triton_backward import product_precision, to_columns
 from refiner_ds.attention.bottleneck.triton_forward import GROUP, pad_to_nine_taps
 from refiner_ds.attention.kernels.configurations import sizes_of
 from refiner_ds.attention.kernels.dot import as_sum, dot_split_weight, load_taps, padded_size, relu6, zero_sums
@@ -290,18 +290,19 @@ def bwd_expand_local(
     tiles, blocks = triton.cdiv(fragments, FRAGMENTS), triton.cdiv(tokens, rows)
     steps = triton.cdiv(blocks, max(1, PROGRAMS // tiles))
     segments = triton.cdiv(blocks, steps)
-    share_BHNN, exact = empty_padded(map_BHNN), statistics_dtype(map_BHNN.dtype)
+    share_BHNN, precision = empty_padded(map_BHNN), statistics_dtype(map_BHNN.dtype)
     programs, wide = tiles * segments, groups * GROUP
-    scratch_PRHL = map_BHNN.new_empty(programs, rows, padded, FRAGMENTS * keys, dtype=exact)
-    sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=exact)
-    cross_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=exact)
+    scratch_PRHL = map_BHNN.new_empty(programs, rows, padded, FRAGMENTS * keys, dtype=precision)
+    sums_P10E = map_BHNN.new_empty(programs, 10, wide, dtype=precision)
+    cross_PEH = map_BHNN.new_empty(programs, wide, padded, dtype=precision)
     launch(
-        _bwd_expand_local, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.to(exact).contiguous(),
-        to_columns((shift1_E, gain2_E, slope_E, level_E), exact), pad_to_nine_taps(kernel_E1kk, exact),
-        mean_H.to(exact), share_BHNN, scratch_PRHL, sums_P10E, cross_PEH, fragments, steps,
+        _bwd_expand_local, (tiles, segments), map_BHNN, local_BENN, m2_BENN, folded_EH.to(precision).contiguous(),
+        to_columns((shift1_E, gain2_E, slope_E, level_E), precision), pad_to_nine_taps(kernel_E1kk, precision),
+        mean_H.to(precision), share_BHNN, scratch_PRHL, sums_P10E, cross_PEH, fragments, steps,
         sums_P10E if mask_BN is None else mask_bytes(mask_BN),
         TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, PADDED=padded, GROUP=GROUP,
-        KEYS=keys, ROWS=rows, PRECISION=precision(map_BHNN), MASKED=mask_BN is not None, num_warps=1, num_stages=1,
+        KEYS=keys, ROWS=rows, PRECISION=product_precision(map_BHNN), MASKED=mask_BN is not None,
+        num_warps=1, num_stages=1,
     )  # fmt: skip
     sums_10E = sums_P10E.sum(0, dtype=torch.float64)[:, :expanded]
     cross_EH = cross_PEH.sum(0, dtype=torch.float64)[:expanded, :heads]

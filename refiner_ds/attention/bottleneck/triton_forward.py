@@ -33,7 +33,7 @@ from refiner_ds.attention.kernels.dot import (
 from refiner_ds.attention.kernels.fragments import FRAGMENTS, fragment_offsets, halo_offsets, neighbours
 from refiner_ds.attention.kernels.launch import architecture, launch
 from refiner_ds.attention.kernels.masks import count_of, real_entries, real_tokens
-from refiner_ds.attention.kernels.padded import empty_padded, real_counts, row_stride, to_padded, valid_counts
+from refiner_ds.attention.kernels.padded import empty_padded, part_counts, row_stride, to_padded
 from refiner_ds.attention.masking import mask_bytes
 from refiner_ds.attention.moments import combine_each
 from refiner_ds.attention.norms import statistics_dtype
@@ -372,16 +372,15 @@ def reduce(
     groups, size = groups_of(expanded)
     usual = {"POSITIONS": POSITIONS, "STEPS": STEPS, "num_warps": WARPS}
     sizes = sizes_of("reduce", architecture(map_BHNN.device), **usual)
-    length = sizes["STEPS"] * sizes["POSITIONS"]
-    reduced_BHNN, counts_P = empty_padded(map_BHNN), valid_counts(tokens, length, map_BHNN.device)
-    parts, first_P, mask = len(counts_P), counts_P, counts_P
-    if mask_BN is not None:
-        (counts_P, first_P), mask = real_counts(mask_BN, sizes["POSITIONS"], sizes["STEPS"]), mask_bytes(mask_BN)
+    parts = triton.cdiv(tokens * stride, sizes["STEPS"] * sizes["POSITIONS"])
+    counts_P, first_P = part_counts(map_BHNN, mask_BN, sizes["POSITIONS"], sizes["STEPS"])
+    reduced_BHNN = empty_padded(map_BHNN)
     parts_P6H = map_BHNN.new_empty(batch * parts, 6, heads, dtype=precision)
     launch(
         _reduce, (batch, parts), local_BENN, map_BHNN, _sixth(torch.stack((gain2_E, shift2_E)), precision),
         6 * reduce_HE.to(precision).contiguous() + nan_unless_finite(gain2_E, shift2_E), reduced_BHNN, parts_P6H,
-        counts_P, first_P, mask, TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, SIZE=size,
+        counts_P, first_P, counts_P if mask_BN is None else mask_bytes(mask_BN),
+        TOKENS=tokens, STRIDE=stride, HEADS=heads, EXPANDED=expanded, GROUPS=groups, SIZE=size,
         PADDED=padded_size(heads), GROUP=GROUP, MASKED=mask_BN is not None, **sizes,
     )  # fmt: skip
     return reduced_BHNN, *_joint_moments(parts_P6H)

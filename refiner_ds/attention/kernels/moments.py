@@ -14,7 +14,7 @@ from torch import Tensor
 from refiner_ds.attention.kernels.dot import as_sum, dot, dot_fp32, padded_size, split_hi_lo, zero_sums
 from refiner_ds.attention.kernels.launch import launch
 from refiner_ds.attention.kernels.masks import count_of, real_entries
-from refiner_ds.attention.kernels.padded import real_counts, row_stride, to_padded, valid_counts
+from refiner_ds.attention.kernels.padded import part_counts, row_stride, to_padded
 from refiner_ds.attention.masking import mask_bytes
 from refiner_ds.attention.moments import combine
 from refiner_ds.attention.norms import statistics_dtype
@@ -91,15 +91,15 @@ def map_moments(map_BHNN: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor
     """
     map_BHNN = to_padded(map_BHNN)
     batch, heads, tokens, _ = map_BHNN.shape
-    padded, counts_P = padded_size(heads), valid_counts(tokens, STEPS * POSITIONS, map_BHNN.device)
-    parts, precision, first_P, mask = len(counts_P), statistics_dtype(map_BHNN.dtype), counts_P, counts_P
-    if mask_BN is not None:
-        (counts_P, first_P), mask = real_counts(mask_BN, POSITIONS, STEPS), mask_bytes(mask_BN)
+    padded, precision, stride = padded_size(heads), statistics_dtype(map_BHNN.dtype), row_stride(tokens)
+    parts = triton.cdiv(tokens * stride, STEPS * POSITIONS)
+    counts_P, first_P = part_counts(map_BHNN, mask_BN, POSITIONS, STEPS)
     means_PH = map_BHNN.new_empty(batch * parts, padded, dtype=precision)
     comoments_PHH = map_BHNN.new_empty(batch * parts, padded, padded, dtype=precision)
     launch(
-        _map_moments, (batch, parts), map_BHNN, means_PH, comoments_PHH, counts_P, heads, first_P, mask,
-        TOKENS=tokens, STRIDE=row_stride(tokens), PADDED=padded, POSITIONS=POSITIONS, STEPS=STEPS,
+        _map_moments, (batch, parts), map_BHNN, means_PH, comoments_PHH, counts_P, heads, first_P,
+        counts_P if mask_BN is None else mask_bytes(mask_BN),
+        TOKENS=tokens, STRIDE=stride, PADDED=padded, POSITIONS=POSITIONS, STEPS=STEPS,
         MASKED=mask_BN is not None, num_warps=1,
     )  # fmt: skip
     counts_P = counts_P.repeat(batch) if mask_BN is None else counts_P

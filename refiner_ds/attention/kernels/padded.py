@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ALIGNED", "empty_padded", "real_counts", "valid_counts", "to_padded", "is_padded", "row_stride"]
+__all__ = [
+    "ALIGNED",
+    "empty_padded",
+    "part_counts",
+    "real_counts",
+    "valid_counts",
+    "to_padded",
+    "is_padded",
+    "row_stride",
+]
 
 ALIGNED = 8  # entries: 16 bytes in half precision
 
@@ -47,6 +56,19 @@ def real_counts(mask_BN: Tensor, length: int, steps: int) -> tuple[Tensor, Tenso
     entries_BC = whole_BC * before_BN[:, -1:] + F.pad(mask_BN, (0, 1))[:, cuts // stride] * begun_BC
     found_PS = entries_BC.diff().reshape(-1, steps)
     return found_PS.sum(1), (found_PS > 0).int().argmax(1)
+
+
+def part_counts(map_BCNN: Tensor, mask_BN: Tensor | None, length: int, steps: int) -> tuple[Tensor, Tensor]:
+    """What kernels divide by that measure each image's entries in parts of ``steps`` times ``length``.
+
+    Returns:
+        How many entries of each part are measured, and the first step that has any. Without a mask they are the same
+        for every image, [parts], and the second is not to be read; with one, [B · parts].
+    """
+    if mask_BN is not None:
+        return real_counts(mask_BN, length, steps)
+    counts_P = valid_counts(map_BCNN.shape[-1], length * steps, map_BCNN.device)
+    return counts_P, counts_P
 
 
 def empty_padded(like_BCN: Tensor, maps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
