@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refiner_ds.cache import cache_folder
 from refiner_ds.config.addresses import has_secrets, is_address, redacted
 from refiner_ds.errors import LaunchError
 from refiner_ds.files import write_atomically
 from refiner_ds.run_folder import RunFolder
+from refiner_ds.step_times import step_time_files
 
 from . import local, planned, slurm
 from .allocation import Allocation
-from .registry import cache_folder
 from .snapshot import ROOT, sources
 
 READY = ": ready; "  # of train.py --ready, before it plans
@@ -129,6 +130,7 @@ def signature(allocation: Allocation, root: Path) -> str:
         *(file for place in _data_places(allocation) for file in _data_files(place, allocation)),
         *(Path(place) for place in sys.path if place.endswith("site-packages")),
         *_initial_weights(allocation.run.refiner.model.init_from),
+        *step_time_files(allocation.run),
     ]
     known = {
         "run": run,
@@ -153,7 +155,7 @@ def _data_files(place: str, allocation: Allocation) -> Iterator[Path]:
     """
     with suppress(OSError):
         if place.startswith("package:"):
-            made = Path(allocation.run.refiner.data.cache or cache_folder()).expanduser()
+            made = cache_folder(allocation.run.refiner.data.cache)
             package, _, part = place.removeprefix("package:").partition("/")
             yield from sorted(made.glob(f"{package}-*/{part}"))
         else:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from statistics import median
 from typing import Any
 
+from refiner_ds.amounts import amount
 from refiner_ds.errors import ConfigError, LaunchError
 from refiner_ds.gpus import gpu
 from refiner_ds.run_folder import RunFolder
@@ -124,9 +125,12 @@ def _hours(plan: Plan, allocation: Allocation) -> tuple[float | None, str]:
     if seconds is None:
         return None, words
     hours, unit = left * seconds / 3600, "GPU" if allocation.gpus else "process"
-    basis = f"at {seconds:.3g} s a step, as before" if measured else f"at {plan['gpu']}'s data-sheet rates"
-    bound = "" if measured else "at least "
-    return hours, f"{words}, {bound}{hours:.3g} hours, {hours * plan['processes']:.3g} {unit}-hours ({basis})"
+    basis, bound = f"at {seconds:.3g} s a step, as before", ""
+    if not measured and plan["step"]["basis"] == "measured":
+        basis = f"at {seconds:.3g} s a step, as measured on {plan['step']['measured']['date']}"
+    elif not measured:
+        basis, bound = f"at {plan['gpu']}'s data-sheet rates", "at least "
+    return hours, f"{words}, {bound}{amount(hours)} hours, {amount(hours * plan['processes'])} {unit}-hours ({basis})"
 
 
 def _so_far(folder: RunFolder) -> tuple[int, float | None]:

@@ -1,19 +1,14 @@
-"""Which run folders were submitted from here, for ``launch/jobs.py``; and the folder for what can be made again."""
+"""Which run folders were submitted from here, for ``launch/jobs.py``."""
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
+from refiner_ds.cache import cache_folder
 from refiner_ds.run_folder import RunFolder
 
 NAME = "submitted_runs"  # run folders, one a line, the newest last
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept."""
-    return Path(os.environ.get("REFINER_DS_CACHE") or Path.home() / ".cache" / "refiner_ds")
 
 
 def register(run_folder: RunFolder) -> None:

@@ -15,6 +15,8 @@ GROUND = {
     *(
         f"refiner_ds.{name}"
         for name in (
+            "amounts",
+            "cache",
             "command_line",
             "errors",
             "exit_codes",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.imports import GROUND, ROOT, import_graph, room_of, rooms
 
-LIBRARY = {"ground", "config", "attention", "models", "data", "checkpoint", "training"}
+LIBRARY = {"ground", "step_times", "config", "attention", "models", "data", "checkpoint", "training"}
 MAY_IMPORT = {
     "ground": set(),
     "config": {"ground"},
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"ground", "config"},
     "checkpoint": {"ground", "config", "models"},
     "training": LIBRARY,
+    "step_times": {"ground", "config"},
     "plan": LIBRARY | {"sweep_table"},
     "analysis": LIBRARY,
     "benchmark": LIBRARY,
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "report": {"ground", "config", "glue_table", "sweep_table"},
     "gallery": LIBRARY | {"analysis", "evaluation", "report"},
     # what a task of a job runs: train, or a command after it
-    "launch": {"ground", "config", "data", "train", "evaluate", "calibrate", "export", "sweep_table"},
+    "launch": {"ground", "config", "data", "train", "evaluate", "calibrate", "export", "sweep_table", "step_times"},
     "data_tools": {"ground", "config", "data"},
 }
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from refiner_ds.cache import cache_folder
 from refiner_ds.config.addresses import is_address
 from refiner_ds.data.class_folders import are_class_folders, open_class_folders
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.packaged import PREFIX, packaged_set
 from refiner_ds.data.remote import fetch_set
-
-
-def default_cache() -> Path:
-    """Folder for sets made or fetched: $REFINER_DS_CACHE, or ~/.cache/refiner_ds."""
-    return Path(os.environ.get("REFINER_DS_CACHE") or Path.home() / ".cache" / "refiner_ds")
 
 
 def open_index(
@@ -24,14 +19,14 @@ def open_index(
 
     Args:
         spec: a folder, ``package:<name>/<part>``, or an address (see `remote`).
-        cache: where sets made or fetched are kept; None: `default_cache`.
+        cache: where sets made or fetched are kept; None: as `cache_folder` says.
         check_files: as in `ShardIndex.load`.
         class_folders: take class folders as well; they are listed on first use.
     Raises:
         DataError: there is no such set or none at the address, the package is not installed, or the cache cannot be
             written.
     """
-    name, kept = str(spec), Path(cache or default_cache()).expanduser()
+    name, kept = str(spec), cache_folder(cache)
     if is_address(name):
         return ShardIndex.load(fetch_set(name, kept / "remote"), check_files, source=name)
     if name.startswith(PREFIX):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from refiner_ds import garbage
+from refiner_ds.amounts import amount
 from refiner_ds.config import load
 from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.gpus import gpu
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--network", type=float, default=50, metavar="GB/S", help="of a node, one way (default: 50)")
     parser.add_argument("--disk", type=float, default=1, metavar="GB/S", help="to the run folder (default: 1)")
     parser.add_argument("--price", type=float, metavar="MONEY", help="of a GPU-hour")
-    parser.add_argument("--step-seconds", type=float, metavar="S", help="a measured step, instead of the lower bound")
+    parser.add_argument("--step-seconds", type=float, metavar="S", help="of a step, whatever was measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
     for name in ("nodes", "gpus_per_node", "network", "disk", "price", "step_seconds"):
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with garbage.paused():
         from refiner_ds.plan.checking import full_plan
-        from refiner_ds.plan.planning import Machines
+        from refiner_ds.plan.machines import Machines
         from refiner_ds.plan.tables import plan_table, table_text
 
     machines = Machines(
@@ -101,10 +102,7 @@ def text(plan: dict[str, Any]) -> str:
     for remedy in memory["remedies"]:
         enough = ", then it fits" if remedy["fits"] else ""
         lines.append(f"  --set {remedy['set']} saves {remedy['saves'] / GIB:.2f} GiB{enough}")
-    if step["seconds"] is not None:
-        kind = "measured" if step["measured"] else "at least, at data-sheet rates"
-        parts = ", ".join(f"{name} {1000 * value:.1f}" for name, value in step.get("parts", {}).items())
-        lines.append(f"step          {1000 * step['seconds']:.1f} ms {kind}" + (f" ({parts})" if parts else ""))
+    lines += _step_lines(step, plan["processes"])
     if "sent" in step:
         lines.append(f"sent          {step['sent'] / 1e9:.2f} GB a step by each process")
     checkpoint = plan["checkpoint"]
@@ -112,12 +110,36 @@ def text(plan: dict[str, Any]) -> str:
     if cost["hours"] is not None:
         money = "" if cost["money"] is None else f", {cost['money']:,.2f} at this price"
         lines.append(
-            f"cost          {cost['steps']:,} steps, {cost['hours']:.1f} hours,"
-            f" {cost['gpu_hours']:.0f} GPU-hours{money}"
+            f"cost          {cost['steps']:,} steps, {amount(cost['hours'])} hours,"
+            f" {amount(cost['gpu_hours'])} GPU-hours{money}"
         )
     elif cost["steps"] is not None:
         lines.append(f"cost          {cost['steps']:,} steps; give --step-seconds for hours")
     return "\n".join(lines)
+
+
+def _step_lines(step: dict[str, Any], processes: int) -> list[str]:
+    """How long a step takes, by what, and its lower bound."""
+    parts = ", ".join(f"{name} {1000 * value:.1f}" for name, value in step.get("parts", {}).items())
+    bound = f"{1000 * sum(step['parts'].values()):.1f} ms at data-sheet rates ({parts})" if parts else ""
+    if step["basis"] is None:
+        return []
+    if step["basis"] == "data sheet":
+        return [f"step          at least {bound}"]
+    lines = [f"step          {1000 * step['seconds']:.1f} ms"]
+    if (one := step["measured"]) is None:
+        lines[0] += " as given"
+    else:
+        split = f"{one['processes']} × {one['device']}, {one['micro_batch']} × {one['accumulation']} images each"
+        lines[0] += f" measured on {split}, on {one['date']}"
+        if not one["same_code"]:
+            lines[0] += " by another version of this code"
+        lines.append(f"              {one['data_wait_seconds'] / one['seconds']:.0%} of it waiting for data")
+        if not one["exact"]:
+            lines.append(
+                f"              ({1000 * one['seconds']:.1f} ms there; communication as of {processes} processes)"
+            )
+    return [*lines, *([f"              at least {bound}"] if bound else [])]
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from refiner_ds.cache import cache_folder
 from refiner_ds.config import RunFile
-from refiner_ds.data.locate import default_cache
 from refiner_ds.errors import DataError
 from refiner_ds.gpus import gpu
 from refiner_ds.plan.kept import MICRO_BATCHES, kept_on_disk
-from refiner_ds.plan.planning import Machines, interpreter_bytes, make_plan
+from refiner_ds.plan.machines import Machines
+from refiner_ds.plan.planning import make_plan
+from refiner_ds.plan.sized import interpreter_bytes
+from refiner_ds.step_times import read_step_times
 from refiner_ds.training.build import training_flops
 from refiner_ds.training.preparation import load_index
 from refiner_ds.training.schedule import Schedule
@@ -31,7 +34,7 @@ def full_plan(run: RunFile, machines: Machines, largest: bool = True) -> dict[st
     batch = run.batch(machines.processes)
     images, classes, data = _data_of(run)
     schedule = None if images is None else Schedule(run.refiner.recipe, batch, images)
-    plan = make_plan(run, machines, classes, images, largest)
+    plan = make_plan(run, machines, classes, images, largest, read_step_times(run))
     plan["run"] = {
         "model": run.refiner.model.name,
         "img_size": run.refiner.model.img_size,
@@ -53,7 +56,7 @@ def plan_for(run: RunFile, machines: dict[str, Any]) -> dict[str, Any]:
         machines: the fields of `Machines`, the GPU by name.
     """
     card = None if machines["gpu"] is None else gpu(machines["gpu"])
-    with kept_on_disk(default_cache() / MICRO_BATCHES):
+    with kept_on_disk(cache_folder() / MICRO_BATCHES):
         return full_plan(run, Machines(**{**machines, "gpu": card}), largest=False)
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-import refiner_ds
 from refiner_ds.attention.live_bytes import Operation
 from refiner_ds.files import read_object, write_atomically
 from refiner_ds.plan.trace import REMEMBERED, TRACED, Trace
+from refiner_ds.versions import code_hash
 
 __all__ = ["MICRO_BATCHES", "kept_on_disk"]
 
@@ -51,10 +51,8 @@ def kept_on_disk(file: Path) -> Iterator[None]:
 
 def _signature() -> str:
     """A hash of the code that counts and of what it counts with, wherever its files lie."""
-    package = Path(refiner_ds.__file__).parent
     seen = hashlib.sha256(f"{platform.python_version()} {torch.backends.cpu.get_cpu_capability()}".encode())
-    for file in sorted(package.rglob("*.py")):
-        seen.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    seen.update(code_hash().encode())
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             seen.update(f"{name} {metadata.version(name)}".encode())

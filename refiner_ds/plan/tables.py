@@ -11,12 +11,17 @@ from typing import Any
 from refiner_ds.config import RunFile
 from refiner_ds.errors import ConfigError
 from refiner_ds.plan.checking import full_plan
-from refiner_ds.plan.planning import Machines
+from refiner_ds.plan.machines import Machines
 from refiner_ds.sweep_table import Table
 
 __all__ = ["plan_table", "table_text"]
 
 GIB = 2**30
+BASES = {
+    "given": "step as given",
+    "measured": "hours by measured steps",
+    "data sheet": "hours: at least, at data-sheet rates",
+}
 
 
 def plan_table(table: Table, overrides: list[str], machines: Machines) -> dict[str, Any]:
@@ -63,7 +68,8 @@ def table_text(planned: dict[str, Any]) -> str:
     """The same for a person: a line a run."""
     runs = planned["runs"]
     first = runs[0]["plan"]
-    bound = "measured step" if first["step"]["measured"] else "hours: at least, at data-sheet rates"
+    basis = {run["plan"]["step"]["basis"] for run in runs}
+    bound = "; ".join(words for name, words in BASES.items() if name in basis)
     header = ("run", "parameters", "GiB needed", "step ms", "hours", "GPU-hours", "money")
     rows = [header, *(_cells(run) for run in runs)]
     if first["cost"]["money"] is None:

@@ -19,8 +19,8 @@ import torch
 
 from refiner_ds.attention import kernels_verified, use_backends
 from refiner_ds.attention.choice import Layer, Measured, best_of, by_rule, candidates, entries, measure
+from refiner_ds.cache import cache_folder
 from refiner_ds.config import RunFile
-from refiner_ds.data.locate import default_cache
 from refiner_ds.files import write_atomically
 from refiner_ds.memory import free_memory
 from refiner_ds.run_folder import RunFolder
@@ -131,7 +131,7 @@ def _decide(run: RunFile, layers: list[Layer], world: World, kernels: bool) -> C
     if all(entries(layer) < SMALL for layer in layers):
         return Choice({layer.kind: by_rule(layer, kernels) for layer in layers}, "by rule: too small to time")
     seconds, chosen = SECONDS / max(len(layers), 1), {}
-    cache = Path(run.refiner.data.cache or default_cache()).expanduser() / "attention"
+    cache = cache_folder(run.refiner.data.cache) / "attention"
     free, lines, compared = _free(world), [], False
     for layer in layers:
         name = cache_name(layer, kernels)

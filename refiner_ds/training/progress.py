@@ -14,6 +14,7 @@ from refiner_ds.training.intervals import is_logged
 from refiner_ds.training.metrics import Metrics
 from refiner_ds.training.preparation import Preparation
 from refiner_ds.training.step import Outcome
+from refiner_ds.training.step_timing import StepTiming
 from refiner_ds.training.stragglers import Stragglers, data_advice
 from refiner_ds.training.world import World
 
@@ -35,7 +36,7 @@ class Progress:
         self._began_at = step
         self._interval = Interval()
         self._grad_norm: float | None = None
-        self._stragglers = Stragglers()
+        self._stragglers, self._timing = Stragglers(), StepTiming(ready, world)
         self._workers, self._advised = ready.run.refiner.data.workers, False
         self._utilisation = Utilisation(ready.run, ready.num_classes, world)
         self._numbers: dict[str, Any] = {}
@@ -45,6 +46,7 @@ class Progress:
         """Take in the ``step``-th step, counted from 1; write its interval's numbers where that ends here."""
         if not outcome.skipped:
             self._interval.add(outcome)
+            self._timing.add(outcome)
             self._grad_norm = outcome.grad_norm
         logged = is_logged(step, self._every, self._schedule.total_steps)
         if logged:

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from refiner_ds.checkpoint.files import integrity_errors, read_classes
 from refiner_ds.data.index import ShardIndex
+from refiner_ds.plan import __main__ as plan
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.metrics import read_metrics
 from tests.training.launched import ROOT, environment, ranks, run
@@ -136,6 +137,19 @@ def test_the_same_command_again_says_that_the_run_is_complete(quickstart: Quicks
     assert f"quickstart is complete: {STEPS} steps, top-1" in again.stdout
     assert "--set refiner.run.name=" in again.stdout
     assert sorted(quickstart.folder.rglob("*")) == before
+
+
+def test_its_plan_goes_by_the_steps_that_it_has_measured(
+    quickstart: Quickstart, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFINER_DS_CACHE", quickstart.env["REFINER_DS_CACHE"])
+    (start,) = (json.loads(line) for line in RunFolder(quickstart.folder).history.read_text().splitlines())
+    assert plan.main(["--gpu", "cpu", "--gpus-per-node", str(start["world_size"]), *SHORT, "--json"]) == 0
+    step = json.loads(capsys.readouterr().out)["step"]
+    logged = [line["step_seconds"] for line in read_metrics(quickstart.folder, "train")]
+    assert step["basis"] == "measured" and step["measured"]["exact"] and step["measured"]["same_code"]
+    assert 0.2 * min(logged) < step["seconds"] < 5 * max(logged)  # a median of steps, and means of intervals
+    assert 0 <= step["measured"]["data_wait_seconds"] < step["seconds"]
 
 
 @pytest.mark.parametrize("processes", [1, 3])

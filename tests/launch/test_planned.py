@@ -29,11 +29,14 @@ def allocation(tmp_path: Path, *, limit: int | None = 1440, gpu_type: str = "h20
     return on_slurm(run, ClusterProfile(**profile), 2, Nodes("partition gpu", (8,), 96, 1000_000, gpu_type, limit))
 
 
-def plan(needed: float = 60, seconds: float | None = 36.0) -> dict[str, Any]:
+def plan(needed: float = 60, seconds: float | None = 36.0, measured: str = "") -> dict[str, Any]:
     """What the planner answers, in the parts that are read here: 5,000 steps."""
     remedies = [{"set": "a=1", "saves": 8 * GIB, "fits": False}, {"set": "b=1", "saves": 4 * GIB, "fits": True}]
+    step = {"seconds": seconds, "basis": "data sheet", "measured": None}
+    if measured:
+        step |= {"basis": "measured", "measured": {"date": measured}}
     memory = {"needed": needed * GIB, "capacity": 80 * GIB, "fits": needed <= 80, "remedies": remedies}
-    return {"memory": memory, "step": {"seconds": seconds}, "cost": {"steps": 5000}, "processes": 16, "gpu": "h200"}
+    return {"memory": memory, "step": step, "cost": {"steps": 5000}, "processes": 16, "gpu": "h200"}
 
 
 def test_hours_are_held_against_the_time_limit(tmp_path: Path) -> None:
@@ -52,6 +55,11 @@ def test_a_run_that_has_begun_is_reckoned_by_its_own_steps(tmp_path: Path) -> No
     (tmp_path / "mine/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = planned.summary(plan(), allocation(tmp_path))[0]
     assert "2,000 steps left, 4 hours, 64 GPU-hours (at 7.2 s a step, as before)" in told
+
+
+def test_a_run_that_has_not_begun_is_reckoned_by_what_others_measured_on_such_machines(tmp_path: Path) -> None:
+    told = planned.summary(plan(seconds=72.0, measured="2026-12-01"), allocation(tmp_path))[0]
+    assert "5,000 steps, 100 hours, 1,600 GPU-hours (at 72 s a step, as measured on 2026-12-01)" in told
 
 
 def test_what_does_not_fit_is_refused_with_the_setting_that_would_make_it(tmp_path: Path) -> None:

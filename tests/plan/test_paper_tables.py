@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from refiner_ds.gpus import gpu
-from refiner_ds.plan.planning import Machines
+from refiner_ds.plan.machines import Machines
 from refiner_ds.plan.tables import plan_table
 from refiner_ds.sweep_table import read_table
 

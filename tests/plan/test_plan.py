@@ -35,7 +35,7 @@ def test_a_plan_adds_up_and_says_what_it_costs(capsys: pytest.CaptureFixture[str
     assert cost["money"] == 2 * cost["gpu_hours"] == 2 * 32 * cost["hours"]
     assert main(list(given)) == 0
     told = capsys.readouterr().out
-    assert "of 139.70: fits" in told and "500.0 ms measured" in told and "GPU-hours" in told
+    assert "of 139.70: fits" in told and "500.0 ms as given" in told and "GPU-hours" in told
 
 
 @pytest.mark.parametrize("gpu", ["cpu", "h100"])
