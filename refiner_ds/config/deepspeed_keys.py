@@ -45,41 +45,18 @@ class BF16Keys(Section):
 
 
 class OffloadOptimizerKeys(Section):
-    """``zero_optimization.offload_optimizer``."""
+    """``zero_optimization.offload_optimizer`` (stages 1 to 3)."""
 
-    device: Literal["none", "cpu", "nvme"] | None = Field(
-        None, description="where optimizer states live; with cpu or nvme the optimizer runs on the CPU"
-    )
-    nvme_path: str | None = Field(None, description="folder on the NVMe device")
-    buffer_count: int | None = Field(
-        None, ge=0, description="buffers for NVMe transfers; at least one for each state of a parameter, 4 for AdamW"
+    device: Literal["none", "cpu"] | None = Field(
+        None, description="where master weights and optimizer states live; cpu: in host memory, updated by the CPU"
     )
     pin_memory: bool | None = Field(None, description="use page-locked host memory, for fast asynchronous copies")
-    pipeline_read: bool | None = Field(
-        None, description="read the next tile from NVMe while the current one is updated"
-    )
-    pipeline_write: bool | None = Field(
-        None, description="write the previous tile to NVMe while the current one is updated"
-    )
-    fast_init: bool | None = Field(None, description="initialise optimizer states on NVMe the faster way")
-    ratio: float | None = Field(None, ge=0, le=1, description="stage 3: share of parameters updated on the CPU")
-    super_offload: bool | None = Field(
-        None,
-        description="stage 3: DeepSpeed's CPU offload for GPUs that share memory with their CPU (GH200 and its like)",
-    )
-    cpuadam_cores_perc: float | None = Field(
-        None, ge=0, le=1, description="share of the CPU's cores for AdamW with super_offload"
-    )
 
 
 class OffloadParamKeys(Section):
     """``zero_optimization.offload_param`` (stage 3)."""
 
-    device: Literal["none", "cpu", "nvme"] | None = Field(None, description="where parameters live between uses")
-    nvme_path: str | None = Field(None, description="folder on the NVMe device")
-    buffer_count: int | None = Field(None, ge=0, description="buffers for NVMe transfers")
-    buffer_size: int | None = Field(None, ge=0, description="elements a buffer")
-    max_in_cpu: int | None = Field(None, ge=0, description="elements kept in host memory when parameters are on NVMe")
+    device: Literal["none", "cpu"] | None = Field(None, description="where parameters live between uses")
     pin_memory: bool | None = Field(None, description="use page-locked host memory, for fast asynchronous copies")
 
 
@@ -122,9 +99,9 @@ class ZeroKeys(Section):
         None, description="stage 2: go on where a parameter got no gradient; false: stop"
     )
     offload_optimizer: OffloadOptimizerKeys | None = Field(
-        None, description="optimizer states in host memory or on NVMe"
+        None, description="master weights and optimizer states in host memory"
     )
-    offload_param: OffloadParamKeys | None = Field(None, description="stage 3: parameters in host memory or on NVMe")
+    offload_param: OffloadParamKeys | None = Field(None, description="stage 3: parameters in host memory")
     sub_group_size: int | None = Field(
         None, ge=0, description="stage 3: elements the optimizer updates at a time; matters with offload"
     )
@@ -157,6 +134,19 @@ class ZeroKeys(Section):
     memory_efficient_linear: bool | None = Field(
         None, description="stage 3: linear layers that keep no gathered weight for backward"
     )
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the CPU holds the optimizer's states and updates weights."""
+        return self.offload_optimizer is not None and self.offload_optimizer.device == "cpu"
+
+    @model_validator(mode="after")
+    def _offloads_what_is_partitioned(self) -> Self:
+        if self.offloads_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer must be null at stage 0; stages 1 to 3 offload the optimizer")
+        if self.offload_param is not None and self.offload_param.device == "cpu" and self.stage != 3:
+            raise ValueError(f"offload_param must be null at stage {self.stage}; stage 3 offloads parameters")
+        return self
 
 
 class ActivationCheckpointingKeys(Section):

@@ -15,6 +15,7 @@ from refiner_ds.attention.compiling import keep_code_by_cpu
 from refiner_ds.config import BatchSplit, RunFile
 from refiner_ds.models import RefinedViT
 from refiner_ds.training import muon
+from refiner_ds.training.cpu_adamw import cpu_adamw
 from refiner_ds.training.fragments import Fragment, find_fragments
 from refiner_ds.training.model_states import reduce_bucket_size
 from refiner_ds.training.parameter_groups import parameter_groups
@@ -60,9 +61,8 @@ def build_optimizer(run: RunFile, model: RefinedViT) -> torch.optim.Optimizer:
     recipe = run.refiner.recipe
     groups = parameter_groups(recipe, model)
     settings: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
-    offload = run.keys.zero_optimization.offload_optimizer
-    if offload is not None and offload.device not in (None, "none"):
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    if run.keys.zero_optimization.offloads_optimizer:
+        return cpu_adamw(groups, settings)
     fused = next(model.parameters()).device.type in FUSED_ON
     return torch.optim.AdamW(groups, fused=fused or None, **settings)
 

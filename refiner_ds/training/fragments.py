@@ -39,7 +39,7 @@ def find_fragments(
         masters: the fp32 tensors it updates.
         parameters: of the module, by name; frozen ones are in no optimizer and have no fragment.
     """
-    if hasattr(optimizer, "grad_position"):
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _of_partitions(optimizer, parameters, rank)
     if any(hasattr(parameter, "_hp_mapping") for parameter in parameters.values()):
         return _of_flat_groups(masters, parameters)

@@ -67,7 +67,6 @@ def model_states(zero: ZeroKeys, trained: int, frozen: int, bf16: bool, world_si
     share = trained / world_size
     owned = share if stage else trained
     masters = 4 * owned if bf16 or stage else 0
-    offloaded = zero.offload_optimizer is not None and zero.offload_optimizer.device not in (None, "none")
     weights: float = b * (trained + frozen)
     if stage == 3:
         live = min(trained + frozen, zero.stage3_max_live_parameters or MAX_LIVE)
@@ -78,7 +77,7 @@ def model_states(zero: ZeroKeys, trained: int, frozen: int, bf16: bool, world_si
     return ModelStates(
         weights=weights,
         gradients=b * (share if stage >= 2 else trained),
-        optimizer=0 if offloaded else masters + 8 * owned,
-        ema=0 if offloaded else 4 * owned,
+        optimizer=0 if zero.offloads_optimizer else masters + 8 * owned,
+        ema=0 if zero.offloads_optimizer else 4 * owned,
         buckets=bucket * buffers,
     )

@@ -72,6 +72,8 @@ def test_unknown_keys_are_refused_everywhere_with_the_right_one(tmp_path: Path, 
         ("refiner.model.stem_chs", [1, 2], "it must be a list of 3 whole numbers"),
         ("refiner.recipe.crop_scale", [1.0, 0.1], "the smaller first"),
         ("refiner.recipe.warmup_epochs", 400, "fewer than refiner.recipe.epochs"),
+        ("zero_optimization.offload_optimizer.device", "nvme", "it must be 'none' or 'cpu'"),
+        ("zero_optimization.offload_param.device", "disk", "it must be 'none' or 'cpu'"),
     ],
 )
 def test_wrong_values_are_refused_with_what_would_be_right(
@@ -131,6 +133,21 @@ def test_a_mistake_is_laid_at_the_door_of_the_file_that_made_it(tmp_path: Path) 
         load(top)
     with pytest.raises(ConfigError, match="^--set train_batch_size=x: train_batch_size"):
         load(top, ["refiner.recipe.lr=1", "train_batch_size=x"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "right"),
+    [
+        (0, "offload_optimizer", "stages 1 to 3 offload the optimizer"),
+        (1, "offload_param", "stage 3 offloads parameters"),
+        (2, "offload_param", "stage 3 offloads parameters"),
+    ],
+)
+def test_offload_is_refused_at_stages_that_would_ignore_it(stage: int, section: str, right: str) -> None:
+    sets = [f"zero_optimization.stage={stage}", f'zero_optimization.{section}={{"device": "cpu"}}']
+    with pytest.raises(ConfigError, match=f"{section} is .*; it must be null at stage {stage}; {right}$"):
+        load(None, sets)
+    load(None, [sets[0], f'zero_optimization.{section}={{"device": "none"}}'])
 
 
 def test_circles_of_extends_are_refused(tmp_path: Path) -> None:

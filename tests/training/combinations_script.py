@@ -1,6 +1,6 @@
 """On every rank: train a tiny model with each row of keys, at each ZeRO stage, as it is and compiled.
 
-    combinations_script.py REPORT STAGES        a list in JSON
+    combinations_script.py REPORT STAGES ROWS       lists in JSON; of rows, names in EVERY_ROW
 
 REPORT gets, by "row | stage | compiled", how far weights and statistics ended from those of the same row that it is to
 be like (the first stage; or, compiled, the same stage as it is), over the way they had come; or the sentence of a
@@ -49,13 +49,22 @@ ROWS: dict[str, list[str]] = {
         'refiner.model.freeze=["patch_embed", "blocks.0.mlp"]',
     ],  # fmt: skip
 }
+# DeepSpeed compiles its AdamW for these, which takes the better part of a minute on a fresh machine.
+OFFLOAD = 'zero_optimization.offload_optimizer={"device": "cpu"}'
+OFFLOADED: dict[str, list[str]] = {
+    "`offload_optimizer`": [OFFLOAD],
+    "`offload_optimizer`, bf16": [OFFLOAD, "bf16.enabled=true"],
+    "`offload_optimizer` and `offload_param`": [OFFLOAD, 'zero_optimization.offload_param={"device": "cpu"}'],
+}
+EVERY_ROW = {**ROWS, **OFFLOADED}
 BACKEND = "aot_eager"
 
 
 def run_file(row: str, stage: int, compiled: bool) -> RunFile:
     """The run file of a cell; raises ConfigError where it is refused."""
     backend = BACKEND if compiled else "none"
-    return load(None, [*SETTINGS, *ROWS[row], f"zero_optimization.stage={stage}", f"refiner.model.compile={backend}"])
+    stage_and_backend = (f"zero_optimization.stage={stage}", f"refiner.model.compile={backend}")
+    return load(None, [*SETTINGS, *stage_and_backend, *EVERY_ROW[row]])
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -119,7 +128,7 @@ def main() -> None:
         save_file(build_model(run_file("fp32", 0, False), 10).state_dict(), STARTED_FROM)
     world.barrier()
     found: dict[str, object] = {}
-    for row in ROWS:
+    for row in json.loads(sys.argv[3]):
         found |= train_row(row, json.loads(sys.argv[2]), world)
     found["graphs"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     if world.is_main:

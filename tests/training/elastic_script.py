@@ -1,9 +1,10 @@
 """On every rank: write checkpoints at ZeRO stages and precisions, or load those of other worlds and write them again.
 
     elastic_script.py write FOLDER         FOLDER/<stage>-<precision>/checkpoints/step_00000002, and …_00000003 after it
+    elastic_script.py offload FOLDER       the same with an optimizer that is offloaded, at the stages that can
     elastic_script.py rewrite FROM TO      every checkpoint under FROM, loaded at another stage or precision
 
-The first trains once more after loading; both compare what forward computes with a plain model of the same weights.
+The first two train once more after loading; all compare what forward computes with a plain model of the same weights.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ CASES = [(stage, bf16) for stage in range(4) for bf16 in (False, True)]
 class Trained:
     """A small engine with its EMA and its checkpoints in ``folder``."""
 
-    def __init__(self, stage: int, bf16: bool, folder: Path, world: World, split: bool = False) -> None:
-        run = run_file(stage, bf16, batch=12, micro=2)
+    def __init__(
+        self, stage: int, bf16: bool, folder: Path, world: World, split: bool = False, offload: bool = False
+    ) -> None:
+        run = run_file(stage, bf16, batch=12, micro=2, offload=offload)
         self.batch, self.world, self.bf16 = run.batch(world.size), world, bf16
         model = fresh_model(run)
         model.patch_embed.requires_grad_(False)  # frozen weights are in no optimizer, and in every checkpoint
@@ -69,18 +72,20 @@ class Trained:
         return float((found - wanted).norm() / wanted.norm())
 
 
-def write(folder: Path, world: World) -> dict[str, float]:
+def write(folder: Path, world: World, offload: bool = False) -> dict[str, float]:
     found = {}
     for stage, bf16 in CASES if world.size == 2 else CASES[world.size :: 5]:
+        if offload and stage == 0:
+            continue
         name = f"{stage}-{'bf16' if bf16 else 'fp32'}"
-        one = Trained(stage, bf16, folder / name, world, split=stage in (1, 3) and bf16)
+        one = Trained(stage, bf16, folder / name, world, stage in (1, 3) and bf16, offload)
         for step in range(2):
             one.train(step)
         one.save(2)
         one.train(2)
         one.save(3)
         one.engine.close()
-        again = Trained(stage, bf16, folder / f"{name}-again", world, split=stage in (1, 3) and bf16)
+        again = Trained(stage, bf16, folder / f"{name}-again", world, stage in (1, 3) and bf16, offload)
         checkpoint = RunFolder(folder / name).checkpoint(2)
         again.checkpoints.load(checkpoint)
         again.train(2)
@@ -117,7 +122,7 @@ def main() -> None:
     world = init()
     does, *folders = sys.argv[1:]
     places = [Path(folder) for folder in folders]
-    found = write(*places, world) if does == "write" else rewrite(*places, world)
+    found = rewrite(*places, world) if does == "rewrite" else write(*places, world, offload=does == "offload")
     if world.is_main:
         (places[-1] / "found.json").write_text(json.dumps(found))
     shutdown()

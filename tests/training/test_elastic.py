@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,26 @@ def test_two_processes_go_on_from_what_they_saved_as_if_undisturbed(of_two: tupl
     assert len(differs) == 8
     for case, by in differs.items():
         assert by < NEAR[case[2:]], case
+    assert_goes_on_undisturbed(folder, differs)
+
+
+def assert_goes_on_undisturbed(folder: Path, cases: Iterable[str]) -> None:
+    for case in cases:
         undisturbed, resumed = (RunFolder(folder / name).checkpoint(3) for name in (case, f"{case}-again"))
         assert_same_bits(resumed, undisturbed)
         state = json.loads((resumed / "state.json").read_text())
         assert (state["optimizer_steps"], state["skipped_steps"]) == (3, 0)
+
+
+@pytest.mark.long  # DeepSpeed compiles its AdamW for it, on a fresh machine
+@pytest.mark.timeout(600)
+def test_an_offloaded_optimizer_is_resumed_and_is_resumed_from_to_the_bit(tmp_path: Path) -> None:
+    offloaded, there = tmp_path / "offloaded", tmp_path / "there"
+    differs = launch(offloaded, 2, "offload", offloaded)
+    assert len(differs) == 6 and all(by < NEAR[case[2:]] for case, by in differs.items())
+    assert_goes_on_undisturbed(offloaded, differs)
+    for name in launch(there, 3, "rewrite", offloaded, there):  # by optimizers that are not
+        assert_same_bits(RunFolder(there / name).checkpoint(2), RunFolder(offloaded / name[:6]).checkpoint(2))
 
 
 @pytest.mark.parametrize("processes", [1, 3])
