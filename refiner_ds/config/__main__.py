@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refiner_ds.config.deepspeed_keys import RunFileKeys
+from refiner_ds.config.run_file_keys import RunFileKeys
 from refiner_ds.config.schema import Section
 from refiner_ds.config.sections import fixed_keys, section_in
 from refiner_ds.config.wording import as_json, type_in_words

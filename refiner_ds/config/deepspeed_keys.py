@@ -2,27 +2,18 @@
 
 DeepSpeed ignores unknown top-level keys, and unknown keys in some of its sections, so a misspelt ``gradient_cliping``
 would train for a month without clipping. Here every key is declared; ``tests/config`` compares the declarations with
-the installed DeepSpeed's, so that a new release cannot make them lie. Keys that would contradict the recipe (optimizer,
-scheduler, gradient_accumulation_steps …) are refused with the recipe's own key: see ``INSTEAD``.
+the installed DeepSpeed's, so that a new release cannot make them lie, and ``tests/training/test_deepspeed_keys.py``
+trains and resumes with each. Left out is what does not come back from a checkpoint, or only loses precision:
+round-robin gradients, quantised gathering and reducing, master weights in bf16, NVMe.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from refiner_ds.config.combinations import refused_combination
-from refiner_ds.config.schema import RefinerKeys, Section
-
-INSTEAD = {
-    "gradient_accumulation_steps": "it follows from train_batch_size, the micro-batch and the world size",
-    "optimizer": "the optimizer is AdamW, set by refiner.recipe.lr, weight_decay, betas and eps",
-    "scheduler": "the schedule is set by refiner.recipe.schedule, warmup_epochs and min_lr",
-    "tensorboard": "TensorBoard events are always written to the run folder",
-    "fp16": "training is in bf16 or fp32: set bf16.enabled",
-    "bfloat16": "write bf16",
-}
+from refiner_ds.config.schema import Section
 
 
 class BF16Keys(Section):
@@ -35,13 +26,6 @@ class BF16Keys(Section):
         None, description="add each gradient to its fp32 copy as backward produces it, not after it"
     )
     check_grad_overflow: bool | None = Field(None, description="skip a step whose gradients are not finite")
-    bf16_master_weights_and_grads: bool | None = Field(
-        None,
-        description="master weights and gradients in bf16: less memory, but small updates are lost; not for long runs",
-    )
-    bf16_optimizer_states: bool | None = Field(
-        None, description="keep AdamW's moments in bf16 too (needs bf16_master_weights_and_grads); not for long runs"
-    )
 
 
 class OffloadOptimizerKeys(Section):
@@ -89,9 +73,6 @@ class ZeroKeys(Section):
         None, ge=0, description="elements gathered at a time: larger is faster and takes more memory"
     )
     overlap_comm: bool | None = Field(None, description="reduce gradients while backward goes on")
-    round_robin_gradients: bool | None = Field(
-        None, description="stages 1 and 2 with CPU offload: ranks copy gradients to the host in turn, in parallel"
-    )
     parameter_alignment: bool | None = Field(
         None, description="stages 1 and 2: pad buffers so that every parameter starts at a 16-byte boundary"
     )
@@ -124,12 +105,6 @@ class ZeroKeys(Section):
         None,
         ge=0,
         description="stage 3, ZeRO++: ranks that hold a second copy, usually those of a node; 1: no copy",
-    )
-    zero_quantized_weights: bool | None = Field(
-        None, description="stage 3, ZeRO++: gather parameters quantised to 8 bits"
-    )
-    zero_quantized_gradients: bool | None = Field(
-        None, description="stage 3, ZeRO++: reduce gradients quantised to 4 bits"
     )
     memory_efficient_linear: bool | None = Field(
         None, description="stage 3: linear layers that keep no gathered weight for backward"
@@ -196,69 +171,3 @@ class DataTypesKeys(Section):
     """``data_types``."""
 
     grad_accum_dtype: Literal["fp32", "bf16"] | None = Field(None, description="type that gradients are accumulated in")
-
-
-class RunFileKeys(Section):
-    """Top level of a run file: the batch and DeepSpeed's sections; ``refiner`` is the project's own."""
-
-    may_change = frozenset(
-        {
-            *("extends", "about", "train_micro_batch_size_per_gpu", "gradient_clipping", "bf16", "zero_optimization"),
-            *("data_types", "activation_checkpointing", "flops_profiler", "comms_logger", "communication_data_type"),
-            *("prescale_gradients", "gradient_predivide_factor"),
-            *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
-        }
-    )
-
-    extends: str | None = Field(None, description="another run file, relative to this one, that this one changes")
-    about: str | None = Field(None, description="what this recipe was measured to do, on what, by which command")
-    refiner: RefinerKeys
-    train_batch_size: int = Field(
-        1024, gt=0, description="global batch of an optimizer step, images: part of the recipe"
-    )
-    train_micro_batch_size_per_gpu: int | None = Field(
-        None, gt=0, description="images a rank computes at once; null: its whole share of the global batch"
-    )
-    gradient_clipping: float | None = Field(None, ge=0, description="largest gradient norm; null or 0: no clipping")
-    zero_optimization: ZeroKeys = Field(default_factory=ZeroKeys)
-    bf16: BF16Keys = Field(default_factory=BF16Keys)
-    data_types: DataTypesKeys | None = Field(None, description="types of accumulated gradients")
-    activation_checkpointing: ActivationCheckpointingKeys | None = Field(None, description="how DeepSpeed recomputes")
-    flops_profiler: FlopsProfilerKeys | None = Field(None, description="DeepSpeed's profile of one step")
-    comms_logger: CommsLoggerKeys | None = Field(None, description="DeepSpeed's log of collectives")
-    communication_data_type: Literal["fp32", "bf16"] | None = Field(
-        None, description="type that gradients are reduced in"
-    )
-    prescale_gradients: bool | None = Field(
-        None, description="divide gradients before they are reduced, not after; against overflow in bf16"
-    )
-    gradient_predivide_factor: float | None = Field(
-        None,
-        gt=0,
-        description="with prescale_gradients: divide by this before reducing, and by the rest of the world size after",
-    )
-    steps_per_print: int | None = Field(None, gt=0, description="DeepSpeed's own progress lines, into the log file")
-    wall_clock_breakdown: bool | None = Field(None, description="DeepSpeed's own timers, into the log file")
-    memory_breakdown: bool | None = Field(None, description="log memory in use around forward, backward and step")
-    dump_state: bool | None = Field(None, description="log the engine's whole configuration at the start")
-
-    @field_validator("zero_optimization", mode="before")
-    @classmethod
-    def _bare_stage(cls, value: Any) -> Any:
-        # DeepSpeed once took a bare boolean here; a sentence about the object is more useful than a type error.
-        if isinstance(value, bool):
-            raise ValueError('must be an object such as {"stage": 1}')
-        return value
-
-    @model_validator(mode="after")
-    def _works_together(self) -> Self:
-        problem = refused_combination(
-            self.refiner.model,
-            self.zero_optimization.stage,
-            self.bf16.enabled is not False,
-            self.data_types is not None and self.data_types.grad_accum_dtype == "fp32",
-            self.activation_checkpointing is not None,
-        )
-        if problem is not None:
-            raise ValueError(problem)
-        return self

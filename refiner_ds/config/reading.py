@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from refiner_ds.config.addresses import is_address, redacted
 from refiner_ds.config.batch import BatchSplit, split_batch
-from refiner_ds.config.deepspeed_keys import INSTEAD, RunFileKeys
+from refiner_ds.config.run_file_keys import INSTEAD, RunFileKeys
 from refiner_ds.config.schema import RefinerKeys, Section
 from refiner_ds.config.sections import key_paths, section_in
 from refiner_ds.config.wording import type_in_words

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from refiner_ds.config.deepspeed_keys import RunFileKeys
+from refiner_ds.config.run_file_keys import RunFileKeys
 from refiner_ds.config.schema import Section
 
 ABSENT = object()

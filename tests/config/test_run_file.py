@@ -9,8 +9,8 @@ import pytest
 
 from refiner_ds.config import ConfigError, load
 from refiner_ds.config.__main__ import key_table
-from refiner_ds.config.deepspeed_keys import RunFileKeys
 from refiner_ds.config.reading import QUICKSTART
+from refiner_ds.config.run_file_keys import RunFileKeys
 from refiner_ds.config.sections import fixed_keys, key_paths, section_in
 
 SMALL = {"refiner": {"data": {"train": "package:digits/train"}}, "train_batch_size": 48}
@@ -148,6 +148,33 @@ def test_offload_is_refused_at_stages_that_would_ignore_it(stage: int, section: 
     with pytest.raises(ConfigError, match=f"{section} is .*; it must be null at stage {stage}; {right}$"):
         load(None, sets)
     load(None, [sets[0], f'zero_optimization.{section}={{"device": "none"}}'])
+
+
+@pytest.mark.parametrize(
+    ("sets", "right"),
+    [
+        (
+            ["zero_optimization.stage=0", "data_types.grad_accum_dtype=bf16", "bf16.enabled=false"],
+            "grad_accum_dtype .*must be null at .*stage 0: ",
+        ),
+        (
+            ["zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32"],
+            "grad_accum_dtype .*must be null at .*stage 0 in bf16: ",
+        ),
+        (["zero_optimization.stage=2", "prescale_gradients=true"], "reduce_scatter .*must be false with prescale"),
+        (["zero_optimization.stage=3", "gradient_predivide_factor=2"], "reduce_scatter .*must be false with prescale"),
+    ],
+)
+def test_what_deepspeed_would_end_in_a_traceback_for_is_refused(sets: list[str], right: str) -> None:
+    with pytest.raises(ConfigError, match=right):
+        load(None, sets)
+
+
+def test_what_deepspeed_can_do_together_is_not_refused() -> None:
+    load(None, ["zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32", "bf16.enabled=false"])
+    load(None, ["zero_optimization.stage=1", "prescale_gradients=true", "data_types.grad_accum_dtype=bf16"])
+    load(None, ["zero_optimization.stage=3", "gradient_predivide_factor=1"])
+    load(None, ["zero_optimization.stage=2", "prescale_gradients=true", "zero_optimization.reduce_scatter=false"])
 
 
 def test_circles_of_extends_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from refiner_ds.training.logs import silence_libraries
 from refiner_ds.training.world import World, init, shutdown
 from tests.training.engine_script import fresh_model, images_of, loss_of, run_file
 
+OFFLOAD = 'zero_optimization.offload_optimizer={"device": "cpu"}'
 CASES = [(stage, bf16) for stage in range(4) for bf16 in (False, True)]
 
 
@@ -33,9 +35,9 @@ class Trained:
     """A small engine with its EMA and its checkpoints in ``folder``."""
 
     def __init__(
-        self, stage: int, bf16: bool, folder: Path, world: World, split: bool = False, offload: bool = False
+        self, stage: int, bf16: bool, folder: Path, world: World, split: bool = False, others: Sequence[str] = ()
     ) -> None:
-        run = run_file(stage, bf16, batch=12, micro=2, offload=offload)
+        run = run_file(stage, bf16, 12, 2, others)
         self.batch, self.world, self.bf16 = run.batch(world.size), world, bf16
         model = fresh_model(run)
         model.patch_embed.requires_grad_(False)  # frozen weights are in no optimizer, and in every checkpoint
@@ -72,20 +74,20 @@ class Trained:
         return float((found - wanted).norm() / wanted.norm())
 
 
-def write(folder: Path, world: World, offload: bool = False) -> dict[str, float]:
+def write(folder: Path, world: World, others: Sequence[str] = ()) -> dict[str, float]:
     found = {}
     for stage, bf16 in CASES if world.size == 2 else CASES[world.size :: 5]:
-        if offload and stage == 0:
+        if others and stage == 0:
             continue
         name = f"{stage}-{'bf16' if bf16 else 'fp32'}"
-        one = Trained(stage, bf16, folder / name, world, stage in (1, 3) and bf16, offload)
+        one = Trained(stage, bf16, folder / name, world, stage in (1, 3) and bf16, others)
         for step in range(2):
             one.train(step)
         one.save(2)
         one.train(2)
         one.save(3)
         one.engine.close()
-        again = Trained(stage, bf16, folder / f"{name}-again", world, stage in (1, 3) and bf16, offload)
+        again = Trained(stage, bf16, folder / f"{name}-again", world, stage in (1, 3) and bf16, others)
         checkpoint = RunFolder(folder / name).checkpoint(2)
         again.checkpoints.load(checkpoint)
         again.train(2)
@@ -122,7 +124,8 @@ def main() -> None:
     world = init()
     does, *folders = sys.argv[1:]
     places = [Path(folder) for folder in folders]
-    found = rewrite(*places, world) if does == "rewrite" else write(*places, world, offload=does == "offload")
+    others = [OFFLOAD] if does == "offload" else []
+    found = rewrite(*places, world) if does == "rewrite" else write(*places, world, others)
     if world.is_main:
         (places[-1] / "found.json").write_text(json.dumps(found))
     shutdown()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,13 +31,11 @@ STEPS, DECAY = 4, 0.25
 SIZES = ["layout=released", "refiner=bottleneck", "depth=2", "embed_dim=16", "num_heads=2", "stem_chs=[4,4,4]"]
 
 
-def run_file(stage: int, bf16: bool, batch: int = 16, micro: int = 4, offload: bool = False):
+def run_file(stage: int, bf16: bool, batch: int = 16, micro: int = 4, others: Sequence[str] = ()):
     overrides = [f"refiner.model.{size}" for size in SIZES]
     overrides += [f"zero_optimization.stage={stage}", f"bf16.enabled={json.dumps(bf16)}", f"train_batch_size={batch}"]
     overrides += [f"train_micro_batch_size_per_gpu={micro}", "refiner.recipe.lr=2e-3", "refiner.recipe.eps=1e-3"]
-    if offload:
-        overrides.append('zero_optimization.offload_optimizer={"device": "cpu"}')
-    return load(None, overrides)
+    return load(None, [*overrides, *others])
 
 
 def fresh_model(run) -> nn.Module:
