@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap, LinearWeights, LocalKernels
@@ -184,6 +185,37 @@ def test_transforms_of_torch_func_are_computed_by_eager(backend, caplog):
 
     whole = attention.attend(DeferredMap(pair.q_BHNd, pair.q_BHNd, SCALE), value, backend=backend)[0]
     torch.testing.assert_close(torch.func.vmap(one)(pair.q_BHNd, value), whole)
+    direction = torch.randn_like(truth)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(pair.q_BHNd.detach(), direction))).tangent
+    torch.testing.assert_close(tangent, (truth * direction).sum())
+
+
+def test_plain_attention_has_every_derivative_where_eager_is_asked_for():
+    q, k, value = (torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(3))  # fp32: the fused kernels take it
+
+    def out(q: Tensor) -> Tensor:
+        return attention.plain_attention(DeferredMap(q, k.to(q.dtype), SCALE), value.to(q.dtype)).square().sum()
+
+    (truth,) = torch.autograd.grad(out(q), q)
+    direction = torch.randn_like(truth)
+    slope = torch.func.jvp(out, (q.detach(),), (direction,))[1]
+    torch.testing.assert_close(slope, (truth * direction).sum(), rtol=1e-4, atol=1e-5)
+    with attention.attention_backend("eager"):
+        (gradient,) = torch.autograd.grad(out(q), q, create_graph=True)
+        torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-5)
+        (seconds,) = torch.autograd.grad((gradient * direction).sum(), q)
+    exact, step = q.detach().double(), 1e-3 * direction.double()
+    curvature = (out(exact + step) - 2 * out(exact) + out(exact - step)) / 1e-6
+    torch.testing.assert_close((seconds * direction).sum().double(), curvature, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("constraint", ["none", "spatial", "row+col"])
+def test_an_empty_batch_passes_every_constraint(backend, constraint):
+    shapes = {"none": [(3, 3)], "spatial": [(3, 3)] * 2, "row+col": [(1, 3), (3, 1)] * 2}[constraint]
+    weights = with_kernels(*[(6, 1, *shape) for shape in shapes], constraint=constraint, grid=(2, 2))
+    assert attention.refine(maps(0, 3, 5), leaf(0, 3, 5, 4), weights, backend=backend).shape == (0, 3, 5, 4)
 
 
 @pytest.mark.filterwarnings("ignore")
