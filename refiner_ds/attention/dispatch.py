@@ -342,20 +342,15 @@ def refine(
     return zero_padding(chosen.refine(case, scale, saved), mask_BN)
 
 
-def _wants_plain_operators() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return is_transformed() or os.environ.get("REFINER_ATTENTION") == EAGER.name
-
-
 def plain_attention(deferred: DeferredMap, value_BHNd: Tensor) -> Tensor:
     """Softmax attention without a refiner, by PyTorch's fused kernels, [B, H, N, d].
 
-    They have neither second derivatives nor derivatives in forward mode. What transforms ask for, and whoever asks for
-    the eager backend, gets PyTorch's plain operators.
+    They have no derivatives in forward mode; transforms get PyTorch's plain operators. Nor have they second ones:
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` gives those, whatever backend of refined attention is asked for.
     """
     mask_BN = deferred.mask_BN
-    with sdpa_kernel(SDPBackend.MATH) if _wants_plain_operators() else nullcontext():
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
         return F.scaled_dot_product_attention(
             deferred.q_BHNd, deferred.k_BHNd, value_BHNd, None if mask_BN is None else mask_BN[:, None, None, :],
             dropout_p=deferred.dropout, scale=deferred.scale,

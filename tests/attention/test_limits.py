@@ -6,8 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap, LinearWeights, LocalKernels
@@ -197,7 +199,7 @@ def test_transforms_of_torch_func_are_computed_by_eager(backend, caplog):
     torch.testing.assert_close(tangent, (truth * direction).sum())
 
 
-def test_plain_attention_has_every_derivative_where_eager_is_asked_for():
+def test_plain_attention_has_forward_derivatives_and_second_ones_by_pytorchs_plain_operators():
     q, k, value = (torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(3))  # fp32: the fused kernels take it
 
     def out(q: Tensor) -> Tensor:
@@ -207,13 +209,25 @@ def test_plain_attention_has_every_derivative_where_eager_is_asked_for():
     direction = torch.randn_like(truth)
     slope = torch.func.jvp(out, (q.detach(),), (direction,))[1]
     torch.testing.assert_close(slope, (truth * direction).sum(), rtol=1e-4, atol=1e-5)
-    with attention.attention_backend("eager"):
+    with sdpa_kernel(SDPBackend.MATH):
         (gradient,) = torch.autograd.grad(out(q), q, create_graph=True)
         torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-5)
         (seconds,) = torch.autograd.grad((gradient * direction).sum(), q)
     exact, step = q.detach().double(), 1e-3 * direction.double()
     curvature = (out(exact + step) - 2 * out(exact) + out(exact - step)) / 1e-6
     torch.testing.assert_close((seconds * direction).sum().double(), curvature, rtol=1e-3, atol=1e-3)
+
+
+def test_plain_attention_is_pytorchs_fused_one_whatever_backend_is_asked_for():
+    deferred, value = (
+        DeferredMap(*(torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(2)), SCALE),
+        leaf(2, 3, 5, 4),
+    )
+    fused = F.scaled_dot_product_attention(deferred.q_BHNd, deferred.k_BHNd, value.float())
+    for backend in BACKENDS:
+        with attention.attention_backend(backend):
+            out = attention.plain_attention(deferred, value.float())
+        assert out.grad_fn is not None and out.grad_fn.name() == fused.grad_fn.name()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -365,7 +365,7 @@ def test_gradients_image_by_image_in_training_need_norms_without_statistics_alon
 
 @pytest.mark.parametrize("cos_reg", [0.0, 0.1])
 def test_second_derivatives_of_a_model_need_the_eager_backend(cos_reg):
-    for variant in ("released", "paper", "plain"):
+    for variant in ("released", "paper"):
         model = small_model(**VARIANTS[variant], cos_reg=cos_reg).train()
         for backend in ("eager", "tiled"):
             with attention.attention_backend(backend):
@@ -376,8 +376,6 @@ def test_second_derivatives_of_a_model_need_the_eager_backend(cos_reg):
                     gradient.square().sum().backward()
                     assert model.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
                     continue
-                if variant == "plain" and not cos_reg:
-                    continue  # PyTorch's own kernels refuse in PyTorch's words
                 with pytest.raises(RuntimeError, match="^second derivatives need REFINER_ATTENTION=eager"):
                     gradient.square().sum().backward()
 
