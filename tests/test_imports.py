@@ -39,6 +39,7 @@ MAY_IMPORT = {
     # what a task of a job runs: train, or a command after it
     "launch": {"ground", "config", "data", "train", "evaluate", "calibrate", "export", "sweep_table", "step_times"},
     "data_tools": {"ground", "config", "data"},
+    "installed": {"ground"},  # and, when called, the command's module, whose name it has as data
 }
 
 

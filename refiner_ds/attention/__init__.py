@@ -33,7 +33,7 @@ from refiner_ds.attention.dispatch import (
     set_save_for_backward,
     use_backends,
 )
-from refiner_ds.attention.first_order import first_order
+from refiner_ds.attention.first_order import first_order, is_transformed
 from refiner_ds.attention.map.eager import make_map
 from refiner_ds.attention.norms import BatchNorm, Norm, batch_norm, frozen_statistics, recompute_aware
 from refiner_ds.attention.refiners import REFINERS, Refiner
@@ -75,6 +75,7 @@ __all__ = [
     "fold_refiner",
     "frozen_statistics",
     "is_traced",
+    "is_transformed",
     "kernels_verified",
     "kind_of",
     "kernel_shapes",

@@ -16,12 +16,13 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refiner_ds.attention.backends import Backend
 from refiner_ds.attention.backends.eager import EagerBackend
@@ -29,6 +30,7 @@ from refiner_ds.attention.backends.eager_compiled import EagerCompiledBackend
 from refiner_ds.attention.backends.tiled import TiledBackend
 from refiner_ds.attention.backends.triton import TritonBackend
 from refiner_ds.attention.checks import check_case
+from refiner_ds.attention.first_order import is_transformed
 from refiner_ds.attention.kernels import configurations
 from refiner_ds.attention.masking import outside_mask, zero_padding
 from refiner_ds.attention.refiners import load_implementations, refiner_of
@@ -341,9 +343,15 @@ def refine(
 
 
 def plain_attention(deferred: DeferredMap, value_BHNd: Tensor) -> Tensor:
-    """Softmax attention without a refiner, by PyTorch's fused kernels, [B, H, N, d]."""
+    """Softmax attention without a refiner, by PyTorch's fused kernels, [B, H, N, d].
+
+    They have no derivatives in forward mode; transforms get PyTorch's plain operators. Nor have they second ones:
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` gives those, whatever backend of refined attention is asked for.
+    """
     mask_BN = deferred.mask_BN
-    return F.scaled_dot_product_attention(
-        deferred.q_BHNd, deferred.k_BHNd, value_BHNd, None if mask_BN is None else mask_BN[:, None, None, :],
-        dropout_p=deferred.dropout, scale=deferred.scale,
-    )  # fmt: skip
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
+        return F.scaled_dot_product_attention(
+            deferred.q_BHNd, deferred.k_BHNd, value_BHNd, None if mask_BN is None else mask_BN[:, None, None, :],
+            dropout_p=deferred.dropout, scale=deferred.scale,
+        )  # fmt: skip

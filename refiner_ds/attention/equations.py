@@ -215,7 +215,7 @@ def local_over_grid(map_BENN: Tensor, kernel_E1kk: Tensor, grid: tuple[int, int]
     classes = tokens - grid[0] * grid[1]
     pictures = map_BENN[..., classes:].transpose(1, 2).reshape(batch * tokens, maps, *grid)
     convolved = distributed_local_attention(pictures, kernel_E1kk)
-    patches_BENP = convolved.reshape(batch, tokens, maps, -1).transpose(1, 2)
+    patches_BENP = convolved.reshape(batch, tokens, maps, tokens - classes).transpose(1, 2)
     return torch.cat((map_BENN[..., :classes], patches_BENP), -1)
 
 

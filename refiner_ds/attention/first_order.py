@@ -1,5 +1,7 @@
 """Autograd functions whose backward is written by hand, and so has no derivative of its own.
 
+Nor have they one in forward mode, nor do they vectorise: ``is_transformed`` says when PyTorch's own operators compute.
+
 PyTorch's ``once_differentiable`` refuses a second derivative only where the incoming gradient itself requires one. Of
 ``out.sum()`` it does not, and the second derivative would silently be missing.
 """
@@ -12,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["REFUSAL", "first_order"]
+__all__ = ["REFUSAL", "first_order", "is_transformed"]
 
 REFUSAL = "second derivatives need REFINER_ATTENTION=eager: this backward is written by hand and has none"
 
@@ -36,6 +39,11 @@ def first_order(backward: Backward) -> Backward:
         return tuple(refuse(*results, *parents)[: len(results)])
 
     return refusing
+
+
+def is_transformed() -> bool:
+    """Whether this is within a transform of ``torch.func`` or a level of forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:

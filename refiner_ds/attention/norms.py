@@ -187,21 +187,40 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""
-        return batch_norm(x, self.as_norm())
+        if self.running_mean is None or self.running_var is None:
+            precision = statistics_dtype(x.dtype)
+            weight, bias = (None if one is None else one.to(precision) for one in (self.weight, self.bias))
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        return batch_norm(x, self.as_norm(x.device))
 
-    def as_norm(self) -> Norm:
-        """The norm as the functional operators take it, in the mode the module is in."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+    def as_norm(self, device: torch.device | None = None) -> Norm:
+        """The norm as the functional operators take it, in the mode the module is in.
+
+        As in ``torch.nn.BatchNorm2d`` people may take away its gain, shift or running statistics, stop counting
+        (``track_running_stats``), or average cumulatively (``momentum`` ``None``, as ``swa_utils.update_bn`` sets it).
+
+        Args:
+            device: where to make what it does not have; ``None`` is where the others are.
+        """
+        there = next((one for one in (self.weight, self.bias, self.running_mean) if one is not None), None)
+        device = device or (None if there is None else there.device)
+
+        def all_of(value: float) -> Tensor:
+            return torch.full((self.num_features,), value, device=device)
+
+        mean, variance = self.running_mean, self.running_var
+        training, batches = self.training or mean is None or variance is None, self.num_batches_tracked
+        if mean is None or variance is None or (training and not self.track_running_stats):
+            mean, variance, batches = all_of(0.0), all_of(1.0), None  # read by nobody
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (int(batches) + 1) if training and batches is not None else 0.0
+        weight, bias = self.weight, self.bias
         return Norm(
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.training,
-            self.eps,
-            self.momentum,
-        )
+            all_of(1.0) if weight is None else weight,
+            all_of(0.0) if bias is None else bias,
+            mean, variance, batches, training, self.eps, momentum,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         precise = {name: self._buffers[name] for name in ("running_mean", "running_var")}

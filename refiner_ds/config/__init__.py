@@ -6,7 +6,8 @@
 from importlib.util import find_spec
 
 if find_spec("pydantic") is None:  # what everything but the models begins with
-    raise ModuleNotFoundError("pydantic is missing: install refiner_ds[train], which trains and makes data")
+    missing = "pydantic is missing: install refiner_ds[train], which trains and makes data"
+    raise ModuleNotFoundError(missing, name="pydantic")
 
 from refiner_ds.config.batch import BatchSplit
 from refiner_ds.config.reading import RunFile, load

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from refiner_ds import attention
 from refiner_ds.attention import BatchNorm, DeferredMap, RefinerWeights, equations
+from refiner_ds.models.direct import can_read
 from refiner_ds.models.refiners import DLA, FoldedDLA, MapRefiner
 
-__all__ = ["AttentionOptions", "MapAttention", "PlainAttention", "RefinedAttention", "SharedAttention"]
+__all__ = ["AttentionOptions", "MapAttention", "PlainAttention", "RefinedAttention", "SharedAttention", "attention_of"]
 
 ResidualMap = Tensor | None
 
@@ -80,7 +81,8 @@ class _Attention(nn.Module):
     def _heads(self, x_BND: Tensor) -> tuple[Tensor, ...]:
         """One [B, H, N, d] for each projection that ``qkv`` makes."""
         batch, tokens, width = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(batch, tokens, -1, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x_BND)
+        qkv = qkv.reshape(batch, tokens, qkv.shape[-1] // width, self.num_heads, width // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _deferred_map(self, q_BHNd: Tensor, k_BHNd: Tensor) -> DeferredMap:
@@ -150,11 +152,10 @@ class _Refining(_Attention):
 
     def weights(self) -> RefinerWeights | None:
         """The refiner as ``attention.refine`` takes it; ``None`` where its modules have to be called one by one."""
-        if hasattr(self, "refiner"):
-            return self.refiner.weights(self.grid)
-        if isinstance(self.DLA, FoldedDLA):
-            return self.DLA.weights(self.grid)
-        return self.DLA.weights(self.grid, self.adapt_bn)
+        refiner = self.refiner if hasattr(self, "refiner") else self.DLA
+        if not can_read(refiner, MapRefiner, DLA, FoldedDLA):
+            return None
+        return refiner.weights(self.grid, self.adapt_bn) if isinstance(refiner, DLA) else refiner.weights(self.grid)
 
     def _call_refiner(self, map_BHNN: Tensor) -> Tensor:
         """The refined map, every module of the refiner called."""
@@ -222,6 +223,14 @@ class RefinedAttention(_Refining):
         map_BHNN = attention.make_map(self._deferred_map(q_BHNd, k_BHNd))
         map_BENN = self._refined_map(map_BHNN)
         return self._join(equations.attend(map_BENN, v_BHNd)), map_BHNN if self.passes_map else None, map_BENN
+
+
+def attention_of(block: nn.Module) -> Any:
+    """The attention in a block, through what others may have wrapped around either."""
+    inner = getattr(block, "attn", None)
+    if isinstance(inner, _Attention):
+        return inner
+    return next((module for module in block.modules() if isinstance(module, _Attention)), inner)
 
 
 def _build_refiner(options: AttentionOptions) -> tuple[DLA | MapRefiner, int]:

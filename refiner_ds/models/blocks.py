@@ -18,6 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from refiner_ds.attention import recompute_aware
+from refiner_ds.models.attention import attention_of
 from refiner_ds.models.mlp import ScaledMlp
 
 __all__ = ["UNITS", "Block", "BlockStack", "Checkpoint"]
@@ -81,7 +82,7 @@ class BlockStack(nn.ModuleList):
     def set_passes_map(self, passes_map: bool) -> None:
         """Let every block pass its map to the next, also where the next has no use for it, or only those that must."""
         for block in self:
-            block.attn.passes_map = passes_map
+            attention_of(block).passes_map = passes_map
 
     def set_checkpointing(self, unit: str | None, checkpoint: Checkpoint | None = None) -> None:
         """Recompute activations in backward, ``unit`` by unit (a key of :data:`UNITS`); ``None`` keeps them all.
@@ -92,8 +93,8 @@ class BlockStack(nn.ModuleList):
         self._checkpoint = None if unit is None else checkpoint or _non_reentrant
         self._blocks_per_checkpoint = 0 if unit is None else UNITS[unit]
         for block in self:
-            if hasattr(block.attn, "checkpoint"):
-                block.attn.checkpoint = self._checkpoint if unit == "refiner" else None
+            if hasattr(attn := attention_of(block), "checkpoint"):
+                attn.checkpoint = self._checkpoint if unit == "refiner" else None
 
     def forward(self, x_BND: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The stream behind the last block, and the maps that blocks made for the next, in order."""
@@ -110,7 +111,7 @@ class BlockStack(nn.ModuleList):
             else:
                 out = stage(*stream)
             stream = out[:2]
-            made = sum(block.attn.makes_map for block in blocks)
+            made = sum(attention_of(block).makes_map for block in blocks)
             maps += [*out[2:], *([out[1]] if made else [])]
         return stream[0], maps
 
@@ -121,7 +122,7 @@ def _run_stage(blocks: list[Any], *stream: Tensor) -> tuple[Tensor, ...]:
     made: list[Tensor] = []
     for block in blocks:
         x_BND, residual_BHNN = block(x_BND, residual_BHNN)
-        made += [residual_BHNN] if block.attn.makes_map else []
+        made += [residual_BHNN] if attention_of(block).makes_map else []
     return (x_BND, *(() if residual_BHNN is None else (residual_BHNN,)), *made[:-1])
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refiner_ds.attention import is_traced
+from refiner_ds.attention import is_traced, is_transformed
 
 __all__ = ["OneTimeLoss", "neighbour_similarity"]
 
@@ -43,7 +43,7 @@ def neighbour_similarity(maps: list[Tensor], makes_map: list[bool], pairs: int) 
 
 
 def _mean_cosine(one_BHNN: Tensor, other_BHNN: Tensor) -> Tensor:
-    if is_traced() or torch._C._are_functorch_transforms_active():
+    if is_traced() or is_transformed():
         precision = torch.promote_types(one_BHNN.dtype, torch.float32)
         return F.cosine_similarity(one_BHNN.to(precision), other_BHNN.to(precision), dim=1, eps=EPS).mean()
     return _MeanCosine.apply(one_BHNN, other_BHNN)

@@ -45,7 +45,7 @@ def batch_norm_tensors(module: nn.Module) -> Norm | None:
 
     Returns:
         ``None`` where the module has to be called: another class, hooks, statistics over ranks, no running
-        statistics or no gain, a cumulative average, or statistics in half precision.
+        statistics or no gain, statistics that are not to be updated, a cumulative average, or half precision.
     """
     if not can_read(module, BatchNorm, SyncBatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
         return None
@@ -54,10 +54,10 @@ def batch_norm_tensors(module: nn.Module) -> Norm | None:
     assert isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
     training = module.training
     mean, variance = module.running_mean, module.running_var
-    if module.weight is None or mean is None or variance is None or mean.dtype.itemsize < 4:
+    if module.weight is None or module.bias is None or mean is None or variance is None or mean.dtype.itemsize < 4:
         return None
     synchronises = isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) and several_ranks()
-    if training and (module.momentum is None or synchronises):
+    if training and (module.momentum is None or not module.track_running_stats or synchronises):
         return None
     return Norm(
         module.weight, module.bias, mean, variance, module.num_batches_tracked, training, module.eps,

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from refiner_ds.attention import Norm, fold_refiner, running_affine, scaled
+from refiner_ds.models.attention import attention_of
 from refiner_ds.models.blocks import Block
 from refiner_ds.models.direct import batch_norm_tensors, can_read
+from refiner_ds.models.mlp import ScaledMlp
 from refiner_ds.models.refiners import DLA, FoldedDLA
 from refiner_ds.models.stem import ConvStem
 
@@ -29,13 +31,21 @@ def refuse_unfoldable(stem: ConvStem, blocks: Iterable[Block]) -> None:
     Raises:
         ValueError: an adapter, a hook, or a norm without running statistics of its own; one sentence.
     """
-    layers = {f"patch_embed.conv{index}": can_read(getattr(stem, f"conv{index}"), nn.Conv2d) for index in (1, 2, 3)}
-    for index in (1, 2, 3):
+    layers = {"patch_embed": isinstance(stem, ConvStem)}
+    for index in (1, 2, 3) if layers["patch_embed"] else ():
         norm = getattr(stem, f"bn{index}")
+        layers[f"patch_embed.conv{index}"] = can_read(getattr(stem, f"conv{index}"), nn.Conv2d)
         layers[f"patch_embed.bn{index}"] = isinstance(norm, nn.Identity) or batch_norm_tensors(norm) is not None
     for index, block in enumerate(blocks):
-        layers[f"blocks.{index}.mlp.fc2"] = block.mlp.scale_channel is None or can_read(block.mlp.fc2, nn.Linear)
-        layers[f"blocks.{index}.attn"] = not hasattr(block.attn, "weights") or block.attn.weights() is not None
+        name = f"blocks.{index}"
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        if attn is None or not isinstance(mlp, ScaledMlp):
+            layers[name if attn is None else f"{name}.mlp"] = False
+            continue
+        layers[f"{name}.mlp.fc2"] = mlp.scale_channel is None or can_read(mlp.fc2, nn.Linear)
+        layers[f"{name}.attn"] = attn is attention_of(block) and (
+            not hasattr(attn, "weights") or attn.weights() is not None
+        )
     if unfoldable := [name for name, foldable in layers.items() if not foldable]:
         raise ValueError(
             f"{', '.join(unfoldable)} cannot be folded: they compute more than their weights say;"
@@ -61,15 +71,18 @@ def fuse_block(block: Block) -> None:
         block.mlp.scale_channel = None
     if isinstance(getattr(block.attn, "DLA", None), DLA):
         block.attn.DLA = FoldedDLA(fold_refiner(block.attn.weights(), block.attn.refined_scale))
-        block.attn.adapt_bn = nn.Identity()
+        block.attn.adapt_bn, block.attn.refined_scale = nn.Identity(), 1.0
 
 
 def _fold_conv(conv: nn.Conv2d, norm: Norm) -> None:
     gain, shift = running_affine(norm)
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * gain
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype))
     conv.weight = nn.Parameter(scaled(conv.weight, gain).to(conv.weight.dtype))
 
 
 def _scale_outputs(linear: nn.Linear, scale: Tensor) -> None:
     linear.weight = nn.Parameter(scaled(linear.weight, scale).to(linear.weight.dtype))
-    linear.bias = nn.Parameter((linear.bias.double() * scale).to(linear.bias.dtype))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter((linear.bias.double() * scale).to(linear.bias.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = ["Box", "NO_BOX", "draw_mix_box", "swap_in_box"]
 
+# Numbers, or scalar tensors: then a compiled step knows nothing of what they are.
 Box = tuple[int, int, int, int]
 NO_BOX: Box = (0, 0, 0, 0)
 
@@ -43,7 +44,7 @@ def swap_in_box(x_Bhw: Tensor, box: Box, grid_axis: int) -> Tensor:
         box: the box; with :data:`NO_BOX` the tensor comes back as it is.
         grid_axis: 1 for [B, h, w, C], 2 for [B, D, h, w].
     """
-    if box == NO_BOX:
+    if not isinstance(box[0], Tensor) and box == NO_BOX:
         return x_Bhw
     y0, x0, y1, x1 = box
     rows, columns = x_Bhw.shape[grid_axis : grid_axis + 2]

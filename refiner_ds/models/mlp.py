@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refiner_ds.attention import is_traced
+from refiner_ds.attention import is_traced, is_transformed
 from refiner_ds.models.direct import can_read
 
 __all__ = ["ScaledMlp"]
@@ -41,11 +41,10 @@ class ScaledMlp(nn.Module):
     def forward(self, x_BND: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The MLP of norm(x), [B, N, D] to [B, N, D].
 
-        With gradients on, plain layers are computed by this file's two functions. Dropout, tracing, ``torch.func``
-        or a layer that is more than its weights (see ``direct.py``) calls the modules one by one.
+        With gradients on, plain layers are computed by this file's two functions. Dropout, tracing, ``torch.func``,
+        forward mode or a layer that is more than its weights (see ``direct.py``) calls the modules one by one.
         """
-        traced = is_traced() or torch._C._are_functorch_transforms_active()
-        if torch.is_grad_enabled() and not traced and self._is_plain(norm):
+        if torch.is_grad_enabled() and not is_traced() and not is_transformed() and self._is_plain(norm):
             hidden_BNM = norm_linear(x_BND, norm, self.fc1)
             return gelu_linear_scale(hidden_BNM, self.fc2.weight, self.fc2.bias, self.scale_channel)
         x_BND = self.fc2(self.drop(F.gelu(self.fc1(norm(x_BND)))))

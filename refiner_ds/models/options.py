@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["LAYOUTS", "REFINERS", "check_box", "check_options"]
+import numpy as np
+from torch import Tensor
+
+from refiner_ds.attention import CONSTRAINTS
+
+__all__ = ["LAYOUTS", "REFINERS", "check_box", "check_count", "check_options"]
 
 LAYOUTS = ("released", "paper")
 REFINERS = ("none", "linear", "bottleneck")
 _COUNTS = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 1, "num_heads": 1, "kernel_size": 1}
+_SWITCHES = ("qkv_bias", "expand", "reduce", "return_dense", "mix_token")
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
@@ -23,12 +30,13 @@ def check_options(options: dict[str, Any]) -> None:
         ValueError: one sentence naming the option and what would be right.
     """
     for name, least in _COUNTS.items():
-        _check_count(name, options[name], least)
+        check_count(name, options[name], least)
     for name in _RATES:
         if not _is_number(options[name]) or not 0 <= options[name] < 1:
             raise ValueError(f"{name} is {options[name]!r}; it must be at least 0 and below 1")
     _check_one_of("layout", options["layout"], LAYOUTS)
     _check_one_of("refiner", options["refiner"], REFINERS)
+    _check_one_of("constraint", options["constraint"], CONSTRAINTS)
     _check_one_of("global_pool", options["global_pool"], ("token",))
     _check_sizes(options)
     _check_fit(options)
@@ -38,6 +46,12 @@ def _check_sizes(options: dict[str, Any]) -> None:
     for name in ("mlp_ratio", "expansion_ratio"):
         if not _is_number(options[name]) or options[name] <= 0:
             raise ValueError(f"{name} is {options[name]!r}; it must be a number above 0")
+    for name in _SWITCHES:
+        if not isinstance(options[name], bool | np.bool_):
+            raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
+    scale = options["init_values"]
+    if scale is not None and scale != "layout" and not _is_number(scale):
+        raise ValueError(f"init_values is {scale!r}; it must be a number, None for no scale, or 'layout'")
     channels = options["stem_chs"]
     if not isinstance(channels, Sequence) or len(channels) != 3 or not all(_is_count(n, 1) for n in channels):
         raise ValueError(f"stem_chs is {channels!r}; it must be three whole numbers above 0, such as (32, 64, 128)")
@@ -67,30 +81,39 @@ def _check_fit(options: dict[str, Any]) -> None:
         raise ValueError(f"cos_reg_pairs is {pairs!r}; {depth} blocks have 1 to {depth - 1} neighbouring pairs")
 
 
-def check_box(box: tuple[int, ...], grid: tuple[int, int]) -> None:
-    """Refuse a mix-token box that does not lie in the patch grid.
+def check_box(box: Sequence[int] | Tensor, grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A mix-token box as four numbers; refuses one that does not lie in the patch grid.
 
     Raises:
         ValueError: it is not (y0, x0, y1, x1) with 0 <= y0 <= y1 <= rows and 0 <= x0 <= x1 <= columns.
     """
     rows, columns = grid
-    y0, x0, y1, x1 = box if len(box) == 4 else (-1, -1, -1, -1)
-    if not (0 <= y0 <= y1 <= rows and 0 <= x0 <= x1 <= columns):
-        raise ValueError(
-            f"mix_box is {tuple(box)}; it must be (y0, x0, y1, x1) within the {rows}x{columns} patch grid,"
-            " y0 <= y1 and x0 <= x1"
-        )
+    found = box.tolist() if isinstance(box, Tensor | np.ndarray) else box
+    if isinstance(found, Sequence) and len(found) == 4 and all(_is_count(cell, 0) for cell in found):
+        y0, x0, y1, x1 = (int(cell) for cell in found)
+        if y0 <= y1 <= rows and x0 <= x1 <= columns:
+            return y0, x0, y1, x1
+    shown = tuple(found) if isinstance(found, list) else found
+    raise ValueError(
+        f"mix_box is {shown!r}; it must be (y0, x0, y1, x1) within the {rows}x{columns} patch grid,"
+        " y0 <= y1 and x0 <= x1"
+    )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is no number of things.
+
+    Raises:
+        ValueError: it is not a whole number of at least ``least``.
+    """
     if not _is_count(value, least):
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 

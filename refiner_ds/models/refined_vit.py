@@ -10,6 +10,7 @@ h×w the patch grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
@@ -25,13 +26,14 @@ from refiner_ds.models.attention import (
     PlainAttention,
     RefinedAttention,
     SharedAttention,
+    attention_of,
 )
 from refiner_ds.models.blocks import UNITS, Block, BlockStack, Checkpoint
 from refiner_ds.models.cos_reg import OneTimeLoss, neighbour_similarity
 from refiner_ds.models.fuse import fuse_block, fuse_stem, refuse_unfoldable
 from refiner_ds.models.mix_token import NO_BOX, Box, draw_mix_box, swap_in_box
 from refiner_ds.models.mlp import ScaledMlp
-from refiner_ds.models.options import check_box, check_options
+from refiner_ds.models.options import check_box, check_count, check_options
 from refiner_ds.models.patterns import matching
 from refiner_ds.models.stem import ConvStem, grid_of
 
@@ -100,6 +102,7 @@ class RefinedViT(nn.Module):
     ) -> None:
         check_options({name: value for name, value in locals().items() if name not in ("self", "__class__")})
         super().__init__()
+        grid, patch_size = grid_of(img_size, patch_size), int(patch_size)
         self.num_classes, self.patch_size, self.in_chans, self.global_pool = num_classes, patch_size, in_chans, "token"
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
@@ -111,7 +114,6 @@ class RefinedViT(nn.Module):
         self._fused = False
         self._frozen_norms: set[str] = set()
 
-        grid = grid_of(img_size, patch_size)
         self.patch_embed = ConvStem(patch_size, in_chans, stem_chs, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self._set_grid(grid)
@@ -155,12 +157,15 @@ class RefinedViT(nn.Module):
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x_B3HW: Tensor, mix_box: Box | None = None) -> Tensor | tuple[Tensor, Tensor, Box]:
+    def forward(
+        self, x_B3HW: Tensor, mix_box: Box | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Box | Tensor]:
         """Logits; in training also those of every patch, and the box that was mixed.
 
         Args:
             x_B3HW: images.
-            mix_box: (y0, x0, y1, x1) in patch cells, for training; ``None`` draws one if ``mix_token`` is on.
+            mix_box: (y0, x0, y1, x1) in patch cells, for training; ``None`` draws one if ``mix_token`` is on. A tensor
+                of the four is as good; a compiled step is then compiled once for all boxes.
         Returns:
             In training class logits [B, C], patch logits [B, P, C] (flipped back inside the box) and the box;
             in evaluation head + ½·max over patches of aux_head, [B, C]. Without ``return_dense`` class logits, always.
@@ -171,21 +176,28 @@ class RefinedViT(nn.Module):
             return self.forward_head(self.forward_features(x_B3HW))
         if mix_box is None:
             mix_box = draw_mix_box(self.patch_grid) if self.mix_token else NO_BOX
+        elif (
+            not torch.compiler.is_compiling()
+        ):  # the check of a box that changes every step would compile it every step
+            mix_box = check_box(mix_box, self.patch_grid)
+        box = cast(Box, tuple(mix_box.unbind())) if isinstance(mix_box, Tensor) else mix_box
         if not self.return_dense:
-            if mix_box != NO_BOX:
+            if isinstance(box[0], Tensor) or box != NO_BOX:
                 raise ValueError("mix_box mixes the labels of patches, which return_dense=False leaves out")
             return self.forward_head(self.forward_features(x_B3HW))
-        x_BND = self.head_drop(self.forward_features(x_B3HW, mix_box))
+        x_BND = self.head_drop(self.forward_features(x_B3HW, box))
         aux_BPC = self.aux_head(x_BND[:, 1:])
         aux_BhwC = aux_BPC.unflatten(1, self.patch_grid)
-        return self.head(x_BND[:, 0]), swap_in_box(aux_BhwC, mix_box, grid_axis=1).flatten(1, 2), mix_box
+        patch_BPC = swap_in_box(aux_BhwC, box, grid_axis=1).flatten(1, 2)
+        # What is traced gives tensors alone.
+        return self.head(x_BND[:, 0]), patch_BPC, torch.tensor(mix_box) if torch.jit.is_tracing() else mix_box
 
     def forward_features(self, x_B3HW: Tensor, mix_box: Box = NO_BOX) -> Tensor:
         """The tokens behind the final norm, [B, N, D]."""
         x_BND, maps = self.blocks(self._embed(x_B3HW, mix_box))
         penalty = None
         if self.cos_reg and self.training:
-            makes_map = [block.attn.makes_map for block in self.blocks]
+            makes_map = [attention_of(block).makes_map for block in self.blocks]
             penalty = self.cos_reg * neighbour_similarity(maps, makes_map, self.cos_reg_pairs)
         self._cos_reg_loss.put(penalty)
         return self.norm(x_BND)
@@ -217,9 +229,11 @@ class RefinedViT(nn.Module):
             raise ValueError(
                 f"images are {got}, but the model takes {self.in_chans}x{height}x{width}; set_input_size changes that"
             )
-        if not torch.compiler.is_compiling():  # a check of numbers that change every step would compile it every step
-            check_box(mix_box, self.patch_grid)
-        patches_BDhw = self.patch_embed(x_B3HW.to(self.patch_embed.conv1.weight.dtype))
+        if not torch.compiler.is_compiling():
+            mix_box = check_box(mix_box, self.patch_grid)
+        # The stem's dtype, whatever its layers have become; quantised ones have no parameter.
+        dtype = next((weight.dtype for weight in self.patch_embed.parameters()), self.cls_token.dtype)
+        patches_BDhw = self.patch_embed(x_B3HW.to(dtype))
         patches_BPD = swap_in_box(patches_BDhw, mix_box, grid_axis=2).flatten(2).mT
         x_BND = torch.cat((self.cls_token.expand(x_B3HW.shape[0], -1, -1).to(patches_BPD.dtype), patches_BPD), 1)
         return self.pos_drop(x_BND + self.pos_embed)
@@ -266,7 +280,7 @@ class RefinedViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = self._block_indices(indices)
         x_BND = self._embed(x, NO_BOX)
         taken, residual_BHNN = [], None
         for index, block in enumerate(list(self.blocks)[: last + 1] if stop_early else self.blocks):
@@ -280,11 +294,21 @@ class RefinedViT(nn.Module):
         intermediates = list(zip(outputs, prefixes, strict=True)) if return_prefix_tokens else outputs
         return intermediates if intermediates_only else (self.norm(x_BND), intermediates)
 
+    def _block_indices(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+        try:
+            return feature_take_indices(len(self.blocks), indices)
+        except (AssertionError, TypeError):
+            depth = len(self.blocks)
+            raise ValueError(
+                f"indices is {indices!r}; it must be blocks from {-depth} to {depth - 1}, or how many of the last,"
+                f" 1 to {depth}"
+            ) from None
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the blocks behind the last one asked for, and the heads; returns the indices kept."""
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = self._block_indices(indices)
         del self.blocks[last + 1 :]
         self.cos_reg_pairs = min(self.cos_reg_pairs, last)
         if prune_norm:
@@ -297,10 +321,11 @@ class RefinedViT(nn.Module):
         """Fresh heads for ``num_classes`` classes; 0 removes them.
 
         Raises:
-            ValueError: ``global_pool`` is not the class token's.
+            ValueError: ``global_pool`` is not the class token's, or there is no such number of classes.
         """
         if global_pool not in (None, "token"):
             raise ValueError(f"global_pool is {global_pool!r}; these models read the class token: use 'token'")
+        check_count("num_classes", num_classes, 0)
         self.num_classes = num_classes
         for name in ("head", "aux_head") if self.return_dense else ("head",):
             layer = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
@@ -324,7 +349,7 @@ class RefinedViT(nn.Module):
             if len(set(patch_size)) != 1:
                 raise ValueError(f"patch_size is {tuple(patch_size)}; patches are square here: give one number")
             patch_size = patch_size[0]
-        patch_size = patch_size or self.patch_size
+        patch_size = self.patch_size if patch_size is None else patch_size
         if img_size is None:
             img_size = (self.patch_grid[0] * self.patch_size, self.patch_grid[1] * self.patch_size)
         grid, before = grid_of(img_size, patch_size), self.patch_grid
@@ -337,7 +362,7 @@ class RefinedViT(nn.Module):
             self.pos_embed = nn.Parameter(resized.contiguous(), requires_grad=self.pos_embed.requires_grad)
         self._set_grid(grid)
         for block in self.blocks:
-            block.attn.grid = grid
+            attention_of(block).grid = grid
         update_model_input_size(self, (grid[0] * patch_size, grid[1] * patch_size), patch_size=patch_size)
 
     def _set_grid(self, grid: tuple[int, int]) -> None:
@@ -349,12 +374,12 @@ class RefinedViT(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Positions of another grid with as many patches would be copied without a word.
-        saved = state_dict.get(prefix + GRID)
-        grid = None if saved is None else tuple(saved.tolist())
+        saved, positions = state_dict.get(prefix + GRID), state_dict.get(prefix + "pos_embed")
+        grid = tuple(saved.tolist()) if isinstance(saved, Tensor) else _square(self.patch_grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if grid is not None and grid != self.patch_grid and prefix + "pos_embed" in state_dict:
+        if grid not in (None, self.patch_grid) and positions is not None and positions.shape == self.pos_embed.shape:
             errors: list[str] = args[-1]
-            theirs, ours = ("x".join(map(str, sides)) for sides in (grid, self.patch_grid))
+            theirs, ours = ("x".join(map(str, sides)) for sides in (cast(tuple[int, ...], grid), self.patch_grid))
             errors.append(
                 f"pos_embed is of a {theirs} patch grid, the model's is {ours}; load_released_weights resizes it"
             )
@@ -376,7 +401,7 @@ class RefinedViT(nn.Module):
         Raises:
             ValueError: the unit is unknown.
         """
-        if unit not in UNITS:
+        if unit not in tuple(UNITS):
             raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(UNITS)}")
         self.blocks.set_checkpointing(unit if enable else None, checkpoint)
 
@@ -418,8 +443,14 @@ class RefinedViT(nn.Module):
         Raises:
             ValueError: a layer that cannot be folded (an adapter, a hook); nothing has been changed.
         """
-        refuse_unfoldable(self.patch_embed, cast(Iterable[Block], self.blocks))
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
+        try:
+            refuse_unfoldable(self.patch_embed, cast(Iterable[Block], self.blocks))
+        except ValueError:
+            for module, training in modes:
+                module.training = training
+            raise
         fuse_stem(self.patch_embed)
         for block in self.blocks:
             fuse_block(cast(Block, block))
@@ -439,6 +470,12 @@ class RefinedViT(nn.Module):
             if name in self._frozen_norms:
                 module.training = False
         return self
+
+
+def _square(grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The square grid with as many patches, if there is one: weights without a grid are of a square one."""
+    side = math.isqrt(grid[0] * grid[1])
+    return (side, side) if side * side == grid[0] * grid[1] else None
 
 
 def _attention_kind(layout: str, refiner: str, index: int) -> Callable[[AttentionOptions], nn.Module]:

@@ -12,6 +12,7 @@ Axes: B batch, H heads, E expanded maps, N tokens.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,16 @@ class LocalConv(nn.Module):
 
 
 def _all_readable(layers: list[nn.Module]) -> bool:
-    return all(can_read(layer, nn.Conv2d, LocalConv) for layer in layers)
+    return all(can_read(layer, LocalConv) or _is_product(layer) for layer in layers)
+
+
+def _is_product(layer: nn.Module) -> bool:
+    """Whether a layer is a product with its weight over the maps, and nothing else."""
+    if not can_read(layer, nn.Conv2d):
+        return False
+    conv = cast(nn.Conv2d, layer)
+    one_entry = {*conv.kernel_size, *conv.stride} == {1} and conv.padding in ((0, 0), "valid")
+    return one_entry and conv.groups == 1 and conv.bias is None
 
 
 def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
@@ -142,6 +152,10 @@ class FoldedDLA(nn.Module):
                 self.register_buffer(name, value)
         for index, kernel in enumerate(folded.local.kernels):
             self.register_buffer(f"kernel{index}", kernel)
+
+    def forward(self, map_BHNN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The refined map, [B, H, N, N] to the same; the factor on it is folded, too."""
+        return refined_map(map_BHNN, self.weights(grid), 1.0)
 
     def weights(self, grid: tuple[int, int]) -> FoldedWeights:
         """The weights as ``attention.refine`` takes them."""

@@ -10,6 +10,8 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ __all__ = ["fit_to", "fit_weights", "load_released_weights", "read_weight_file",
 
 State = Mapping[str, Tensor]
 Grid = tuple[int, int]
-WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+WRAPPINGS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "module")
 PREFIXES = ("module.", "model.")  # data parallelism, AveragedModel and ModelEma; Lightning and other loops
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's, at any depth
 HEADS = ("head", "aux_head")
 # Containers of numbers, harmless to unpickle: timm's and DeiT's command line, and scalars that NumPy computed.
 PLAIN: list[Any] = [
     argparse.Namespace, np.ndarray, np.dtype, np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0],
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "b1")),
+    *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SUMm"},
 ]  # fmt: skip
 
 
@@ -61,6 +63,8 @@ def load_released_weights(
             grid that cannot be known.
     """
     given = path_or_state_dict
+    if not isinstance(given, Mapping | str | PathLike):
+        raise ValueError(f"weights are a {type(given).__name__}; give the path of a file, or a dict of tensors")
     content = given if isinstance(given, Mapping) else read_weight_file(Path(given))
     source = "the state dict" if isinstance(given, Mapping) else str(given)
     state, notes = fit_weights(model, content, source, old_grid, reset_head)
@@ -121,7 +125,7 @@ def read_weight_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a .safetensors, .pth or .tar file of weights")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -163,22 +167,57 @@ def _fit_positions(state: dict[str, Tensor], model: RefinedViT, old_grid: Grid |
         state[GRID] = torch.tensor(model.patch_grid)
     if positions is None or positions.dim() != 3:
         return []
-    patches = positions.shape[1] - 1
-    side = math.isqrt(patches)
-    grid = old_grid or (tuple(saved.tolist()) if saved is not None else (side, side))
-    if grid[0] * grid[1] != patches:
-        said = f"old_grid {old_grid} has {grid[0] * grid[1]}" if old_grid else "which is no square grid"
-        raise ValueError(
-            f"pos_embed holds {patches} patches, {'where ' if old_grid else ''}{said};"
-            " give old_grid=(rows, columns) of the images it was trained on"
-        )
+    grid = _grid_of_positions(positions.shape[1] - 1, saved, old_grid, model.patch_grid)
     if grid == model.patch_grid:
         return []
     resized = resample_abs_pos_embed(positions.float(), list(model.patch_grid), list(grid), num_prefix_tokens=1)
     state["pos_embed"] = resized.to(positions.dtype)
     rows, columns = model.patch_grid
-    before = f"{patches} patches" if grid[0] == grid[1] else f"{grid[0]}x{grid[1]} patches"
+    before = f"{grid[0] * grid[1]} patches" if grid[0] == grid[1] else f"{grid[0]}x{grid[1]} patches"
     return [f"position embedding resized from {before} to {rows}x{columns}"]
+
+
+def _grid_of_positions(patches: int, saved: object, old_grid: object, own: Grid) -> Grid:
+    """The patch grid of a position embedding.
+
+    Args:
+        patches: how many it holds.
+        saved, old_grid: the grid as the checkpoint and as the caller has it; ``None`` where they do not say.
+        own: the model's. Where it is not square, as many patches could be its own or those of a square.
+    """
+    advice = "give old_grid=(rows, columns) of the images it was trained on"
+    given, known = _as_grid(old_grid), _as_grid(saved)
+    if old_grid is not None and given is None:
+        raise ValueError(f"old_grid is {old_grid!r}; it must be the rows and columns of a patch grid, such as (2, 8)")
+    if saved is not None and (known is None or known[0] * known[1] != patches):
+        raise ValueError(f"{GRID} is {_numbers(saved)}, but pos_embed holds {patches} patches; one of them is damaged")
+    if given is not None and given[0] * given[1] != patches:
+        raise ValueError(
+            f"pos_embed holds {patches} patches, where old_grid {given} has {given[0] * given[1]}; {advice}"
+        )
+    if given is not None and known is not None and given != known:
+        raise ValueError(f"old_grid is {given}, but the checkpoint says that its patch grid is {known}; leave it out")
+    if found := given or known:
+        return found
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"pos_embed holds {patches} patches, which is no square grid; {advice}")
+    if own != (side, side) and own[0] * own[1] == patches:
+        theirs = f"{side}x{side} or the model's {own[0]}x{own[1]}"
+        raise ValueError(f"pos_embed holds {patches} patches, which may be {theirs}; {advice}")
+    return side, side
+
+
+def _as_grid(value: object) -> Grid | None:
+    numbers = _numbers(value)
+    if not isinstance(numbers, tuple | list) or len(numbers) != 2:
+        return None
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in numbers)
+    return (int(numbers[0]), int(numbers[1])) if whole else None
+
+
+def _numbers(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
 
 def _fit_channels(state: dict[str, Tensor], model: RefinedViT) -> list[str]:
@@ -229,13 +268,19 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     for wrapping in WRAPPINGS:
         if isinstance(content.get(wrapping), Mapping):
             return unwrap(content[wrapping])
-    state = {WRAPPERS.sub("", name): value for name, value in content.items() if name != "n_averaged"}
+    state = {WRAPPERS.sub("", str(name)): value for name, value in content.items() if name != "n_averaged"}
     while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    state = {name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+    state = {name: _as_tensor(name, value) for name, value in state.items()}
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"{strange[0]} is a {type(state[strange[0]]).__name__}, not a tensor; give a dict of weights")
     return state
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """What NumPy or a list of numbers has made of a tensor, as one."""
+    count = name.endswith("num_batches_tracked") and isinstance(value, np.number | int)
+    return torch.as_tensor(value) if count or isinstance(value, np.ndarray) else value
 
 
 def _first_sentence(error: Exception) -> str:

@@ -7,10 +7,13 @@ Axes: B batch, D width; p is the patch size in pixels.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from refiner_ds.attention import BatchNorm
+from refiner_ds.models.direct import can_read
 
 __all__ = ["ConvStem", "grid_of"]
 
@@ -21,18 +24,22 @@ def grid_of(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]
     Raises:
         ValueError: the patch size is odd, or a side of the image is not a multiple of it.
     """
-    if not isinstance(patch_size, int) or patch_size < 2 or patch_size % 2:
+    if not _is_whole(patch_size) or patch_size < 2 or patch_size % 2:
         raise ValueError(f"patch_size is {patch_size!r}; the stem halves the image first, so it must be an even number")
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+    sides = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
+    if len(sides) != 2 or not all(map(_is_whole, sides)):
         raise ValueError(f"img_size is {img_size!r}; it must be one whole number or two, (height, width)")
-    height, width = sides
+    (height, width), patch_size = map(int, sides), int(patch_size)
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
         lower, upper = (max(height // patch_size, 1) * patch_size, (height // patch_size + 1) * patch_size)
         raise ValueError(
             f"img_size {height}x{width} is not a multiple of patch_size {patch_size}; near are {lower} and {upper}"
         )
     return height // patch_size, width // patch_size
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class ConvStem(nn.Module):
@@ -59,7 +66,16 @@ class ConvStem(nn.Module):
         return self.proj(x)
 
     def set_patch_size(self, patch_size: int) -> None:
-        """Another patch size from now on: the weights of ``proj`` are resampled, as timm's patch embeddings are."""
+        """Another patch size from now on: the weights of ``proj`` are resampled, as timm's patch embeddings are.
+
+        Raises:
+            ValueError: ``proj`` is more than its weights (an adapter, a hook).
+        """
+        if not can_read(self.proj, nn.Conv2d):
+            raise ValueError(
+                "patch_embed.proj computes more than its weights say, so that they cannot be resampled to another"
+                " patch_size; merge adapters and remove hooks first"
+            )
         side = patch_size // 2
         proj = nn.Conv2d(self.proj.in_channels, self.proj.out_channels, side, stride=side, device="meta")
         weight = resample_patch_embed(self.proj.weight.detach(), [side, side])

@@ -31,19 +31,16 @@ class SyncBatchNorm(BatchNorm):
     @classmethod
     def convert(cls, model: nn.Module) -> nn.Module:
         """Synchronise every batch norm of this package in ``model``, in place; returns the model."""
-        for name, module in list(model.named_modules()):
+        for module in model.modules():
             if type(module) is BatchNorm:
-                norm = cls(module.num_features, module.eps, module.momentum)
-                norm._parameters, norm._buffers, norm.training = module._parameters, module._buffers, module.training
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, norm)
+                module.__class__ = cls  # the same module: hooks and settings stay
         return model
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] to the same shape and dtype."""
         if not self.training or not several_ranks():
             return super().forward(x)
-        norm, axes, shape = self.as_norm(), (0, 2, 3), (1, -1, 1, 1)
+        norm, axes, shape = self.as_norm(x.device), (0, 2, 3), (1, -1, 1, 1)
         exact = x.to(statistics_dtype(x.dtype))
         count = _sum_over_ranks(exact.new_tensor(x.numel() // x.shape[1]))
         mean_C = _sum_over_ranks(exact.sum(axes)) / count
@@ -57,7 +54,7 @@ class SyncBatchNorm(BatchNorm):
 
 @torch.no_grad()  # a recomputation, which does not come here, must save as many tensors as the first run
 def _update(norm: Norm, mean_C: Tensor, variance_C: Tensor, count: Tensor) -> None:
-    unbiased_C = variance_C * count / (count - 1)
+    unbiased_C = variance_C * count / (count - 1).clamp(min=1)
     norm.running_mean.lerp_(mean_C.to(norm.running_mean.dtype), norm.momentum)
     norm.running_var.lerp_(unbiased_C.to(norm.running_var.dtype), norm.momentum)
     if norm.batches is not None:

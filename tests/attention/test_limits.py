@@ -6,7 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap, LinearWeights, LocalKernels
@@ -25,6 +28,14 @@ from tests.attention.cases import (
 )
 
 BACKENDS = ["eager", "tiled"]
+
+
+def interprets_kernels() -> bool:
+    try:
+        from refiner_ds.attention.kernels import launch
+    except ImportError:
+        return False
+    return launch.INTERPRETED
 
 
 def assert_same(ours: list[Tensor], truth: list[Tensor]) -> None:
@@ -60,10 +71,8 @@ def test_the_smallest_sizes_train_and_evaluate_as_eager(batch, heads, tokens, ra
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("make", [bottleneck, linear])
 def test_an_empty_batch_gives_nothing_and_leaves_running_statistics_alone(make, backend):
-    if backend == "triton":
-        launch = pytest.importorskip("refiner_ds.attention.kernels.launch", exc_type=ImportError)
-        if not launch.INTERPRETED:
-            pytest.skip("kernels are compiled in this process")
+    if backend == "triton" and not interprets_kernels():
+        pytest.skip("there is no Triton, or kernels are compiled in this process")
     weights, value = make(3, 2), leaf(0, 3, 5, 4)
     before = statistics(weights) if make is bottleneck else []
     for attn in (maps(0, 3, 5), scores(0, 3, 5)):
@@ -156,7 +165,7 @@ bottleneck_weights, linear_weights = bottleneck(3, 2), linear(3, 2)
 @pytest.mark.parametrize("which", range(4))
 def test_second_derivatives_are_eagers_and_refused_elsewhere(which):
     """Of a plain sum too, where the incoming gradient requires none."""
-    for backend in BACKENDS:
+    for backend in [*BACKENDS, "triton"] if interprets_kernels() else BACKENDS:
         x, compute = outputs(backend)[which]
         (gradient,) = torch.autograd.grad(compute(x).sum() + compute(x).square().sum(), x, create_graph=True)
         if backend == "eager":
@@ -184,6 +193,49 @@ def test_transforms_of_torch_func_are_computed_by_eager(backend, caplog):
 
     whole = attention.attend(DeferredMap(pair.q_BHNd, pair.q_BHNd, SCALE), value, backend=backend)[0]
     torch.testing.assert_close(torch.func.vmap(one)(pair.q_BHNd, value), whole)
+    direction = torch.randn_like(truth)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(pair.q_BHNd.detach(), direction))).tangent
+    torch.testing.assert_close(tangent, (truth * direction).sum())
+
+
+def test_plain_attention_has_forward_derivatives_and_second_ones_by_pytorchs_plain_operators():
+    q, k, value = (torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(3))  # fp32: the fused kernels take it
+
+    def out(q: Tensor) -> Tensor:
+        return attention.plain_attention(DeferredMap(q, k.to(q.dtype), SCALE), value.to(q.dtype)).square().sum()
+
+    (truth,) = torch.autograd.grad(out(q), q)
+    direction = torch.randn_like(truth)
+    slope = torch.func.jvp(out, (q.detach(),), (direction,))[1]
+    torch.testing.assert_close(slope, (truth * direction).sum(), rtol=1e-4, atol=1e-5)
+    with sdpa_kernel(SDPBackend.MATH):
+        (gradient,) = torch.autograd.grad(out(q), q, create_graph=True)
+        torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-5)
+        (seconds,) = torch.autograd.grad((gradient * direction).sum(), q)
+    exact, step = q.detach().double(), 1e-3 * direction.double()
+    curvature = (out(exact + step) - 2 * out(exact) + out(exact - step)) / 1e-6
+    torch.testing.assert_close((seconds * direction).sum().double(), curvature, rtol=1e-3, atol=1e-3)
+
+
+def test_plain_attention_is_pytorchs_fused_one_whatever_backend_is_asked_for():
+    deferred, value = (
+        DeferredMap(*(torch.randn(2, 3, 5, 4).requires_grad_() for _ in range(2)), SCALE),
+        leaf(2, 3, 5, 4),
+    )
+    fused = F.scaled_dot_product_attention(deferred.q_BHNd, deferred.k_BHNd, value.float())
+    for backend in BACKENDS:
+        with attention.attention_backend(backend):
+            out = attention.plain_attention(deferred, value.float())
+        assert out.grad_fn is not None and out.grad_fn.name() == fused.grad_fn.name()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("constraint", ["none", "spatial", "row+col"])
+def test_an_empty_batch_passes_every_constraint(backend, constraint):
+    shapes = {"none": [(3, 3)], "spatial": [(3, 3)] * 2, "row+col": [(1, 3), (3, 1)] * 2}[constraint]
+    weights = with_kernels(*[(6, 1, *shape) for shape in shapes], constraint=constraint, grid=(2, 2))
+    assert attention.refine(maps(0, 3, 5), leaf(0, 3, 5, 4), weights, backend=backend).shape == (0, 3, 5, 4)
 
 
 @pytest.mark.filterwarnings("ignore")

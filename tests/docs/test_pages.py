@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from refiner_ds.config.sections import key_paths
+from refiner_ds.installed import COMMANDS
 from tests.conftest import LONGEST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def commands(page: Path) -> Iterator[Command]:
             first, *rest = shlex.split(line) or [""]
             place = f"{page.name}:{number}: {line}"
             if first in scripts:
-                yield Command(place, scripts[first].partition(":")[0], rest)
+                yield Command(place, COMMANDS[first.removeprefix("refiner-")], rest)
             elif first in ("python", "python3", *LAUNCHERS) and (found := _module_of(first, rest)):
                 yield Command(place, *found)
 

@@ -8,8 +8,11 @@ import pytest
 import timm.utils
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 
+import refiner_ds.models
+from refiner_ds import attention
 from tests.models.small import BOX, RELEASED, VARIANTS, pictures, small_model, training_step
 
 ADAPTABLE = ["mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj", "attn.DLA.conv_exp", "attn.DLA.conv_pro", "norm2"]
@@ -71,19 +74,49 @@ def test_an_adapter_gets_its_gradient_and_evaluates_as_it_trains(name):
 
 @pytest.mark.parametrize("variant", ["released", "paper", "paper-spatial", "paper-bottleneck", "plain"])
 @pytest.mark.parametrize("mode", ["training", "evaluation", "evaluation without gradients"])
-def test_hooks_on_every_layer_fire_and_change_nothing(variant, mode):
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_on_every_module_fire_and_change_nothing(variant, mode):
+    """On those that hold others as well, such as a whole refiner, and backward hooks where there is a backward."""
+
     def outputs(model: nn.Module) -> Tensor:
         with torch.set_grad_enabled("without" not in mode):
             return model.train()(pictures(), BOX)[1] if mode == "training" else model.eval()(pictures())
 
     model = small_model(**VARIANTS[variant])
     fired: list[str] = []
-    leaves = [name for name, module in model.named_modules() if not list(module.children())]
-    for name in leaves:
+    names = [name for name, _ in model.named_modules()]
+    backward: list[str] = []
+    for name in names:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: fired.append(name))
+        model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: backward.append(name))
     hooked = outputs(model)
-    assert set(leaves) <= set(fired)
+    assert set(names) <= set(fired)
+    if hooked.requires_grad:
+        hooked.square().sum().backward()
+        # The class token's head has no part in patch logits, which are what training gives here.
+        assert set(names) - set(backward) <= ({"head"} if mode == "training" else set())
     torch.testing.assert_close(hooked, outputs(small_model(**VARIANTS[variant])), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("variant", "name"), [("released", "DLA"), ("paper", "refiner"), ("fused", "DLA")])
+@pytest.mark.parametrize("kind", ["hook", "subclass"])
+def test_a_refiner_that_alone_is_hooked_or_of_another_class_is_called(variant, name, kind):
+    model = small_model(**VARIANTS["released" if variant == "fused" else variant]).eval()
+    model = model.fuse() if variant == "fused" else model
+    refiner, logits, seen = getattr(model.blocks[1].attn, name), model(pictures()), []
+    if kind == "hook":
+        refiner.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    else:
+
+        class Doubled(type(refiner)):
+            def forward(self, *args: object) -> Tensor:
+                seen.append(super().forward(*args))
+                return 2 * seen[-1]
+
+        refiner.__class__ = Doubled
+    assert (model(pictures()) - logits).abs().max() > 1e-4
+    assert [map_.shape for map_ in seen] == [(4, 2, 17, 17)]
+    assert len(model.attention_maps(pictures())) == 4 and len(seen) == 2
 
 
 @pytest.mark.parametrize("name", ["mlp.fc1", "mlp.fc2", "attn.DLA.conv_exp"])
@@ -113,8 +146,74 @@ class Wrapped(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+    def forward(self, *inputs: object) -> object:
+        return self.inner(*inputs)
+
+
+BEHIND = ["patch_embed", "patch_embed.conv1", "blocks.1", "blocks.1.attn", "blocks.1.attn.DLA", "blocks.1.mlp"]
+
+
+@pytest.mark.parametrize("name", [*BEHIND, "blocks.1.attn.refiner", "blocks.1.attn.refiner.conv_pro"])
+def test_a_wrapper_that_hides_what_it_holds_changes_nothing(name):
+    options = VARIANTS["paper" if "attn.refiner" in name else "released"]
+
+    def outputs(wrapped: bool) -> tuple[Tensor, ...]:
+        model = small_model(**options)
+        if wrapped:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Wrapped(model.get_submodule(name)))
+        model.set_grad_checkpointing(unit="refiner")
+        model.set_input_size((32, 64))
+        images = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(3))
+        class_logits, patch_logits, _ = model.train()(images, BOX)
+        (class_logits.square().mean() + patch_logits.square().mean()).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        return class_logits, patch_logits, model.eval()(images), *gradients
+
+    for ours, truth in zip(outputs(True), outputs(False), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_wrapped_is_not_folded_or_resampled():
+    model = small_model(**RELEASED)
+    child = "proj"
+    setattr(model.patch_embed, child, Wrapped(model.patch_embed.proj))
+    with pytest.raises(ValueError, match=r"^patch_embed\.proj computes more than its weights say, .*; merge adapters"):
+        model.set_input_size(patch_size=4)
+    assert model.patch_size == 8
+    for name in ("patch_embed", "blocks.1", "blocks.1.attn", "blocks.1.mlp", "blocks.1.attn.DLA"):
+        model = small_model(**RELEASED).train()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Wrapped(model.get_submodule(name)))
+        with pytest.raises(ValueError, match=rf"^{name.removesuffix('.DLA')} cannot be folded: they compute more"):
+            model.fuse()
+        assert model.training and model.blocks[0].training
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("change", ["bias", "3x3"])
+@pytest.mark.parametrize("name", ["conv_exp", "conv_pro"])
+def test_a_refiners_convolution_that_is_no_product_with_its_weight_is_called(variant, change, name):
+    model = small_model(**VARIANTS[variant])
+    refiner = getattr(model.blocks[1].attn, "DLA" if variant == "released" else "refiner")
+    before = getattr(refiner, name)
+    size = 3 if change == "3x3" else 1
+    layer = nn.Conv2d(before.in_channels, before.out_channels, size, padding=size // 2, bias=change == "bias")
+    setattr(refiner, name, layer)
+    _, gradients, _ = training_step(model)
+    reached = [
+        gradient.abs().sum()
+        for key, gradient in gradients.items()
+        if f"blocks.1.attn.{'DLA' if variant == 'released' else 'refiner'}.{name}." in key
+    ]
+    assert len(reached) == (2 if change == "bias" else 1) and reached[0] > 0
+    with torch.no_grad():
+        logits = model.eval()(pictures())
+        layer.weight[..., 0, 0] += 1
+        if change == "bias":
+            layer.weight[..., 0, 0] -= 1
+            layer.bias += torch.linspace(0, 3, len(layer.bias))
+        assert (model(pictures()) - logits).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("change", ["RMSNorm", "wrapped", "no bias", "quantised"])
@@ -149,6 +248,48 @@ NORMS = {
 }
 
 
+SETTINGS = {
+    "momentum": {"momentum": None},
+    "not tracking": {"track_running_stats": False},
+    "no statistics": {"track_running_stats": False, "running_mean": None, "running_var": None},
+    "no gain": {"weight": None, "bias": None},
+    "no shift": {"bias": None},
+    "nothing": {"running_mean": None, "running_var": None, "num_batches_tracked": None, "weight": None, "bias": None},
+    "another momentum": {"momentum": 0.5},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_a_norm_whose_settings_people_change_is_still_pytorchs(settings, synchronised):
+    """SWA's update_bn averages cumulatively, ``torch.func`` and test-time adaptation take running statistics away."""
+    model = small_model(**RELEASED).train()
+    model(pictures())
+    for norm in [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]:
+        for name, value in settings.items():
+            setattr(norm, name, value)
+    theirs = copy.deepcopy(model)
+    if synchronised:
+        refiner_ds.models.SyncBatchNorm.convert(model)
+    for norm in [module for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)]:
+        norm.__class__ = nn.BatchNorm2d
+    for training in (True, True, False):
+        ours, truth = (one.train(training)(pictures() + 1, *([BOX] if training else [])) for one in (model, theirs))
+        torch.testing.assert_close(ours[:2], truth[:2], rtol=1e-4, atol=1e-5)
+    for (name, buffer), truth in zip(model.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(buffer, truth, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_swas_update_bn_averages_over_what_it_is_given():
+    model = small_model(**RELEASED)
+    torch.optim.swa_utils.update_bn([pictures(), 2 * pictures()], model)
+    norm = model.patch_embed.bn1
+    assert int(norm.num_batches_tracked) == 2 and norm.momentum == 0.1
+    with torch.no_grad():
+        mean = model.patch_embed.conv1(1.5 * pictures()).mean((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-6)
+
+
 def swap_norms(model: nn.Module, make) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
@@ -180,16 +321,63 @@ def test_what_people_do_to_batch_norms_trains_and_evaluates(kind):
         assert int(model.blocks[1].attn.adapt_bn.num_batches_tracked) == before + 1
 
 
-def test_functional_transforms_go_through_the_mlp():
-    model = small_model(**VARIANTS["plain"]).eval()
+@pytest.mark.parametrize("variant", ["released", "paper-spatial", "paper-bottleneck", "plain"])
+def test_functional_transforms_go_through_the_model(variant):
+    model, images = small_model(**VARIANTS[variant]).eval(), pictures(2)
     weights = {name: value.detach() for name, value in model.named_parameters()}
 
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, weights, (pictures(),)).square().mean()
+    def logits(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (images,))
 
-    gradients = torch.func.grad(loss)(weights)
-    loss({name: parameter for name, parameter in model.named_parameters()}).backward()
-    torch.testing.assert_close(gradients["blocks.0.mlp.fc1.weight"], model.blocks[0].mlp.fc1.weight.grad)
+    gradients = torch.func.grad(lambda weights: logits(weights, images).square().mean())(weights)
+    logits(dict(model.named_parameters()), images).square().mean().backward()
+    name = "blocks.0.mlp.fc1.weight"
+    truth = model.get_parameter(name).grad
+    torch.testing.assert_close(gradients[name], truth, rtol=1e-4, atol=1e-6)
+    one_by_one = torch.func.vmap(lambda image: logits(weights, image[None])[0])(images)
+    torch.testing.assert_close(one_by_one, logits(weights, images), rtol=1e-4, atol=1e-5)
+    direction = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(5))
+
+    def loss(weight: Tensor) -> Tensor:
+        return logits({**weights, name: weight}, images).square().mean()
+
+    slope = (truth * direction).sum()
+    torch.testing.assert_close(torch.func.jvp(loss, (weights[name],), (direction,))[1], slope, rtol=1e-3, atol=1e-6)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(weights[name], direction))).tangent
+    torch.testing.assert_close(tangent, slope, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("cos_reg", [0.0, 0.1])
+def test_gradients_image_by_image_in_training_need_norms_without_statistics_alone(cos_reg):
+    model = small_model(**VARIANTS["paper-bottleneck"], cos_reg=cos_reg).train()
+    torch.func.replace_all_batch_norm_modules_(model)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (image[None], BOX))[0].square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(weights, pictures(2))
+    name = "blocks.1.attn.DLA.conv_exp.weight"
+    alone = torch.func.grad(loss)(weights, pictures(2)[1])
+    torch.testing.assert_close(each[name][1], alone[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("cos_reg", [0.0, 0.1])
+def test_second_derivatives_of_a_model_need_the_eager_backend(cos_reg):
+    for variant in ("released", "paper"):
+        model = small_model(**VARIANTS[variant], cos_reg=cos_reg).train()
+        for backend in ("eager", "tiled"):
+            with attention.attention_backend(backend):
+                class_logits, _, _ = model(pictures(2), BOX)
+                loss = class_logits.square().mean() + (model.cos_reg_loss() if cos_reg else 0)
+                (gradient,) = torch.autograd.grad(loss, model.blocks[0].attn.qkv.weight, create_graph=True)
+                if backend == "eager":
+                    gradient.square().sum().backward()
+                    assert model.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+                    continue
+                with pytest.raises(RuntimeError, match="^second derivatives need REFINER_ATTENTION=eager"):
+                    gradient.square().sum().backward()
 
 
 def test_layers_that_compute_more_than_their_weights_are_not_folded():
@@ -200,3 +388,18 @@ def test_layers_that_compute_more_than_their_weights_are_not_folded():
         model.fuse()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert isinstance(model.patch_embed.bn1, nn.BatchNorm2d)
+
+
+def test_folding_keeps_a_convolutions_own_bias_and_does_not_ask_how_statistics_were_averaged():
+    model = swap_norms(small_model(**RELEASED), lambda norm: nn.BatchNorm2d(norm.num_features, momentum=None))
+    model.patch_embed.conv2 = nn.Conv2d(4, 8, 3, padding=1)
+    block = model.blocks[0]
+    block.mlp.fc2 = nn.Linear(72, 24, bias=False)
+    model.train()(pictures())
+    logits = model.eval()(pictures())
+    fused = model.train().fuse()
+    torch.testing.assert_close(fused(pictures()), logits, rtol=1e-3, atol=1e-4)
+    shown = []
+    fused.blocks[1].attn.DLA.register_forward_hook(lambda *_: shown.append(1))
+    torch.testing.assert_close(fused(pictures()), logits, rtol=1e-3, atol=1e-4)
+    assert shown

@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
+from refiner_ds.models import NO_BOX
 from tests.models import golden
 from tests.models.small import BOX, VARIANTS, pictures, small_model
 
@@ -129,7 +131,21 @@ def test_training_and_evaluation_compile_into_one_graph_each(variant, options):
         assert compiled(pictures()).shape == (4, 5)
 
 
-def test_a_new_box_does_not_compile_the_step_again():
+def test_a_new_box_does_not_compile_the_step_again_if_it_is_a_tensor():
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
+    model, plain = (small_model(**{**VARIANTS["released"], "depth": 2}).train() for _ in range(2))
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for box in (BOX, (0, 1, 2, 3), (1, 0, 4, 3), (2, 2, 2, 2), (0, 0, 0, 0), (0, 0, 4, 4)):
+        class_logits, patch_logits, used = step(pictures(), torch.tensor(box))
+        truth = plain(pictures(), box)
+        assert tuple(used.tolist()) == box
+        torch.testing.assert_close((class_logits, patch_logits), truth[:2], rtol=1e-4, atol=1e-5)
+    assert counts["unique_graphs"] == before + 1
+
+
+def test_of_four_numbers_a_new_box_compiles_the_step_again_until_each_has_changed():
     compiled_graphs = []
 
     def counting_backend(graph, inputs):
@@ -140,7 +156,31 @@ def test_a_new_box_does_not_compile_the_step_again():
     step = torch.compile(small_model(**{**VARIANTS["released"], "depth": 2}).train(), backend=counting_backend)
     for box in (BOX, (0, 2, 2, 4)):
         step(pictures(), box)
-    assert len(compiled_graphs) == 2  # once with the first box's numbers, once with any
+    assert len(compiled_graphs) == 2  # all four have changed: once with the first box's numbers, once with any
     for box in ((0, 1, 2, 3), (1, 0, 4, 2), (2, 2, 4, 4), (0, 0, 2, 4), (3, 3, 4, 4), (0, 0, 4, 4)):
         assert step(pictures(), box)[2] == box
     assert len(compiled_graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", ["released", "paper-spatial", "plain"])
+def test_a_traced_model_is_the_model_in_evaluation_and_in_training(tmp_path, variant):
+    model = small_model(**{**VARIANTS[variant], "depth": 2}, mix_token=True).eval()
+    traced = torch.jit.trace(model, pictures())
+    torch.jit.save(traced, tmp_path / "model.pt")
+    again = torch.jit.load(tmp_path / "model.pt")
+    torch.testing.assert_close(again(pictures(2)), model(pictures(2)), rtol=1e-4, atol=1e-5)
+    model.mix_token = False
+    class_logits, _, box = torch.jit.trace(model.train(), pictures(), check_trace=False)(pictures())
+    torch.testing.assert_close(class_logits, model(pictures())[0], rtol=1e-4, atol=1e-5)
+    assert tuple(box.tolist()) == NO_BOX
+    with SummaryWriter(str(tmp_path / "events")) as board:
+        board.add_graph(model, pictures())
+
+
+@pytest.mark.parametrize("variant", ["released", "paper", "plain"])
+def test_shapes_are_those_of_the_meta_device_too(variant):
+    model = small_model(**VARIANTS[variant]).to("meta")
+    class_logits, patch_logits, _ = model.train()(pictures().to("meta"), NO_BOX)
+    assert class_logits.shape == (4, 5) and patch_logits.shape == (4, 16, 5)
+    assert model.eval()(pictures().to("meta")).shape == (4, 5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -149,6 +152,17 @@ def test_paper_ablation_sizes():
         ({"in_chans": 0}, "in_chans is 0; it must be a whole number of at least 1"),
         ({"num_classes": -1}, "num_classes is -1; it must be a whole number of at least 0"),
         ({"mlp_ratio": -2}, "mlp_ratio is -2; it must be a number above 0"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio is inf; it must be a number above 0"),
+        ({"expansion_ratio": math.inf}, "expansion_ratio is inf; it must be a number above 0"),
+        ({"constraint": ["none"]}, "constraint is ['none']; it must be one of none, spatial, row+col"),
+        ({"init_values": "x"}, "init_values is 'x'; it must be a number, None for no scale, or 'layout'"),
+        ({"init_values": math.nan}, "init_values is nan; it must be a number, None for no scale, or 'layout'"),
+        ({"init_values": (1,)}, "init_values is (1,); it must be a number, None for no scale, or 'layout'"),
+        ({"cos_reg": math.nan}, "cos_reg is nan; it must be a number of at least 0"),
+        ({"qkv_bias": "no"}, "qkv_bias is 'no'; it must be True or False"),
+        ({"return_dense": 0}, "return_dense is 0; it must be True or False"),
+        ({"img_size": 32.5}, "img_size is 32.5; it must be one whole number or two, (height, width)"),
+        ({"img_size": (True, 32)}, "img_size is (True, 32); it must be one whole number or two, (height, width)"),
         ({"stem_chs": (4, 8)}, "stem_chs is (4, 8); it must be three whole numbers above 0, such as (32, 64, 128)"),
         ({"drop_path_rate": 1.5}, "drop_path_rate is 1.5; it must be at least 0 and below 1"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0; it must be at least 0 and below 1"),
@@ -184,11 +198,17 @@ def test_images_of_another_size_or_number_of_channels_are_refused(shape):
         small_model(**PAPER).eval()(torch.randn(1, *shape))
 
 
-@pytest.mark.parametrize("box", [(0, 0, 5, 4), (-1, 0, 2, 2), (2, 0, 1, 4), (0, 0, 2)])
+IMPOSSIBLE = [
+    (0, 0, 5, 4), (-1, 0, 2, 2), (2, 0, 1, 4), (0, 0, 2), (0.5, 0, 1, 1), (math.nan, 0, 1, 1),
+    (None,) * 4, (True,) * 4, 5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("box", IMPOSSIBLE)
 def test_boxes_outside_the_grid_are_refused(box):
     with pytest.raises(ValueError) as refusal:
         small_model(**PAPER).train()(pictures(), box)
-    assert str(refusal.value).startswith(f"mix_box is {box}; it must be (y0, x0, y1, x1) within the 4x4 patch grid")
+    assert str(refusal.value).startswith(f"mix_box is {box!r}; it must be (y0, x0, y1, x1) within the 4x4 patch grid")
 
 
 @pytest.mark.parametrize("variant", ["released", "paper", "plain"])
@@ -207,3 +227,55 @@ def test_without_the_auxiliary_head_class_logits_come_alone_in_training_and_eval
         torch.testing.assert_close(model.eval()(pictures()), dense.head(tokens[:, 0]))
     with pytest.raises(ValueError, match="return_dense=False leaves out"):
         model.train()(pictures(), BOX)
+
+
+@pytest.mark.parametrize("box", [torch.tensor(BOX), np.array(BOX), list(BOX), tuple(map(np.int64, BOX))])
+def test_a_box_may_be_any_four_whole_numbers(box):
+    class_logits, patch_logits, used = small_model(**PAPER).train()(pictures(), box)
+    truth = small_model(**PAPER).train()(pictures(), BOX)
+    assert torch.equal(class_logits, truth[0]) and torch.equal(patch_logits, truth[1]) and used == BOX
+
+
+@pytest.mark.parametrize("variant", ["released", "paper-spatial", "paper-row+col", "plain"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_gives_nothing_and_leaves_statistics_alone(variant, training):
+    model = small_model(**VARIANTS[variant], return_dense=False).train(training)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    logits = model(pictures()[:0])
+    logits.sum().backward()
+    assert logits.shape == (0, CLASSES)
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "sentence"),
+    [
+        ("set_input_size", (None, 0), "patch_size is 0; the stem halves the image first, so it must be an even number"),
+        ("set_input_size", (None, (8, 4)), "patch_size is (8, 4); patches are square here: give one number"),
+        ("set_input_size", (math.nan,), "img_size is nan; it must be one whole number or two, (height, width)"),
+        ("reset_classifier", (-1,), "num_classes is -1; it must be a whole number of at least 0"),
+        ("reset_classifier", ("10",), "num_classes is '10'; it must be a whole number of at least 0"),
+        ("freeze", ("norm",), "names of parameters are 'norm'; they must be a list, such as ['patch_embed']"),
+        ("freeze", (5,), "names of parameters are 5; they must be a list, such as ['patch_embed']"),
+        ("freeze", ([5],), "5 names no parameter; it must be a name, a prefix or a pattern of either"),
+        ("set_grad_checkpointing", (True, ["pair"]), "unit is ['pair']; it must be one of pair, block, refiner"),
+        (
+            "prune_intermediate_layers", ([9],),
+            "indices is [9]; it must be blocks from -4 to 3, or how many of the last, 1 to 4",
+        ),
+        (
+            "forward_intermediates", (pictures(), "a"),
+            "indices is 'a'; it must be blocks from -4 to 3, or how many of the last, 1 to 4",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_that_cannot_be_are_refused_in_one_sentence_and_change_nothing(method, arguments, sentence):
+    model = small_model(**PAPER)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    with pytest.raises(ValueError) as refusal:
+        getattr(model, method)(*arguments)
+    assert str(refusal.value) == sentence
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name][0]) and value.requires_grad == before[name][1]
+    assert len(dict(model.named_parameters())) == len(before) and model.num_classes == CLASSES

@@ -43,6 +43,17 @@ WRAPPINGS = {
     },
     "DeepSpeed": lambda state: {"module": state, "ds_version": "0.19"},
     "numpy beside": lambda state: {"state_dict": state, "best": np.float64(83.6), "at": np.int64(7)},
+    "numpy of every kind beside": lambda state: {
+        "model_state_dict": state,
+        "arrays": [np.ones(2, kind) for kind in ("i1", "u1", "i2", "u2", "u4", "u8", "f2", "?", "f4")],
+        "name": np.str_("S"),
+        "when": np.datetime64("2026-11-25"),
+        "took": np.timedelta64(3, "s"),
+        "small": np.uint8(3),
+    },
+    "counters as numbers": lambda state: {
+        name: np.int64(value.item()) if name.endswith("tracked") else value for name, value in state.items()
+    },
 }
 
 
@@ -198,8 +209,12 @@ def test_a_grid_that_is_not_square_travels_with_the_weights(tmp_path, form):
             load_released_weights(model, source)
         truth = resample_abs_pos_embed(wide.pos_embed.detach(), [rows, columns], [4, 16], num_prefix_tokens=1)
         assert torch.equal(model.pos_embed, truth)
-        with pytest.raises(RuntimeError):  # plain loading does not copy it either
-            grid_model(size).load_state_dict(wide.state_dict())
+        with pytest.raises(RuntimeError, match="pos_embed is of a 4x16 patch grid"):  # plain loading neither
+            grid_model(size).load_state_dict(wide.state_dict(), strict=False)
+    with pytest.raises(
+        RuntimeError, match="pos_embed is of a 8x8 patch grid, the model's is 4x16; load_released_weights"
+    ):
+        grid_model((32, 128)).load_state_dict(grid_model((64, 64)).state_dict(), strict=False)
     assert not [name for name in grid_model((64, 64)).state_dict() if "grid" in name], "square models: released names"
 
 
@@ -220,6 +235,37 @@ def test_positions_of_an_unknown_grid_need_old_grid():
         load_released_weights(model, state, old_grid=(3, 6))
     truth = resample_abs_pos_embed(state["pos_embed"], [4, 4], [3, 6], num_prefix_tokens=1)
     assert torch.equal(model.pos_embed, truth)
+
+
+def test_as_many_patches_as_the_models_that_may_be_square_need_old_grid():
+    square = grid_model((32, 32)).state_dict()
+    with pytest.raises(
+        ValueError, match="pos_embed holds 16 patches, which may be 4x4 or the model's 2x8; give old_grid="
+    ):
+        load_released_weights(grid_model((16, 64)), square)
+    same = grid_model((16, 64))
+    assert load_released_weights(same, square, old_grid=(2, 8)) == []
+    assert torch.equal(same.pos_embed, square["pos_embed"])
+    with pytest.warns(UserWarning, match="resized from 16 patches to 2x8"):
+        load_released_weights(grid_model((16, 64)), square, old_grid=[4, 4])
+
+
+@pytest.mark.parametrize("old_grid", [(0, 0), (-4, -4), 16, "ab", (2,), (2, 8, 1), (2.0, 8.0), (True, 16)])
+def test_what_is_no_grid_is_refused_as_old_grid(old_grid):
+    with pytest.raises(
+        ValueError, match=f"^the state dict: old_grid is {re.escape(repr(old_grid))}; it must be the rows"
+    ):
+        load_released_weights(grid_model(32), grid_model(32).state_dict(), old_grid=old_grid)
+
+
+def test_a_grid_that_contradicts_the_checkpoint_is_refused():
+    wide = grid_model((16, 64)).state_dict()
+    with pytest.raises(
+        ValueError, match=r"old_grid is \(8, 2\), but the checkpoint says that its patch grid is \(2, 8\)"
+    ):
+        load_released_weights(grid_model(32), wide, old_grid=(8, 2))
+    with pytest.raises(ValueError, match=r"pos_embed_grid is \[3, 5\], but pos_embed holds 16 patches"):
+        load_released_weights(grid_model(32), {**wide, "pos_embed_grid": torch.tensor([3, 5])})
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -254,6 +300,8 @@ def test_heads_can_be_reset():
 def test_what_is_no_tensor_is_named():
     with pytest.raises(ValueError, match=r"^the state dict: epoch is a int, not a tensor; give a dict of weights$"):
         load_released_weights(golden.tiny_model(), {**golden.section("state"), "epoch": 3})
+    with pytest.raises(ValueError, match="^weights are a RefinedViT; give the path of a file, or a dict of tensors$"):
+        load_released_weights(golden.tiny_model(), golden.tiny_model())
 
 
 def test_timms_checkpoint_filter_fits_a_checkpoint(tmp_path):

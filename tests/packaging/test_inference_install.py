@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from refiner_ds.installed import COMMANDS, TRAIN
 from tests.training.launched import ROOT, environment
 
 WITHOUT = """
@@ -74,3 +75,22 @@ def test_what_training_lacks_is_named_with_how_to_install_it(tmp_path: Path) -> 
     done = run("import refiner_ds.train", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("install refiner_ds[train], which trains and makes data"), done.stderr
+
+
+def test_installed_commands_say_in_one_sentence_what_they_lack(tmp_path: Path) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {f"refiner-{name}": f"refiner_ds.installed:{name}" for name in COMMANDS}
+    for module in COMMANDS.values():
+        inside = module.removeprefix("refiner_ds.") if ".launch." in module or ".data_tools." in module else module
+        assert (ROOT / f"{inside.replace('.', '/')}.py").exists()
+    (tmp_path / "config.json").write_text("{}")
+    for name, arguments in (("train", ["--help"]), ("evaluate", ["."])):
+        call = f"import sys; sys.argv[1:] = {arguments}; from refiner_ds.installed import {name}; sys.exit({name}())"
+        done = run(call, tmp_path)
+        assert done.returncode == 2, done.stderr
+        lacks = rf"refiner-{name}: \w+ is missing: install refiner_ds\[train\], which trains and makes data\n"
+        assert re.fullmatch(lacks, done.stderr), done.stderr
+
+
+def test_every_package_of_what_trains_is_known_to_the_commands() -> None:
+    assert absent() - TRAIN == {"_xxhash", "mpl_toolkits", "pylab"}, "modules beside the packages' own"

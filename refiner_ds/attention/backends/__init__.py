@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from refiner_ds.attention.first_order import is_transformed
 from refiner_ds.attention.weights import Case, DeferredMap
 
 __all__ = ["Backend", "unsupported_call"]
@@ -54,6 +55,8 @@ def unsupported_call(case: Case) -> str | None:
         return "compiled dropout is implemented there alone" if dropout else None
     if len(case.value_BHNd) == 0:
         return "the batch is empty"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms are implemented there alone"
+    if is_transformed():
+        return "torch.func transforms and forward mode are implemented there alone"
+    if not torch.amp.is_autocast_available(case.value_BHNd.device.type):
+        return f"{case.value_BHNd.device.type} tensors have no autocast"
     return None
