@@ -176,9 +176,7 @@ class RefinedViT(nn.Module):
             return self.forward_head(self.forward_features(x_B3HW))
         if mix_box is None:
             mix_box = draw_mix_box(self.patch_grid) if self.mix_token else NO_BOX
-        elif (
-            not torch.compiler.is_compiling()
-        ):  # the check of a box that changes every step would compile it every step
+        elif not torch.compiler.is_compiling():  # a check of numbers that change every step would compile it every step
             mix_box = check_box(mix_box, self.patch_grid)
         box = cast(Box, tuple(mix_box.unbind())) if isinstance(mix_box, Tensor) else mix_box
         if not self.return_dense:
