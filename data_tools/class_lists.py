@@ -27,6 +27,7 @@ WORDNET_ID = re.compile(r"(n\d{8})(?!\w)")
 DEVKIT_LINE = re.compile(r"(n\d{8})\s+(\d+)\s+\S.*")
 NUMBERED_LINE = re.compile(r"(\d+)[\s,;:.)]+(\S.*)")
 NUMBER_AFTER = re.compile(r"(\S.*?)\s*[,;\t]\s*(\d+)")
+TITLES = frozenset("class classes classname label labels name names category categories synset synsets wnid".split())
 IMAGENET_FILE = re.compile(r"ILSVRC\d+_(val|test)_\d+")
 
 
@@ -117,7 +118,7 @@ def read_class_list(path: Path) -> ClassList:
     """Read any of the files in the module's docstring.
 
     Raises:
-        DataError: it cannot be read, names a class twice, or names none.
+        DataError: it cannot be read, names a class twice, or names none; a name is not UTF-8, or a title.
     """
     if path.suffix == ".mat":
         found = _from_devkit(path)
@@ -127,8 +128,15 @@ def read_class_list(path: Path) -> ClassList:
         found = _from_lines(path, [line.strip() for line in read_text(path).split("\n") if line.strip()])
     if not found.names:
         raise DataError(f"{path}: names no class; list one a line")
+    title = found.names[0]
+    if found.by_number is None and path.suffix != ".json" and re.sub(r"[\s_-]", "", title.lower()) in TITLES:
+        raise DataError(
+            f"{path}: its first line, {title}, is a title; remove it, or number the classes if it is a class"
+        )
     first: dict[str, int] = {}
     for number, name in enumerate(found.names, 1):
+        if name != os.fsencode(name).decode("utf-8", "ignore"):
+            raise DataError(f"{path}: {printable(name)} is not UTF-8; save the file as UTF-8")
         if first.setdefault(name, number) != number:
             raise DataError(f"{path}: names {name} twice (classes {first[name]} and {number}); names must differ")
     return found

@@ -11,7 +11,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from refiner_ds.config.schema import DecodeKeys
-from refiner_ds.data.decoding import JPEG_START, ORIENTATION, pillow_without_limit
+from refiner_ds.data.decoding import JPEG_START, ORIENTATION, pillow_without_limit, what_pillow_says
 
 JPEG_END = b"\xff\xd9"
 EXIF_MARK, EXIF_WITHIN = b"Exif\0\0", 1 << 16  # JPEG keeps it in its first segments
@@ -135,8 +135,7 @@ def _inspect_with_pillow(data: bytes, max_pixels: int) -> Inspection:
     except UnidentifiedImageError:
         return Inspection("", error="not an image in a format that is known")
     except Exception as error:  # Pillow's decoders raise whatever their formats' readers raise
-        reason = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
-        return Inspection("", error=f"cannot be decoded ({reason})")
+        return Inspection("", error=f"cannot be decoded ({what_pillow_says(error)})")
 
 
 def _unusual(image: Image.Image, extension: str) -> Inspection:

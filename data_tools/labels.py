@@ -209,9 +209,9 @@ class _Table:
     def __init__(self, labels: Path, lines: list[tuple[int, str]], delimiter: str, find: Find) -> None:
         self.labels = labels
         self.matches = 0
-        reader = csv.reader((line for _, line in lines), delimiter=delimiter, skipinitialspace=True)
+        reader = csv.reader((f"{line}\n" for _, line in lines), delimiter=delimiter, skipinitialspace=True)
         try:
-            self.table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+            self.table = [(reader.line_num, [cell.strip().replace("\n", " ") for cell in row]) for row in reader]
         except csv.Error:  # a quotation mark that is never closed
             return
         self.table = [(lines[line - 1][0], row) for line, row in self.table]
@@ -240,7 +240,9 @@ class _Table:
                     "put cells with a delimiter in them into quotation marks"
                 )
         titles = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in first]
-        if self.find(first[self.file_column]) or not (FILE_TITLES | CLASS_TITLES).intersection(titles):
+        file = first[self.file_column]
+        names_a_file = self.find(file) or FILE_NAME.fullmatch(file)
+        if names_a_file or not (FILE_TITLES | CLASS_TITLES).intersection(titles):
             titles = []
         body = others if titles else self.table
         classes = self._class_column(titles, body)

@@ -45,11 +45,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns, and the class names that labels stand for in the files (None: labels are names)."""
+    """Names of the columns, and the class names that label numbers stand for (None: labels are names themselves)."""
 
     image: str
     label: str
-    names: list[str] | None
+    names: dict[int, str] | None
     has_paths: bool
 
 
@@ -86,8 +86,8 @@ class ParquetSamples:
         try:
             group = _open(part.file).read_row_group(part.group, columns=[*wanted, columns.label])
             table = group.slice(part.start, part.end - part.start).to_pydict()
-        except OSError as error:
-            raise DataError(f"{printable(part.file)}: cannot be read ({error}); fetch it again") from None
+        except Exception as error:  # pyarrow raises a dozen kinds at damage
+            raise DataError(f"{printable(part.file)}: cannot be read ({_first_line(error)}); fetch it again") from None
         for row, (cell, label) in enumerate(zip(table[columns.image], table[columns.label], strict=True), part.start):
             place = f"{printable(part.file)}: row {row} of row group {part.group}"
             image = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -98,12 +98,14 @@ class ParquetSamples:
 
     def _label(self, label: Any, place: str) -> int:
         names = self.columns.names
-        if label in (None, -1):  # -1: of a split whose labels are kept back
+        if label in (None, -1, ""):  # -1: of a split whose labels are kept back
             raise DataError(f"{place} has no label; take a split with labels")
-        if names is not None and not 0 <= label < len(names):
-            raise DataError(f"{place} has label {label}, but there are {len(names)} classes; name all of them")
-        name = str(label) if names is None else names[label]
-        return self.label_of[name]
+        if names is not None and label not in names:
+            raise DataError(
+                f"{place} has label {label}, but there are {len(names)} classes, {min(names)} to {max(names)}; "
+                "name all of them"
+            )
+        return self.label_of[str(label) if names is None else names[label]]
 
 
 def is_parquet(source: Path) -> bool:
@@ -125,20 +127,33 @@ def plan_from_parquet(
         source: a file, a folder, or a pattern; one split.
         seed: of the shuffle.
         shard_bytes: of a shard, about.
-        class_list: names that label numbers stand for, counted from 0, in place of those in the files.
+        class_list: names that label numbers stand for, counted from 0 where the list does not number them itself, in
+            place of those in the files; of labels that are names, all that there are.
         like: the classes, in order, of a set whose labels this one is to share.
         label_column: where several could be meant.
     Raises:
-        DataError: pyarrow is missing, files are missing or of several splits, or the columns are not recognised.
+        DataError: pyarrow is missing, files are missing or of several splits, the columns are not recognised or not
+            the same in all files, or a label is not in the list.
     """
     files = _one_split(source)
     columns = _columns(files[0], class_list, label_column)
-    names = columns.names if columns.names is not None else _names_that_occur(files, columns.label)
+    for file in files[1:]:
+        if _columns(file, class_list, label_column) != columns:
+            raise DataError(
+                f"{printable(file)}: its columns or class names are not those of {printable(files[0])}; "
+                "make a set of each, or say with --classes what numbers stand for"
+            )
+    if columns.names is not None:
+        names = [columns.names[number] for number in sorted(columns.names)]
+    else:
+        names = _names_that_occur(files, columns.label)
+        if class_list:
+            _refuse_others(source, names, class_list)
+            names = sort_classes(class_list.names)
     classes = like.names if like else names
     label_of = {name: label for label, name in enumerate(classes)}
-    for name in names:
-        if like and name not in label_of:
-            raise DataError(f"{printable(source)}: has class {name}, {like.not_listed(name)}")
+    if like:
+        _refuse_others(source, names, like)
     parts = [part for file in files for part in _parts(file, columns, shard_bytes)]
     shuffled = [parts[number] for number in np.random.RandomState(seed).permutation(len(parts))]
     shards = _cut(shuffled, shard_bytes)
@@ -150,6 +165,12 @@ def plan_from_parquet(
         [ParquetSamples(first, shard, columns, label_of, seed) for first, shard in zip(firsts, shards, strict=False)],
         {"samples": hashlib.sha256(listing.encode()).hexdigest(), "classes": classes, "seed": seed},
     )
+
+
+def _refuse_others(source: Path, names: list[str], listed: ClassList) -> None:
+    for name in names:
+        if name not in listed.names:
+            raise DataError(f"{printable(source)}: has class {name}, {listed.not_listed(name)}")
 
 
 def _files(source: Path) -> list[Path]:
@@ -196,7 +217,11 @@ def _open(file: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as error:
-        raise DataError(f"{printable(file)}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{printable(file)}: not a whole Parquet file ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _columns(file: Path, class_list: ClassList | None, label_column: str | None) -> Columns:
@@ -204,11 +229,11 @@ def _columns(file: Path, class_list: ClassList | None, label_column: str | None)
     import pyarrow
 
     schema = _open(file).schema_arrow
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    images = [name for name, kind in described.items() if isinstance(kind, dict) and kind.get("_type") == "Image"]
+    described = _described(schema)
+    images = [name for name, kind in described.items() if kind.get("_type") == "Image"]
     if not images:
         images = [column.name for column in schema if _holds_images(column, pyarrow)]
-    labels = [name for name, kind in described.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]
+    labels = [name for name, kind in described.items() if kind.get("_type") == "ClassLabel"]
     image = _choose(file, images, IMAGE_NAMES, "images", "name the column image")
     if label_column is not None and label_column not in schema.names:
         raise DataError(f"{printable(file)}: has no column {label_column}; there are {', '.join(schema.names)}")
@@ -218,11 +243,25 @@ def _columns(file: Path, class_list: ClassList | None, label_column: str | None)
     whole = pyarrow.types.is_integer(schema.field(label).type)
     if not whole and not _is_text(schema.field(label).type, pyarrow):
         raise DataError(f"{printable(file)}: column {label} is {schema.field(label).type}; labels are numbers or names")
-    names = class_list.names if class_list else described.get(label, {}).get("names") if whole else None
+    has_paths = pyarrow.types.is_struct(schema.field(image).type)
+    if not whole:
+        return Columns(image, label, None, has_paths)
+    if class_list:
+        return Columns(image, label, class_list.by_number or dict(enumerate(class_list.names)), has_paths)
+    names = described.get(label, {}).get("names")
     if names and len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{printable(file)}: names class {twice} twice; give a list of different names with --classes")
-    return Columns(image, label, names, pyarrow.types.is_struct(schema.field(image).type))
+    return Columns(image, label, dict(enumerate(names)) if names else None, has_paths)
+
+
+def _described(schema: Any) -> dict[str, Any]:
+    """What Hugging Face says of the columns, where it wrote the file."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
 
 
 def _is_text(kind: Any, pyarrow: Any) -> bool:
@@ -250,7 +289,12 @@ def _names_that_occur(files: list[Path], label: str) -> list[str]:
     """Class names where the files keep no list of them: the labels themselves."""
     found: set[str] = set()
     for file in files:
-        column = _open(file).read(columns=[label]).column(label)
+        try:
+            column = _open(file).read(columns=[label]).column(label)
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow raises a dozen kinds at damage
+            raise DataError(f"{printable(file)}: cannot be read ({_first_line(error)}); fetch it again") from None
         found |= {str(value) for value in column.unique().to_pylist() if value is not None}
     return sort_classes(found)
 
@@ -258,9 +302,6 @@ def _names_that_occur(files: list[Path], label: str) -> list[str]:
 def _parts(file: Path, columns: Columns, shard_bytes: int) -> Iterator[Rows]:
     """The row groups of a file; one that is larger than a shard in several parts."""
     opened = _open(file)
-    for name in (columns.image, columns.label):
-        if name not in opened.schema_arrow.names:
-            raise DataError(f"{printable(file)}: has no column {name}, as the other files do")
     for number in range(opened.num_row_groups):
         group = opened.metadata.row_group(number)
         size = sum(

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ import numpy as np
 
 from refiner_ds.data.index import MapFormat, Shard
 from refiner_ds.data.tar_format import MEMBER
+from refiner_ds.data.workers import how_it_ended
 from refiner_ds.data.writer import FinishedShard, cannot_write, publish, write_index, write_whole
 from refiner_ds.errors import DataError
 
@@ -128,18 +130,13 @@ def parallel_map(
     Raises:
         DataError: what ``function`` raises, or a worker was killed.
     """
-    try:
-        if processes == 1:
-            if initializer:
-                initializer(*initargs)
-            yield from map(function, tasks)
-        else:
-            context = multiprocessing.get_context(start_method)
-            yield from _map_in_pool(function, tasks, processes, context, (initializer, initargs))
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, perhaps out of memory; run the same command again with fewer --processes"
-        ) from None
+    if processes == 1:
+        if initializer:
+            initializer(*initargs)
+        yield from map(function, tasks)
+    else:
+        context = multiprocessing.get_context(start_method)
+        yield from _map_in_pool(function, tasks, processes, context, (initializer, initargs))
 
 
 def _map_in_pool(
@@ -149,9 +146,16 @@ def _map_in_pool(
         # Not pool.map: it cancels what is pending when it is left early, and a pool whose workers are gone then prints
         # a traceback from its own thread, which may not set an exception on a cancelled future.
         pending = deque(pool.submit(function, task) for task in tasks)
+        workers = list(pool._processes.values())
         try:
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool:
+            pool.shutdown(cancel_futures=True)
+            raise DataError(
+                f"a worker process was killed{_first_death(workers)}; run the same command again, with fewer "
+                "--processes if memory ran out"
+            ) from None
         except Exception:
             pool.shutdown(cancel_futures=True)
             raise
@@ -159,6 +163,15 @@ def _map_in_pool(
             for child in multiprocessing.active_children():
                 child.terminate()  # unfinished work is done again
             raise
+
+
+def _first_death(workers: Sequence[BaseProcess]) -> str:
+    """Which worker ended how; the pool terminates the others."""
+    for worker in workers:
+        worker.join(timeout=5.0)
+    ended = [worker for worker in workers if worker.exitcode]
+    ended.sort(key=lambda worker: worker.exitcode == -signal.SIGTERM)
+    return f": process {ended[0].pid} {how_it_ended(ended[0].exitcode or 0)}" if ended else ""
 
 
 def _start_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,14 @@ from functools import wraps
 
 from refiner_ds.exit_codes import CRASHED, REFUSED, UNREAD
 from refiner_ds.output import OutputError, lasting_output, reporting_output
+
+HIDDEN = "***"
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+# User and password of a URL: also of one with / ? or # in them, and of one that was taken for a path (http:/user@host).
+USER_IN_URL = re.compile(
+    r"(\b[a-z][a-z0-9+.-]*:/{1,2})(?!/)([^/\s'\"?#]+|[^/\s'\"@?#:]*:(?!\d*(?:[/?#]|$))[^\s'\"]*)@", re.IGNORECASE
+)
+QUERY_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2}[^\s'\"?#]*\?)([^\s'\"#]*[^\s'\"#:,;.)])", re.IGNORECASE)
 
 
 class RefinerError(Exception):
@@ -51,10 +60,24 @@ def reports_errors() -> bool:
     return "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
 
 
+def without_secrets(text: str) -> str:
+    """A text without the user names, passwords and query strings of the URLs in it."""
+    text = USER_IN_URL.sub(lambda match: hidden(match) + "@", text)
+    return QUERY_IN_URL.sub(hidden, text)
+
+
+def hidden(match: re.Match[str]) -> str:
+    """What stands for a match whose second part is a secret; names of environment variables are none."""
+    return match[1] + (HIDDEN if VARIABLE.sub("", match[2]).strip(":") else match[2])
+
+
 def print_error(sentence: str) -> None:
-    """Print a refusal, or lose it where standard error cannot be written: the exit code stays what it is to be."""
+    """Print a refusal, or lose it where standard error cannot be written: the exit code stays what it is to be.
+
+    It may quote what was typed where no address was wanted, so secrets are taken out here as well.
+    """
     with lasting_output():
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(sentence)}", file=sys.stderr, flush=True)
 
 
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:
@@ -91,7 +114,7 @@ def report_rank_errors(rank: int) -> Iterator[None]:
     try:
         yield
     except RefinerError as error:
-        logging.getLogger("refiner_ds").error("%s", error)
+        logging.getLogger("refiner_ds").error("%s", without_secrets(str(error)))
         if not reports_errors():
             named = str(error).startswith(f"rank {rank} ")  # as that of a rank without memory, on whichever rank
             print_error(str(error) if named else f"rank {rank}: {error}")

@@ -13,38 +13,33 @@ from __future__ import annotations
 import os
 import re
 
-SERVERS = ("http:", "https:", "pipe:", "gs:", "s3:", "ais:", "hf:", "sftp:", "ftps:")
-HIDDEN = "***"
-VARIABLE = re.compile(r"\$\{(\w+)\}")
-USER_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)([^/\s'\"@]+)@", re.IGNORECASE)
-QUERY_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s'\"?#]*\?)([^\s'\"#]*[^\s'\"#:,;.)])", re.IGNORECASE)
+from refiner_ds.errors import HIDDEN, QUERY_IN_URL, USER_IN_URL, VARIABLE, hidden, without_secrets
+
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|(http|https|pipe|gs|s3|ais|hf|sftp|ftps):", re.IGNORECASE)
+OPTIONS = r"--user|--oauth2-bearer|--cookie|--[\w-]*pass(?:word|wd|phrase)?|--[\w-]*token|--[\w-]*key"
 SECRETS_IN_COMMAND = (
-    re.compile(r"((?:^|\s)(?:-u|--user|--password|--http-password|--token|--oauth2-bearer|--sas-token)[\s=]+)(\S+)"),
-    re.compile(r"(\bauthorization\s*:\s*(?:\w+\s+)?)([^\s'\"]+)", re.IGNORECASE),
+    re.compile(rf"((?:^|\s)(?:{OPTIONS})[\s=]+)(\S+)"),
+    re.compile(r"((?:^|\s)-u\s*)(\S+)"),
+    re.compile(r"(\bsshpass\s+-p\s*)(\S+)"),
+    re.compile(r"(\b(?:authorization|cookie)\s*:\s*(?:(?:basic|bearer|token|digest)\s+)?)([^'\"]+)", re.IGNORECASE),
     re.compile(
-        r"(\b\w*(?:secret|password|passwd|token|api_?key|access_?key|signature)\w*\s*[=:]\s*)([^\s'\"&]+)", re.I
+        r"(\b\w*(?:secret|password|passwd|token|api[_-]?key|access[_-]?key|signature)\w*\s*[=:]\s*)([^\s'\"&]+)", re.I
     ),
 )
 
 
 def is_address(spec: str) -> bool:
     """Whether a set is named by an address rather than a folder."""
-    return spec.startswith(SERVERS)
+    return bool(SCHEME.match(spec))
 
 
 def redacted(address: str) -> str:
     """An address as it may be printed and stored: without user names, passwords, query strings and tokens."""
-    address = USER_IN_URL.sub(lambda match: _hidden(match) + "@", address)
-    address = QUERY_IN_URL.sub(_hidden, address)
+    address = without_secrets(address)
     if address.startswith("pipe:"):
         for pattern in SECRETS_IN_COMMAND:
-            address = pattern.sub(_hidden, address)
+            address = pattern.sub(hidden, address)
     return address
-
-
-def _hidden(match: re.Match[str]) -> str:
-    """What stands for a match whose second part is a secret; names of environment variables are none."""
-    return match[1] + (HIDDEN if VARIABLE.sub("", match[2]).strip(":") else match[2])
 
 
 def is_redacted(address: str) -> bool:

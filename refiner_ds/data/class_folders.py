@@ -7,8 +7,9 @@
       names.bin                           their paths relative to the root, one after the other
       notes.txt                           files that were not taken, and why; only where there are any
 
-Folders that were changed since are listed again: a file that is added, removed or renamed changes its folder's time. A
-file that was overwritten is found by its size when it is read. Nothing here needs torch.
+Folders that were changed since are listed again: a file that is added, removed or renamed changes its folder's time. So
+are trees in which a link leads somewhere that led nowhere. A file that was overwritten is found by its size when it is
+read. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from refiner_ds.data.writer import cannot_write, locked, write_whole
 from refiner_ds.errors import DataError
 
 FORMAT = "refiner_ds class folders"
-VERSION = 1
+VERSION = 2
 FILES_NAME = "files.npy"
 PATHS_NAME = "names.bin"
 NOTES_NAME = "notes.txt"
@@ -121,7 +122,7 @@ def _up_to_date(root: Path, kept: Path) -> dict[str, Any] | None:
         stored = json.loads((kept / INDEX_NAME).read_bytes())
         if stored["format"] != FORMAT or stored["version"] != VERSION or stored["root"] != printable(root):
             return None
-        unchanged = all(os.stat(root / name).st_mtime_ns == changed for name, changed in stored["folders"].items())
+        unchanged = all(_changed(root / path) == changed for path, changed in stored["folders"].items())
         return dict(stored) if unchanged else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -143,6 +144,7 @@ def _list(root: Path, kept: Path) -> dict[str, Any]:
     (kept / INDEX_NAME).unlink(missing_ok=True)  # what is replaced below is its list, not this one's
     write_whole(kept / FILES_NAME, table)
     write_whole(kept / PATHS_NAME, names)
+    (kept / NOTES_NAME).unlink(missing_ok=True)
     if found.ignored:
         write_whole(kept / NOTES_NAME, ("\n".join(found.ignored) + "\n").encode())
     stored = {
@@ -153,7 +155,7 @@ def _list(root: Path, kept: Path) -> dict[str, Any]:
         "files_sha256": hashlib.sha256(table + names).hexdigest(),
         "classes": found.classes,
         "shards": _classes_as_shards(found, files),
-        "folders": _times(root, found),
+        "folders": {path: _changed(root / path) for path in sorted(found.looked_at)},
     }
     write_whole(kept / INDEX_NAME, json.dumps(stored).encode())
     seconds = time.monotonic() - began
@@ -178,15 +180,12 @@ def _classes_as_shards(found: LabelledImages, files: np.ndarray) -> list[dict[st
     ]
 
 
-def _times(root: Path, found: LabelledImages) -> dict[str, int]:
-    """When each folder on the way to an image was last changed."""
-    folders = {""}
-    for image in found.images:
-        folder = os.path.dirname(image.path)
-        while folder not in folders:
-            folders.add(folder)
-            folder = os.path.dirname(folder)
-    return {folder: os.stat(root / folder).st_mtime_ns for folder in sorted(folders)}
+def _changed(path: Path) -> int | None:
+    """When a folder was last changed; None for what cannot be opened: a link to a disk that is not there, say."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _progress(root: Path) -> Callable[[int, int, int], None]:

@@ -7,6 +7,7 @@ only a crop is wanted and `crop_decoding` can be used, only the crop of a JPEG i
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -22,6 +23,7 @@ from refiner_ds.errors import DataError
 
 JPEG_START = b"\xff\xd8\xff"
 ORIENTATION = 0x0112  # EXIF's tag
+OBJECT = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")
 AS_STORED = DecodeKeys()
 
 # EXIF's orientations: whether rows and columns change places, and then which axes of [y, x] are reversed.
@@ -104,8 +106,16 @@ def _decode_with_pillow(raw: RawSample, keys: DecodeKeys) -> np.ndarray:
                 grey_yx = np.rint(np.array(image) / 257).clip(0, 255).astype(np.uint8)
                 return np.repeat(grey_yx[..., None], 3, axis=2)
             return np.array(image.convert("RGB"))  # a copy: torch warns about memory it must not write to
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{raw.location}: the image cannot be decoded ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever their formats' readers raise
+        raise DataError(f"{raw.location}: the image cannot be decoded ({what_pillow_says(error)})") from None
+
+
+def what_pillow_says(error: Exception) -> str:
+    """Pillow's words on one line, without addresses of objects in memory: the same file, the same words."""
+    said = OBJECT.sub("", str(error)) or type(error).__name__
+    return " ".join(said.split())
 
 
 @contextmanager

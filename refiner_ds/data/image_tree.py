@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from refiner_ds.errors import DataError
@@ -52,12 +52,18 @@ class LabelledImage(ImageFile):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """All images of a folder in a fixed order, the class names, and what was not taken (one line each)."""
+    """All images of a folder in a fixed order, the class names, and what was not taken (one line each).
+
+    Attributes:
+        looked_at: relative paths of folders that were listed, and of what could not be opened; a change of one of them
+            changes what is found.
+    """
 
     folder: Path
     images: list[LabelledImage]
     classes: list[str]
     ignored: list[str]
+    looked_at: list[str] = field(default_factory=list)
 
 
 def printable(path: str | Path) -> str:
@@ -79,10 +85,11 @@ def read_class_folders(
     """
     if not folder.is_dir():
         raise DataError(f"{printable(folder)}: no such folder; name one that holds a folder of images for every class")
-    names, ignored = [], []
+    names, ignored, looked_at = [], [], [""]
     for name in _names(folder):
         found = _stat(f"{folder}/{name}")
         if isinstance(found, str):
+            looked_at.append(name)
             ignored.append(f"{printable(name)}: {found}")
         elif not stat.S_ISDIR(found.st_mode):
             reason = _why_not_taken(name, found.st_mode, _why_no_image)
@@ -94,14 +101,14 @@ def read_class_folders(
     _refuse_what_are_no_classes(folder, names)
     images: list[LabelledImage] = []
     for label, name in enumerate(names):
-        inside, not_taken = list_images(folder, name)
+        inside, not_taken = list_files(folder, name, _why_no_image, looked_at)
         if not inside:
             hint = f"; not taken: {not_taken[0]}" if not_taken else ""
             raise DataError(f"{folder / name}: no images in this class{hint}; remove the folder or fill it")
         images += [LabelledImage(image.path, image.size, label) for image in inside]
         ignored += not_taken
         progress(label + 1, len(names), len(images))
-    return LabelledImages(folder, images, names, ignored)
+    return LabelledImages(folder, images, names, ignored, looked_at)
 
 
 def _refuse_what_are_no_classes(folder: Path, names: list[str]) -> None:
@@ -130,19 +137,28 @@ def list_images(folder: Path, below: str = "") -> tuple[list[ImageFile], list[st
     return list_files(folder, below, _why_no_image)
 
 
-def list_files(folder: Path, below: str, why_not: Callable[[str], str]) -> tuple[list[ImageFile], list[str]]:
-    """As `list_images`, for files of which ``why_not`` says by their names why they are not taken, or ""."""
+def list_files(
+    folder: Path, below: str, why_not: Callable[[str], str], looked_at: list[str] | None = None
+) -> tuple[list[ImageFile], list[str]]:
+    """As `list_images`, for files of which ``why_not`` says by their names why they are not taken, or "".
+
+    Args:
+        looked_at: is added to, see `LabelledImages`.
+    """
+    looked_at = [] if looked_at is None else looked_at
     images: list[ImageFile] = []
     ignored: list[str] = []
     above = frozenset(_identity(os.stat(parent)) for parent in (folder.resolve(), *folder.resolve().parents))
     waiting = [(below, above)]
     while waiting:
         inside, around = waiting.pop()
+        looked_at.append(inside)
         around |= {_identity(os.stat(folder / inside))}  # folders that a link must not lead back to
         for name in _names(folder / inside):
             path = f"{inside}/{name}" if inside else name
             found = _stat(f"{folder}/{path}")
             if isinstance(found, str):
+                looked_at.append(path)
                 ignored.append(f"{printable(path)}: {found}")
             elif not stat.S_ISDIR(found.st_mode):
                 if reason := _why_not_taken(name, found.st_mode, why_not):

@@ -156,18 +156,33 @@ def _address(source: str, name: str) -> str:
     """
     if is_redacted(source):
         raise DataError(f"{source}: its password or query string was not stored; give the whole address again")
+    given = redacted(source)
     try:
         source = with_variables(source)
     except KeyError as error:
-        raise DataError(f"{source}: the environment variable {error.args[0]} is not set") from None
+        raise DataError(f"{given}: the environment variable {error.args[0]} is not set") from None
+    scheme, colon, rest = source.partition(":")
+    source = scheme.lower() + colon + rest
+    if source.startswith(("http:", "https:")) and not _is_url(source):
+        advice = "write / ? # @ and : in a user name or password as %2F %3F %23 %40 and %3A"
+        raise DataError(f"{given}: not an address, since its port is no number; {advice}")
     if "{name}" in source:
         return source.replace("{name}", name)
     if source.startswith("pipe:"):
-        raise DataError(f"{redacted(source)}: a pipe needs {{name}} where the file's name goes")
+        raise DataError(f"{given}: a pipe needs {{name}} where the file's name goes")
     if source.startswith("s3:"):
-        raise DataError(f"{redacted(source)}: not opened directly; write pipe:aws s3 cp {redacted(source)}/{{name}} -")
+        raise DataError(f"{given}: not opened directly; write pipe:aws s3 cp {given}/{{name}} -")
     folder, mark, query = source.partition("?")
     return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
+def _is_url(address: str) -> bool:
+    """Whether its host ends where it should: a / in a password ends it too early."""
+    try:
+        urllib.parse.urlsplit(address).port  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _copy(address: str, temporary: Path) -> tuple[int, str]:
@@ -195,8 +210,11 @@ def _open(address: str) -> Any:
             if error.code < 500 and error.code not in (408, 429):
                 raise _NotThere(f"the server answers {error.code} {error.reason}") from None
             raise
-    from webdataset.gopen import gopen  # brings torch, which plain addresses do without
+    from webdataset.gopen import gopen, gopen_schemes  # brings torch, which plain addresses do without
 
+    if (scheme := address.partition(":")[0]) not in gopen_schemes:
+        known = ", ".join(sorted(name for name in gopen_schemes if name.isalnum()))
+        raise _NotThere(f"nothing here opens {scheme}:, of addresses only {known}")
     try:
         return gopen(address, "rb")
     except (OSError, ValueError):

@@ -35,6 +35,7 @@ LABEL_ENDINGS = ("cls", "cls.txt")
 TRAILING_NUMBER = re.compile(r"[-_.]?\d+\.tar$")
 BRACES = re.compile(r"\{([^{}]*)\}")
 GZIP = b"\x1f\x8b"
+MOST_CLASSES = 1_000_000  # a larger number is no place in a list of classes, but an id
 
 Label = int | str
 
@@ -217,7 +218,10 @@ class _Sample:
         stored = self._json()
         written = next((self.parts[ending] for ending in LABEL_ENDINGS if ending in self.parts), None)
         if written is not None:
-            label = _label(written.payload.decode("utf-8", "replace").strip())
+            try:
+                label = _label(written.payload.decode().strip())
+            except UnicodeDecodeError:
+                raise DataError(f"{self.location}: its .cls is no text in UTF-8; write the label as such") from None
         elif isinstance(stored.get("label"), int | str):
             label = _label(str(stored["label"]).strip())
         else:
@@ -226,6 +230,10 @@ class _Sample:
             raise DataError(f"{self.location}: its .cls says {label} and its .json says {stored['label']}")
         if label == "" or (isinstance(label, int) and label < 0):
             raise DataError(f"{self.location}: its label is {label!r}; it must be a class name, or a number from 0")
+        if isinstance(label, int) and label >= MOST_CLASSES:
+            raise DataError(
+                f"{self.location}: its label is {label}; numbers must be places in a list of classes, not ids"
+            )
         folder = os.path.basename(os.path.dirname(str(stored.get("filename", ""))))
         return label, folder
 
@@ -271,6 +279,7 @@ def index_existing(
         raise DataError(f"{out / INDEX_NAME}: exists already; remove it to make it again, or choose another folder")
     scans = list(scan(partial(scan_tar, image=image), tars.paths))
     _refuse_repeated_keys(scans)
+    _refuse_numbers_among_names(scans, tars.folder)
     names = list(classes) if classes is not None else _class_names(scans)
     finished = [FinishedShard(one.shard, _labelled(one, names, tars.folder)) for one in scans]
     if not sum(one.shard.count for one in scans):
@@ -295,6 +304,17 @@ def _refuse_repeated_keys(scans: Sequence[TarScan]) -> None:
         tar = int(starts.searchsorted(sample, "right")) - 1
         places.append(f"sample {sample - int(starts[tar])} of {scans[tar].shard.name}")
     raise DataError(f"{' and '.join(places)} have one key; keys must be unique in the whole set")
+
+
+def _refuse_numbers_among_names(scans: Sequence[TarScan], folder: Path) -> None:
+    """Whether 3 is a name too, or the fourth of the names, cannot be known."""
+    seen: dict[bool, tuple[str, Label]] = {}
+    for one in scans:
+        for sample, label in enumerate(one.labels):
+            seen.setdefault(isinstance(label, int), (f"{folder / one.shard.name}: sample {sample}", label))
+    if len(seen) > 1:
+        (place, name), (other, number) = seen[False], seen[True]
+        raise DataError(f"{place} has the class name {name!r} and {other} the number {number}; use one or the other")
 
 
 def _class_names(scans: Sequence[TarScan]) -> list[str]:

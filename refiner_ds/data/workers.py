@@ -64,7 +64,7 @@ class WorkerWatch:
                 continue
             memory = self._memory[number] / 2**20
             return (
-                f"DataLoader worker {number} of {len(self.workers)} (process {worker.pid}) {_how(code or 0)}; "
+                f"DataLoader worker {number} of {len(self.workers)} (process {worker.pid}) {how_it_ended(code or 0)}; "
                 f"it was last seen with {memory:,.0f} MiB of memory, all {len(self.workers)} with "
                 f"{sum(self._memory.values()) / 2**20:,.0f} MiB{self._advice(code or 0)}"
             )
@@ -80,7 +80,8 @@ class WorkerWatch:
         return ""
 
 
-def _how(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """What an exit code of a process, negative for a signal, says in words."""
     if code < 0:
         return f"was killed by signal: {signal.strsignal(-code)} ({signal.Signals(-code).name})"
     return f"exited with code {code}"

@@ -9,7 +9,7 @@ import pytest
 
 from refiner_ds.config import load
 from refiner_ds.config.addresses import has_secrets, is_redacted, redacted, scrubbed, with_variables
-from refiner_ds.errors import ConfigError
+from refiner_ds.errors import ConfigError, print_error
 
 HIDDEN = {
     "https://ann:s3cr-t@host:8080/sets/train": "https://***@host:8080/sets/train",
@@ -21,11 +21,21 @@ HIDDEN = {
     'pipe:curl -H "Authorization: Bearer a" ftp://h/{name}': 'pipe:curl -H "Authorization: Bearer ***" ftp://h/{name}',
     "pipe:AWS_SECRET_KEY=a aws s3 cp s3://b/{name} -": "pipe:AWS_SECRET_KEY=*** aws s3 cp s3://b/{name} -",
     "pipe:wget --password=abc -O - ftp://host/{name}": "pipe:wget --password=*** -O - ftp://host/{name}",
+    "pipe:wget --http-passwd abc -O - {name}": "pipe:wget --http-passwd *** -O - {name}",
+    "pipe:curl -uann:pw https://host/{name}": "pipe:curl -u*** https://host/{name}",
+    "pipe:curl -H 'X-Api-Key: a' https://h/{name}": "pipe:curl -H 'X-Api-Key: ***' https://h/{name}",
+    "pipe:curl -H 'Cookie: id=a; b=c' h/{name}": "pipe:curl -H 'Cookie: ***' h/{name}",
+    "pipe:sshpass -p abc scp h:{name} -": "pipe:sshpass -p *** scp h:{name} -",
+    "https://a@nn:p@ss@host/set": "https://***@host/set",
+    "https://ann:p/s?s#@host/set": "https://***@host/set",
+    "HTTPS://ann:pw@host/set?sig=abc": "HTTPS://***@host/set?***",
+    "ftp://ann:pw@host/set": "ftp://***@host/set",
+    "az://container/set?sig=abc": "az://container/set?***",
 }  # fmt: skip
 OPEN = [
     "/data/imagenet/train", "package:digits/train", "https://host:8080/sets/train", "hf://datasets/me/set@main/train",
     "pipe:aws s3 cp s3://bucket/train/{name} -", "https://${USER}:${PASSWORD}@host/train?${SAS}", "pipe:cat /a/{name}",
-    "pipe:curl -u ${LOGIN} https://host/{name}",
+    "pipe:curl -u ${LOGIN} https://host/{name}", "https://host:8080/sets@2/a:b@c", "https://host/a:b@c",
 ]  # fmt: skip
 
 
@@ -51,6 +61,16 @@ def test_what_libraries_say_of_an_address_is_scrubbed() -> None:
     address = "https://ann:pass:word@host/sets?sig=abcdef"
     said = f"cannot open {address}: nonnumeric port 'pass:word@host', query sig=abcdef"
     assert scrubbed(said, address) == "cannot open https://***@host/sets?***: nonnumeric port '***@host', query ***"
+
+
+def test_refusals_do_not_tell_them_wherever_they_were_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path of pathlib's has lost one of the slashes."""
+    for typed in ("https://ann:hush@host/set", "https:/ann:hush@host/set", "https:/host/set?sig=hush", "x://a:hush@b"):
+        print_error(f"--labels {typed}: no such file")
+        told = capsys.readouterr().err
+        assert "hush" not in told and "***" in told and told.endswith(": no such file\n")
+    print_error("https://host:8080/set@2: 3 of 4 bytes came; see https://host/docs")
+    assert "***" not in capsys.readouterr().err
 
 
 def test_nothing_a_run_file_prints_or_stores_holds_them(tmp_path: Path) -> None:

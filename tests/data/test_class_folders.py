@@ -93,6 +93,24 @@ def test_folders_that_changed_are_listed_again(tree: Path, tmp_path: Path) -> No
     assert open_index(tree, tmp_path / "cache").classes == CLASSES
 
 
+def test_folders_that_held_no_image_and_links_that_led_nowhere_are_looked_at_again(tree: Path, tmp_path: Path) -> None:
+    away = tmp_path / "disk" / "images"
+    (tree / "ant" / "new").mkdir()
+    (tree / "bee" / "link").symlink_to(away)
+    (tree / "dog").symlink_to(away)
+    index = open_index(tree, tmp_path / "cache")
+    assert isinstance(index, ClassFolders) and index.count == 12
+    assert "dog: a link to nothing" in (index.kept / "notes.txt").read_text()
+    shutil.copy(tree / "ant" / "00.png", tree / "ant" / "new" / "00.png")
+    assert open_index(tree, tmp_path / "cache").count == 13
+    away.mkdir(parents=True)
+    shutil.copy(tree / "ant" / "00.png", away / "00.png")
+    found = open_index(tree, tmp_path / "cache")
+    assert (found.count, found.classes) == (15, [*CLASSES, "dog"])
+    (tree / "bee" / "readme.txt").unlink()
+    assert open_index(tree, tmp_path / "cache").count == 15 and not (index.kept / "notes.txt").exists()
+
+
 def test_the_same_folders_elsewhere_are_the_same_set(tree: Path, tmp_path: Path) -> None:
     here = open_index(tree, tmp_path / "cache")
     shutil.copytree(tree, tmp_path / "scratch")

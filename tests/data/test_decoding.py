@@ -19,7 +19,7 @@ from refiner_ds.data.loader import eval_batches
 from refiner_ds.data.samples import RawSample
 from refiner_ds.errors import ConfigError, DataError
 
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM"]
 
 
 def raw(data: bytes) -> RawSample:
@@ -80,6 +80,23 @@ def test_the_limit_is_the_run_files_and_not_pillows(monkeypatch: pytest.MonkeyPa
             assert decode_image(raw(stored(Image.new("RGB", (40, 50)), form))).shape == (50, 40, 3)
     assert Image.MAX_IMAGE_PIXELS == 100
     assert int(DecodeKeys().max_megapixels * 1e6) == 2 * 89478485  # where Pillow refuses by itself
+
+
+def test_whatever_a_decoder_raises_is_one_sentence_that_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    avif = stored(Image.new("RGB", (40, 50)), "AVIF").replace(b"av01", b"xx01")
+    for data, says in ((avif, "Failed to decode"), (b"<html>404</html>", "cannot identify image file")):
+        with pytest.raises(DataError, match=f"the image cannot be decoded .{says}") as told:
+            decode_image(raw(data))
+        assert "0x" not in str(told.value)
+    for kind in (RuntimeError, KeyError, IndexError, EOFError, Image.DecompressionBombError):
+
+        def broken(file: object, kind: type[Exception] = kind) -> None:
+            raise kind(f"broken\n{file}")
+
+        monkeypatch.setattr(Image, "open", broken)
+        with pytest.raises(DataError, match="the image cannot be decoded .*broken") as told:
+            decode_image(raw(b"anything"))
+        assert "\n" not in str(told.value) and "0x" not in str(told.value)
 
 
 def test_large_images_are_damaged_samples_of_a_run(make_set: Callable[..., ShardIndex]) -> None:

@@ -374,7 +374,7 @@ def test_passwords_and_query_strings_are_understood_and_go_nowhere_else(
             (
                 f"http://ann:hu%20sh@{host}/set",
                 f"http://{host}/set?sig=hu%20sh",
-                f"http://{host}/set/{{name}}?${{SIGNATURE}}",
+                f"HTTP://{host}/set/{{name}}?${{SIGNATURE}}",
             )
         ):
             index = open_index(address, cache / str(number))
@@ -387,9 +387,11 @@ def test_passwords_and_query_strings_are_understood_and_go_nowhere_else(
         for wrong in (
             f"http://ann:hush@{host}/set",
             f"http://{host}/set?sig=hush",
-            f"http://ann:hu:sh@{host}:port/set",
+            f"http://ann:hu@sh@{host}/set",
+            f"ftp://ann:hush@{host}/set",
+            f"az://{host}/set?sig=hush",
         ):
-            with pytest.raises(DataError, match="index.json cannot be fetched from http") as told:
+            with pytest.raises(DataError, match="index.json cannot be fetched from ") as told:
                 open_index(wrong, cache / "none")
             assert "hu" not in str(told.value).replace("truth", "") and "***" in str(told.value)
     kept = [path for path in cache.rglob("*") if path.is_file()]
@@ -399,6 +401,8 @@ def test_passwords_and_query_strings_are_understood_and_go_nowhere_else(
 def test_addresses_whose_secrets_were_not_stored_or_not_set_are_refused(tmp_path: Path) -> None:
     for address, says in {
         "https://***@host/set": "its password or query string was not stored; give the whole address again",
+        "https://ann:pass:word@host:port/set": "https://***@host:port/set: not an address, since its port is no number",
+        "https://ann:pa/ss@host/set": "https://***@host/set: not an address, since its port is no number; write / ? #",
         "https://${NOBODY_SETS_THIS}@host/set": "the environment variable NOBODY_SETS_THIS is not set",
         "s3://bucket/set": "write pipe:aws s3 cp s3://bucket/set/{name} -",
     }.items():

@@ -179,6 +179,12 @@ REFUSED: dict[str, tuple[list[dict[str, bytes]], str]] = {
     "two labels": ([{"png": IMAGE, "cls": b"0", "json": b'{"label": 1}'}], "its .cls says 0 and its .json says 1"),
     "negative": ([{"png": IMAGE, "cls": b"-1"}], "its label is -1; it must be"),
     "empty label": ([{"png": IMAGE, "cls": b"\n"}], "its label is ''; it must be"),
+    "an id": ([{"png": IMAGE, "cls": b"99999999999"}], "its label is 99999999999; numbers must be places in a list"),
+    "not UTF-8": ([{"png": IMAGE, "cls": "café".encode("latin-1")}], "its .cls is no text in UTF-8"),
+    "names and numbers": (
+        [{"png": IMAGE, "cls": b"1"}, {"png": IMAGE, "cls": b"cat"}],
+        "a-0.tar: sample 1 has the class name 'cat' and .*a-0.tar: sample 0 the number 1; use one or the other",
+    ),
     "not JSON": ([{"png": IMAGE, "json": b"{"}], "its .json is not JSON"),
     "key twice at once": ([{"=0.png": IMAGE, "=0.cls": b"0"}, {"=0.png": IMAGE, "=0.cls": b"0"}], "has .png twice"),
     "key twice": (

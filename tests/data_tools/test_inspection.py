@@ -97,7 +97,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM"])
 def test_one_limit_of_pixels_holds_for_every_format(kind: str) -> None:
     data = saved(kind, "RGB", (1001, 1000))
     assert inspect(data, f"a.{kind.lower()}").error == "1001×1000 pixels, more than 1 megapixels"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,7 @@ LAYOUTS: dict[str, str | bytes] = {
     "an index": ",file,label\n" + "".join(f'{n},"{row[0]}","{row[1]}"\n' for n, row in enumerate(ROWS)),
     "windows paths": "".join(f".\\{name}\t{label}\n" for name, label in MEANT.items()),
     "decomposed accents": quoted(",").replace("\u00e9", "e\u0301"),
+    "broken over two lines": quoted(",").replace("golden cat", "golden\ncat"),
     "named twice alike": quoted(",") + 'dog.JPEG,"dog"\n',
 }
 
@@ -150,6 +152,7 @@ REFUSED = {
     "another delimiter": ("dog.JPEG|cat\nb.jpg|cat\nc.jpg|dog\nd.jpg|dog\n", "names dog.JPEG, which is not among"),
     "other names": ("img1,ant\nimg2,ant\nimg3,bee\nimg4,bee\n", "none of its lines names an image"),
     "few names": ("dog,ant\nimg2,ant\nimg3,bee\nimg4,bee\n", "line 2 names img2, which is not in"),
+    "titles that are a file": ("cow.jpg,name\n" + quoted(","), "line 1 names cow.jpg, which is not in"),
     "json": ('{"dog.JPEG": "dog"}\n', "is JSON; give a table"),
     "count": ("1\n2\n", "2 labels for 4 images"),
     "nothing": ("", "0 labels for 4 images"),
@@ -284,14 +287,17 @@ def test_class_list(tmp_path: Path, case: str) -> None:
         ("twice.txt", "crane\nfox\ncrane\n", "names crane twice (classes 1 and 3)"),
         ("empty.txt", "\n", "names no class"),
         ("bytes.txt", "\0", "not a text file"),
+        ("title.txt", "Class Name\ncat\ndog\n", "its first line, Class Name, is a title; remove it"),
+        ("latin.txt", "dog\ncaf\udce9\n", "caf\\xe9 is not UTF-8"),
+        ("latin.json", '["dog", "caf\\udce9"]', "caf\\xe9 is not UTF-8"),
         ("other.mat", "x", "not data/meta.mat of ImageNet's devkit"),
         ("other.json", "7", "not a class list"),
         ("other.json", '{"0": 7}', "not a class list"),
     ],
 )
 def test_class_list_that_is_none_is_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=says.replace("(", r"\(").replace(")", r"\)")):
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match=re.escape(says)):
         read_class_list(tmp_path / name)
     for absent in ("absent.txt", "absent.mat"):
         with pytest.raises(DataError, match="absent"):

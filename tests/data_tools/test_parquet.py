@@ -133,6 +133,51 @@ def test_classes_may_be_named_anew_and_ordered_as_another_sets(published: Path, 
     assert run(source, tmp_path / "no", *like) == 2
 
 
+def test_a_list_that_numbers_its_classes_itself_is_taken_at_its_word(tmp_path: Path) -> None:
+    """Not as if numbers counted its lines."""
+    write(tmp_path / "all.parquet", range(6), names=None)
+    for name, text in (("backwards.txt", "2 c\n1 b\n0 a\n"), ("backwards.json", '{"1": "b", "0": "a", "2": "c"}')):
+        (tmp_path / name).write_text(text)
+        assert run(tmp_path / "all.parquet", tmp_path / f"of {name}", "--classes", tmp_path / name) == 0
+        assert contents(tmp_path / f"of {name}") == meant(range(6), ["a", "b", "c"])
+        assert ShardIndex.load(tmp_path / f"of {name}").classes == ["a", "b", "c"]
+
+
+def test_labels_that_are_names_are_found_in_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"image": [{"bytes": picture(n), "path": None} for n in range(4)], "label": ["cat", "ant"] * 2}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "named.parquet")
+    (tmp_path / "all.txt").write_text("cat\nbee\nant\n")
+    assert run(tmp_path / "named.parquet", tmp_path / "named", "--classes", tmp_path / "all.txt") == 0
+    assert ShardIndex.load(tmp_path / "named").classes == ["ant", "bee", "cat"]
+    assert contents(tmp_path / "named") == {picture(n): ["cat", "ant"][n % 2] for n in range(4)}
+    assert "without a sample: bee" in capsys.readouterr().err
+    (tmp_path / "few.txt").write_text("cat\nbee\nants\n")
+    message = refusal(capsys, tmp_path / "named.parquet", tmp_path / "out", "--classes", tmp_path / "few.txt")
+    assert "has class ant, which is not in" in message and "did you mean ants?" in message
+
+
+def test_files_that_number_classes_differently_are_no_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "both/one.parquet", range(3), ["a", "b", "c"])
+    write(tmp_path / "both/two.parquet", range(3, 6), ["b", "a", "c"])
+    message = refusal(capsys, tmp_path / "both", tmp_path / "out")
+    assert "two.parquet: its columns or class names are not those of" in message and "one.parquet" in message
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    assert run(tmp_path / "both", tmp_path / "out", "--classes", tmp_path / "names.txt") == 0
+    assert contents(tmp_path / "out") == meant(range(6), ["x", "y", "z"])
+
+
+def test_damage_inside_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "all.parquet", range(6))
+    whole = (tmp_path / "all.parquet").read_bytes()
+    for place in range(4, len(whole) // 2, 97):
+        damaged = bytearray(whole)
+        damaged[place : place + 40] = bytes(40)
+        (tmp_path / "all.parquet").write_bytes(damaged)
+        code = run(tmp_path / "all.parquet", tmp_path / f"out{place}")
+        message = capsys.readouterr().err
+        assert code == 0 or message.startswith("error: ") and message.count("\n") == 1, message
+
+
 def test_refusals(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert "holds train, validation; name one of them" in refusal(capsys, published, out)
