@@ -51,9 +51,8 @@ def main(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     write_table(rows, COLUMNS, options.out / "features.csv")
     draw(rows, options.out / "features.png")
-    print(
-        f"{options.out}/features.csv and features.png: {len(specs)} model{'s' * (len(specs) > 1)}, {rows[0]['images']} images"
-    )
+    models = f"{len(specs)} model{'s' * (len(specs) > 1)}"
+    print(f"{options.out}/features.csv and features.png: {models}, {rows[0]['images']} images")
     return 0
 
 

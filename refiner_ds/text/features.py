@@ -47,9 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     write_table(rows, COLUMNS, given.out / "text_features.csv")
     draw(rows, given.out / "text_features.png")
-    print(
-        f"{given.out}/text_features.csv and text_features.png: {len(given.models)} model{'s' * (len(given.models) > 1)}, {rows[0]['lines']} lines"
-    )
+    models = f"{len(given.models)} model{'s' * (len(given.models) > 1)}"
+    print(f"{given.out}/text_features.csv and text_features.png: {models}, {rows[0]['lines']} lines")
     return 0
 
 
