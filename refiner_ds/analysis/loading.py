@@ -111,7 +111,7 @@ def open_set(model: LoadedModel, place: str | None) -> ShardIndex:
     place = place or model.data
     if place is None:
         raise DataError(f"{model.label}: has no validation set of its own; give --data FOLDER")
-    return open_index(place)
+    return open_index(place, model.run.refiner.data.cache if model.run else None)
 
 
 def _from_run(place: Path, weights: str) -> LoadedModel:
