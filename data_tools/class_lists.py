@@ -94,7 +94,7 @@ class ClassList:
         """ImageNet's ground truth, counted from 1, numbers classes by ILSVRC id: no sorted list, nor one of words."""
         names = [by_number[number] for number in sorted(by_number)]
         wordnet = all(map(WORDNET_ID.fullmatch, names))
-        of_imagenet = any(IMAGENET_FILE.match(os.path.basename(image)) for image in labels)
+        of_imagenet = _of_imagenet(labels)
         if (wordnet and names == sorted(names)) or (of_imagenet and not wordnet):
             kind = "lists WordNet ids in sorted order" if wordnet else "lists no WordNet ids"
             raise DataError(
@@ -106,6 +106,27 @@ class ClassList:
         """That a class is missing, and which one may be meant."""
         near = difflib.get_close_matches(name, self.names, 1)
         return f"which is not in {self.source}; " + (f"did you mean {near[0]}?" if near else "correct one of them")
+
+
+def refuse_imagenets_numbers_alone(label_of: dict[str, str], place: Path) -> None:
+    """Refuse numbers from 1 on for ImageNet's images: as names they would later count another list.
+
+    Args:
+        label_of: image → class as the label file says it.
+        place: the label file, for messages.
+    Raises:
+        DataError: see above.
+    """
+    numbers = {int(label) for label in label_of.values() if label.isdecimal()}
+    if numbers and min(numbers) > 0 and _of_imagenet(label_of) and all(map(str.isdecimal, label_of.values())):
+        raise DataError(
+            f"{place}: numbers classes, by ILSVRC id if it is ImageNet's ground truth; give the devkit's data/meta.mat "
+            "or map_clsloc.txt as --classes, or the list that is counted"
+        )
+
+
+def _of_imagenet(images: Iterable[str]) -> bool:
+    return any(IMAGENET_FILE.match(os.path.basename(image)) for image in images)
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:

@@ -80,7 +80,7 @@ def draw_pair(example: Example, names: list[str], grid: int) -> Image.Image:
     cell = Image.new("RGB", (2 * TILE + 12, TILE + LINE * (2 + NAMED)), "white")
     height, width = example.image_yx3.shape[:2]
     scale = TILE / max(height, width)
-    stored = Image.fromarray(example.image_yx3).resize((round(width * scale), round(height * scale)))
+    stored = Image.fromarray(example.image_yx3).resize((max(1, round(width * scale)), max(1, round(height * scale))))
     view = Image.fromarray(example.view.pixels_SS3).resize((TILE, TILE))
     legend: list[tuple[int, str]] = []
     if example.score_map is not None:

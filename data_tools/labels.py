@@ -29,7 +29,7 @@ from refiner_ds.data.image_tree import (
 )
 from refiner_ds.errors import DataError
 
-from .class_lists import ClassList, read_text, sort_classes
+from .class_lists import ClassList, read_text, refuse_imagenets_numbers_alone, sort_classes
 
 FILE_TITLES = frozenset(
     "file files filename filepath fname path image images imageid imagename imagefile imagepath img imgname imgpath "
@@ -80,6 +80,8 @@ def read_labelled_files(
         label_of = numbers.resolve(label_of, count_from, str(labels))
     elif count_from is not None:
         raise DataError("--count-from: needs the list that is counted, --classes or --like")
+    else:
+        refuse_imagenets_numbers_alone(label_of, labels)
     classes = like.names if like else sort_classes(class_list.names if class_list else label_of.values())
     position = {name: label for label, name in enumerate(classes)}
     for image, name in label_of.items():

@@ -23,7 +23,7 @@ if not __package__:  # started as a file: its packages are those of the clone it
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
 from refiner_ds.data.image_tree import LabelledImage, LabelledImages, printable, read_class_folders
-from refiner_ds.data.index import ShardIndex
+from refiner_ds.data.index import INDEX_NAME, ShardIndex
 from refiner_ds.data.locate import open_index
 from refiner_ds.errors import DataError, report_errors
 
@@ -70,6 +70,10 @@ def _check_places(source: Path, out: Path) -> None:
     if source.is_file() and not is_parquet(source):
         advice = "index it with shard.py index" if source.suffix == ".tar" else "unpack it, and name the folder"
         raise DataError(f"{printable(source)}: a file, where a folder of images is wanted; {advice}")
+    if (source / INDEX_NAME).is_file():
+        raise DataError(f"{printable(source)}: is a shard set already; name a folder of images")
+    if source.is_dir() and not any(entry.is_dir() for entry in source.iterdir()) and any(source.glob("*.tar")):
+        raise DataError(f"{printable(source)}: holds tars; index them with shard.py index, or unpack them")
 
 
 def _classes_of(spec: str) -> ClassList:

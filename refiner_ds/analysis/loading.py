@@ -38,6 +38,7 @@ from refiner_ds.training.build import build_model
 __all__ = ["LoadedModel", "every_checkpoint", "load_model", "open_set"]
 
 TIMM = "timm:"
+LONGEST_REASON = 300  # characters: torch names every key that is missing
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def open_set(model: LoadedModel, place: str | None) -> ShardIndex:
     place = place or model.data
     if place is None:
         raise DataError(f"{model.label}: has no validation set of its own; give --data FOLDER")
-    return open_index(place)
+    return open_index(place, model.run.refiner.data.cache if model.run else None)
 
 
 def _from_run(place: Path, weights: str) -> LoadedModel:
@@ -221,4 +222,8 @@ def _resized(loaded: LoadedModel, side: int) -> LoadedModel:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an exception says, in a line; of weights that do not fit, the first that has another shape."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    if lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1:
+        lines = [line for line in lines if line.startswith("size mismatch")] or lines[1:]
+    return lines[0] if len(lines[0]) <= LONGEST_REASON else lines[0][:LONGEST_REASON] + " …"

@@ -281,6 +281,9 @@ def random_erase(pixels_SS3: np.ndarray, settings: AugmentSettings) -> np.ndarra
     return erased
 
 
+MOST_RESIZED = 100_000_000  # pixels; of 1×60,000 pixels, 15 million columns of 256
+
+
 def resized_shape(height: int, width: int, short: int) -> tuple[int, int]:
     """Height and width once the shorter side is ``short``; the longer one is truncated, as torchvision and timm do."""
     if height <= width:
@@ -296,8 +299,27 @@ def eval_view(image_yx3: np.ndarray, settings: EvalSettings) -> np.ndarray:
     if image_yx3.shape[:2] != (height, width):
         # Pillow, as timm has it: torch's resampling differs by up to three grey levels.
         method = Image.Resampling[settings.interpolation.upper()]
-        image_yx3 = np.asarray(Image.fromarray(image_yx3).resize((width, height), method))
+        picture = Image.fromarray(image_yx3)
+        whole = height * width <= MOST_RESIZED
+        resized = picture.resize((width, height), method) if whole else _middle(picture, width, height, side, method)
+        image_yx3 = np.asarray(resized)
     return center_crop_or_pad(image_yx3, side)
+
+
+def _middle(picture: Image.Image, width: int, height: int, side: int, method: Image.Resampling) -> Image.Image:
+    """A long thin image resized, but of its longer side only the middle; along its rows first, as Pillow does."""
+    long, resized = max(picture.size), max(width, height)
+    kept, scale = min(side, resized), long / resized
+    start = round((resized - kept) / 2)
+    first, last = start * scale, (start + kept) * scale
+    margin = 4 * math.ceil(max(1.0, scale))  # pixels around that the filter sees
+    low, high = max(0, math.floor(first) - margin), min(long, math.ceil(last) + margin)
+    if picture.height > picture.width:
+        rows = picture.crop((0, low, picture.width, high)).resize((width, high - low), method)
+        return rows.resize((width, kept), method, (0, first - low, width, last - low))
+    box = (first - low, 0, last - low, picture.height)
+    columns = picture.crop((low, 0, high, picture.height)).resize((kept, picture.height), method, box)
+    return columns.resize((kept, height), method)
 
 
 def center_crop_or_pad(image_yx3: np.ndarray, side: int) -> np.ndarray:

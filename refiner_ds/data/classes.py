@@ -10,6 +10,7 @@ torch.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,13 +44,13 @@ def match_classes(names: Sequence[str], run_names: Sequence[str], location: str)
     """
     if list(names) == list(run_names):
         return ClassMatch(np.arange(len(names)), "")
-    number_of = {name: number for number, name in enumerate(run_names)}
-    if all(name in number_of for name in names):
-        labels, how = [number_of[name] for name in names], "name"
+    number_of = {_one_spelling(name): number for number, name in enumerate(run_names)}
+    if all(_one_spelling(name) in number_of for name in names):
+        labels, how = [number_of[_one_spelling(name)] for name in names], "name"
     elif names and all(name.isdecimal() for name in names):
         labels, how = _by_number([int(name) for name in names], run_names, location), "number"
     else:
-        unknown = [name for name in names if name not in number_of]
+        unknown = [name for name in names if _one_spelling(name) not in number_of]
         raise DataError(
             f"{location}: {_count(len(unknown), 'class')} of {len(names)}, {unknown[0]!r} first, "
             f"{'is' if len(unknown) == 1 else 'are'} not among the {len(run_names)} that the run was trained on "
@@ -59,6 +60,11 @@ def match_classes(names: Sequence[str], run_names: Sequence[str], location: str)
         again = next(label for place, label in enumerate(labels) if labels.index(label) != place)
         raise DataError(f"{location}: two of its classes are the run's {run_names[again]!r}; rename one")
     return ClassMatch(np.array(labels, dtype=np.int64), _note(labels, len(run_names), how))
+
+
+def _one_spelling(name: str) -> str:
+    """A name with one way to write an accent: file systems differ."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _by_number(numbers: list[int], run_names: Sequence[str], location: str) -> list[int]:
@@ -79,7 +85,10 @@ def _by_number(numbers: list[int], run_names: Sequence[str], location: str) -> l
 
 
 def _note(labels: list[int], run_count: int, how: str) -> str:
-    of_run = f"{len(labels):,} of the run's {run_count:,}" if len(labels) < run_count else "the run's in another order"
+    if len(labels) < run_count:
+        of_run = f"{len(labels):,} of the run's {run_count:,}"
+    else:
+        of_run = "the run's in the same order" if labels == sorted(labels) else "the run's in another order"
     return f"its {_count(len(labels), 'class')} matched by {how} to {of_run}"
 
 

@@ -277,6 +277,7 @@ def index_existing(
         out = tars.folder if Path(spec).expanduser().is_dir() else tars.folder / tars.title
     if (out / INDEX_NAME).exists():
         raise DataError(f"{out / INDEX_NAME}: exists already; remove it to make it again, or choose another folder")
+    _refuse_where_it_cannot_be_written(out)  # before hours of reading
     scans = list(scan(partial(scan_tar, image=image), tars.paths))
     _refuse_repeated_keys(scans)
     _refuse_numbers_among_names(scans, tars.folder)
@@ -290,6 +291,14 @@ def index_existing(
         raise DataError(cannot_write(out, error)) from None
     write_index(out, finished, names, tars=_path_from(out, tars.folder))
     return out
+
+
+def _refuse_where_it_cannot_be_written(out: Path) -> None:
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"{out}: cannot be written, so the index has to go elsewhere; name another folder with --out")
 
 
 def _refuse_repeated_keys(scans: Sequence[TarScan]) -> None:

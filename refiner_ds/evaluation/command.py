@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,16 +38,24 @@ def load_for(options: argparse.Namespace) -> LoadedModel:
     if getattr(options, "crop_ratio", None):
         loaded = replace(loaded, view=replace(loaded.view, crop_ratio=options.crop_ratio))
     if options.classes is not None:
-        try:
-            loaded = replace(loaded, classes=options.classes.read_text().splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{options.classes}: cannot be read ({error}); give class names, a line each") from None
+        loaded = replace(loaded, classes=_read_names(options.classes))
     outputs = getattr(loaded.model, "num_classes", None)
     if loaded.classes is None:
         raise ConfigError(f"{loaded.label}: the names of its {outputs} classes are not known; give --classes FILE")
     if outputs is not None and len(loaded.classes) > outputs:
         raise ConfigError(f"{loaded.label}: has {outputs} outputs, fewer than the {len(loaded.classes)} class names")
     return loaded
+
+
+def _read_names(file: Path) -> list[str]:
+    """Class names, a line each. Raises DataError where the file cannot be read or a name comes twice."""
+    try:
+        names = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); give class names, a line each") from None
+    if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
+        raise DataError(f"{file}: names {twice} twice; names of classes must differ")
+    return names
 
 
 class Evaluator:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from refiner_ds.analysis.__main__ import main
+from refiner_ds.analysis.loading import load_model, open_set
 from refiner_ds.analysis.results import line_colors
+from refiner_ds.config import load
 from tests.commands.tiny_run import CLASSES_OF_RUN, write_run
 
 STEPS = (10, 20, 30)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of three checkpoints, its plain twin, and a few real pictures."""
     folder = tmp_path_factory.mktemp("steps")
     write_run(folder, "refined", STEPS, depth=2)
@@ -26,7 +30,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / "set" / CLASSES_OF_RUN[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype("uint8")).save(file)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFINER_DS_CACHE", str(folder / "cache"))
+        yield folder
 
 
 def table(file: Path) -> list[dict[str, str]]:
@@ -79,3 +85,11 @@ def test_a_run_without_checkpoints_is_named(place: Path, tmp_path: Path, capsys:
             error == f"error: {young}: the run has no checkpoint yet; let it train to its first, or give another run\n"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_lists_of_class_folders_are_kept_where_the_run_says(place: Path, tmp_path: Path) -> None:
+    model = load_model(str(place / "plain"))
+    assert model.checkpoint is not None
+    run = load(model.checkpoint / "config.json", [f"refiner.data.cache={tmp_path}"])
+    assert open_set(replace(model, run=run), str(place / "set")).count == 8
+    assert (tmp_path / "folders").is_dir()

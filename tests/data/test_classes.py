@@ -15,6 +15,7 @@ from refiner_ds.errors import DataError
 
 SYNSETS = [f"n{number:08d}" for number in range(1000)]
 DIGITS = [str(number) for number in range(10)]
+WORDS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
 FOLDERS = sorted(map(str, range(1000)))  # as they sort: 0, 1, 10, 100, 101 …
 
 ANOTHER_ORDER = "to the run's in another order"
@@ -29,10 +30,13 @@ MATCHED: dict[str, tuple[list[str], list[str], list[int], str]] = {
     ),
     "some numbered folders": (["10", "2"], SYNSETS, [10, 2], "its 2 classes matched by number to 2 of the run's 1,000"),
     "leading zeros": (["00", "07"], DIGITS, [0, 7], "its 2 classes matched by number to 2 of the run's 10"),
+    "numbers in order": (
+        DIGITS, WORDS, list(range(10)), "its 10 classes matched by number to the run's in the same order"
+    ),
+    "accents": (["fu\u0308nf", "acht"], WORDS, [5, 8], "its 2 classes matched by name to 2 of the run's 10"),
     "the run's own numbers": (["2", "10"], FOLDERS, [112, 2], "its 2 classes matched by name to 2 of the run's 1,000"),
 }  # fmt: skip
 
-WORDS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
 FROM_ONE = [str(number + 1) for number in range(1000)]
 REFUSED: dict[str, tuple[list[str], list[str], str]] = {
     "other names": (WORDS, DIGITS, r"set: 10 classes of 10, 'null' first, are not among the 10 .*\(0, 1, 2, …\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.loader import PrefetchLoader
 from torchvision.transforms.functional import _compute_resized_output_size
 
+from refiner_ds.data import augment
 from refiner_ds.data.augment import EvalSettings, eval_view, resized_shape
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.normalize import normalize
@@ -56,6 +58,25 @@ def test_pixels_of_every_shape_are_timms(shape: tuple[int, int], crop_ratio: flo
     theirs = create_transform(224, crop_pct=crop_ratio, interpolation="bicubic", normalize=False, is_training=False)
     ours_SS3 = eval_view(np.array(picture), EvalSettings(224, crop_ratio))
     assert np.array_equal(ours_SS3, theirs(picture).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("crop_ratio", [0.875, 1.13])
+@pytest.mark.parametrize("shape", [(3, 900), (901, 2), (1, 500), (500, 1)])
+def test_of_long_thin_images_only_the_middle_is_resized(
+    shape: tuple[int, int], crop_ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, a PNG of 1×60,000 pixels and 200 bytes would take 12 GB at 256."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    settings = EvalSettings(28, crop_ratio)
+    whole_SS3 = eval_view(image, settings)
+    monkeypatch.setattr(augment, "MOST_RESIZED", 10_000)
+    monkeypatch.setattr(Image.Image, "resize", small_resize)
+    assert np.abs(eval_view(image, settings).astype(int) - whole_SS3).max() <= 1
+
+
+def small_resize(image: Image.Image, size: tuple[int, int], *how: Any, real: Any = Image.Image.resize) -> Image.Image:
+    assert max(size) <= 64
+    return real(image, size, *how)
 
 
 def real_jpegs() -> list[Path]:

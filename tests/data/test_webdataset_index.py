@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from refiner_ds.data.index import ShardIndex, find_maps, maps_folder
 from refiner_ds.data.loader import eval_batches, train_batches
 from refiner_ds.data.samples import SampleReader
 from refiner_ds.data.score_maps import ScoreMap, encode
-from refiner_ds.data.webdataset_index import find_tars, index_existing
+from refiner_ds.data.webdataset_index import TarScan, find_tars, index_existing
 from refiner_ds.data.writer import SetWriter
 from refiner_ds.errors import DataError
 from refiner_ds.files import sha256_of
@@ -122,6 +123,22 @@ def test_index_may_lie_elsewhere_or_move_with_the_tars(tmp_path: Path) -> None:
     assert ShardIndex.load(tmp_path / "moved" / inside.name).count == 21
     with pytest.raises(DataError, match="imagenet1k-train-0000.tar: named by index.json but missing"):
         ShardIndex.load(tmp_path / "indexes" / "train")
+
+
+def test_where_no_index_can_be_written_no_tar_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> list[TarScan]:
+        raise AssertionError("hours of it")
+
+    folder, in_the_way = timm_tars(tmp_path / "wds"), tmp_path / "file"
+    in_the_way.write_text("")
+    for out in (in_the_way, in_the_way / "index"):
+        with pytest.raises(DataError, match="cannot be written, so the index has to go elsewhere; .* with --out"):
+            index_existing(folder, out=out, scan=read)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)  # a mount that cannot be written
+    with pytest.raises(DataError, match="wds: cannot be written"):
+        index_existing(folder, scan=read)
+    with pytest.raises(DataError, match="wds/imagenet1k-train: cannot be written"):
+        index_existing(folder / "imagenet1k-train-*.tar", scan=read)
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

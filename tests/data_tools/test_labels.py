@@ -196,9 +196,18 @@ def test_classes_may_be_those_of_another_set(tmp_path: Path) -> None:
 
 
 def test_numbers_without_a_list_are_names_in_the_order_of_numbers(tmp_path: Path) -> None:
-    found, classes = read(kaggle(tmp_path), "10\n9\n1\n")
-    assert list(found.values()) == ["10", "9", "1"] and classes == ["1", "9", "10"]
+    found, classes = read(kaggle(tmp_path), "10\n9\n0\n")
+    assert list(found.values()) == ["10", "9", "0"] and classes == ["0", "9", "10"]
     assert "--count-from: needs the list" in refusal(tmp_path / "val", "1\n2\n3\n", count_from=1)
+    for image in (tmp_path / "val").iterdir():
+        image.rename(image.with_name(f"mine{image.name[-6:]}"))
+    assert read(tmp_path / "val", "10\n9\n1\n")[1] == ["1", "9", "10"]
+
+
+def test_imagenets_ground_truth_without_a_list_is_refused(tmp_path: Path) -> None:
+    """As names, 1 to 1000 would be matched to places in a run's list of sorted WordNet ids."""
+    message = refusal(kaggle(tmp_path), "490\n361\n171\n")
+    assert "by ILSVRC id" in message and "meta.mat or map_clsloc.txt as --classes" in message
 
 
 IDS = {1: "n02119789", 2: "n02100735", 3: "n02110185"}  # as in ILSVRC2012: by id, not by WordNet id

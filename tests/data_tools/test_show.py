@@ -42,6 +42,14 @@ def test_sheet_is_a_picture_with_outlines_and_tints(folder: Path, tmp_path: Path
         assert (np.abs(pixels - colour_of(number)).sum(-1) == 0).sum() >= 5 * 50
 
 
+def test_images_of_one_row_or_column_are_drawn_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFINER_DS_CACHE", str(tmp_path / "cache"))
+    for number, size in enumerate(((1, 1000), (1000, 1), (1, 1))):
+        (tmp_path / "thin" / "one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "thin" / "one" / f"{number}.png").write_bytes(picture(number, kind="PNG", size=size))
+    assert main([str(tmp_path / "thin"), str(tmp_path / "sheet.png")]) == 0
+
+
 def test_outline_encloses_what_the_view_shows() -> None:
     """The corners of a sheared view of a flipped crop, in the order of the view's own corners."""
     shear, crop = np.array([[1, 0.2, 0], [0, 1, 0]]), np.array([[-0.5, 0, 0.75], [0, 0.25, 0.5]])

@@ -51,6 +51,8 @@ class Suites:
             [self.spec, "--data", f"a={place / 'a'}"],
             [self.spec, "--partial", "--data", f"imagenet={other}"],
             [self.spec, "--data", str(other)],
+            [self.spec, "--data", str(other), "--classes", str(self._names("as_excel_does", "\ufeff", "\r\n"))],
+            [self.spec, "--data", str(other), "--classes", str(self._names("twice", "tench\ntench\n"))],
             [self.spec, "--data", str(empty)],
             [self.spec, "--data", str(place / "a"), str(place / "a")],
             [str(place / "a"), "--data", str(place / "a")],
@@ -121,6 +123,10 @@ class Suites:
         Image.new("RGB", (40, 40)).save(self.place / "other" / "birds" / "one.png")
         return self.place / "other"
 
+    def _names(self, name: str, before: str, end: str = "\n") -> Path:
+        (self.place / name).write_text(before + "".join(synset + end for synset in imagenet_synsets()) + end)
+        return self.place / name
+
     def _empty(self) -> Path:
         with SetWriter(self.place / "empty", ["n01440764"], 10):
             pass
@@ -188,12 +194,14 @@ def test_corruptions_are_evaluated_from_one_decoding(suites: Suites) -> None:
 
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(suites: Suites) -> None:
     codes = [int(line.split()[1]) for line in suites.told.stdout.splitlines() if line.startswith("code ")]
-    assert codes == [0] + [REFUSED] * 8
+    assert codes == [0] + [REFUSED] * 10
     errors = [line for line in suites.told.stderr.splitlines() if line.startswith("error: ")]
     wanted = (
         "classes where imagenet-a has 7,500 images in 200 classes; n01498041 is missing",
         "'birds' is none of the 1,000 synsets of imagenet",
         "'birds' first, is not among the 1000 that the run was trained on",
+        "'birds' first, is not among the 1000 that the run was trained on",
+        "twice: names tench twice",
         "holds no images",
         "two sets are called a; name them",
         "holds no checkpoint",
