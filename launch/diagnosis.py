@@ -29,7 +29,11 @@ SIGNAL_CODES = {
     "terminated": 143, "illegal instruction": 132, "floating point exception": 136,
 }  # fmt: skip
 SRUN_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
-ABORTED = re.compile(r"\*\*\* (JOB|STEP) .* CANCELLED AT|Job step aborted|Force Terminated|forcing job termination")
+# The last two: before srun had started a task the job was over, or in the queue again.
+ABORTED = re.compile(
+    r"\*\*\* (JOB|STEP) .* CANCELLED AT|Job step aborted|Force Terminated|forcing job termination"
+    r"|Job/step already completing or completed|Job is pending execution"
+)
 SRUN_NODE = re.compile(
     r"(?:Node failure on|failed on node|aborted on node|Prolog.* on) (?P<node>[\w.-]+)", re.IGNORECASE
 )

@@ -138,3 +138,10 @@ def test_the_kernels_out_of_memory_is_told_from_other_kills() -> None:
 def test_the_docs_hold_the_table_as_it_is() -> None:
     page = Path(__file__).resolve().parents[2] / "docs/cluster.md"
     assert symptoms.table() in page.read_text(), "print it anew with python -m launch.symptoms"
+
+
+@pytest.mark.parametrize("why", ["Job is pending execution", "Job/step already completing or completed"])
+def test_a_job_that_slurm_requeued_or_ended_before_its_tasks_began_was_interrupted(why: str) -> None:
+    assert judge([], 1, said=[f"srun: error: Unable to create step for job 44: {why}"]).cause == Cause.INTERRUPTED
+    refused = "srun: error: Unable to create step for job 44: Requested node configuration is not available"
+    assert judge([], 1, said=[refused]).cause == Cause.CRASHED

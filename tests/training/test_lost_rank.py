@@ -72,6 +72,18 @@ def test_a_rank_that_is_gone_is_named_with_what_is_lost_and_what_comes_next(
     assert "Traceback" in caplog.text and "GLHF" in caplog.text
 
 
+def test_a_rank_whose_connections_close_before_it_has_ended_is_named_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.heartbeats.mkdir()
+    beat_of(folder, 2, os.getpid())
+    with subprocess.Popen(["sleep", "0.5"]) as other:
+        leaving = beat_of(folder, 1, other.pid)
+        fails(folder, 3, RuntimeError(GLOO.format("Connection closed by peer [127.0.0.1]:61142")))
+    assert f"{leaving} is gone (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("known, named", [((2,), "rank 1 is gone"), ((), "another rank is gone")])
 def test_a_rank_that_has_closed_its_heartbeat_is_gone_and_where_all_others_have_none_is_named(
     known: tuple[int, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
