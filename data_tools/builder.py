@@ -118,10 +118,11 @@ def build_set(plan: Plan, out: Path, inspect: Inspect, processes: int) -> Built:
                 finished.append(shard)
                 notes += shard_notes
                 progress.update(task.samples.count)
-        if not sum(shard.shard.count for shard in finished):
-            raise DataError(f"{printable(plan.source)}: not one image can be read; see {printable(partial)}")
         if notes:
             write_whole(partial / NOTES_NAME, ("\n".join(notes) + "\n").encode())
+        if not sum(shard.shard.count for shard in finished):
+            where = f"can be read; see {printable(partial / NOTES_NAME)}" if notes else "is in it; name another source"
+            raise DataError(f"{printable(plan.source)}: not one image {where}")
         publish_set(partial, out, finished, plan.classes, plan.maps)
     labels = np.concatenate([shard.members["label"] for shard in finished])
     counts = np.bincount(labels, minlength=len(plan.classes))

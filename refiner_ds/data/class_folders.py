@@ -3,8 +3,8 @@
     <root>/<class>/…/<image>.jpg          what a person has
     <cache>/folders/<hash of the root>/   what is kept of it
       index.json                          root, classes, images and bytes of each, when each folder was last changed
-      files.npy                           one FILE record an image, class by class, sorted by path
-      names.bin                           their paths relative to the root, one after the other
+      <hash of the list>.npy              one FILE record an image, class by class, sorted by path
+      <hash of the list>.names            their paths relative to the root, one after the other
       notes.txt                           files that were not taken, and why; only where there are any
 
 Folders that were changed since are listed again: a file that is added, removed or renamed changes its folder's time. So
@@ -32,9 +32,7 @@ from refiner_ds.data.writer import cannot_write, locked, write_whole
 from refiner_ds.errors import DataError
 
 FORMAT = "refiner_ds class folders"
-VERSION = 2
-FILES_NAME = "files.npy"
-PATHS_NAME = "names.bin"
+VERSION = 3
 NOTES_NAME = "notes.txt"
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -50,15 +48,17 @@ class ClassFolders(ShardIndex):
     """
 
     def __init__(self, root: Path, kept: Path, stored: dict[str, Any]) -> None:
-        files = np.load(kept / FILES_NAME, mmap_mode="r" if stored["count"] else None, allow_pickle=False)
+        files, names = _files_of(kept, stored["files_sha256"])
+        members = np.load(files, mmap_mode="r" if stored["count"] else None, allow_pickle=False)
         shards = [Shard(**entry) for entry in stored["shards"]]
-        super().__init__(root, shards, list(stored["classes"]), None, files, members_sha256=stored["files_sha256"])
+        super().__init__(root, shards, list(stored["classes"]), None, members, members_sha256=stored["files_sha256"])
         self.kept = kept
-        self.names = np.memmap(kept / PATHS_NAME, np.uint8, "r")
+        self.names = np.memmap(names, np.uint8, "r")
+        self._stored = {key: value for key, value in stored.items() if key != "folders"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to a worker as two folder names: the other side maps the same list."""
-        return _reopen, (self.folder, self.kept, self.classes, self.label_map)
+        """Travel to a worker by name: the other side maps the same list, though another was made meanwhile."""
+        return _reopen, (self.folder, self.kept, self._stored, self.classes, self.label_map)
 
     def path_of(self, sample: int) -> str:
         """The path of an image, relative to the root."""
@@ -75,9 +75,16 @@ class ClassFolders(ShardIndex):
         return f"{self.folder}: {self.count:,} images in {len(self.classes):,} class folders, {size:,.1f} MiB"
 
 
-def _reopen(root: Path, kept: Path, classes: list[str], label_map: np.ndarray | None) -> ShardIndex:
-    index = ClassFolders(root, kept, json.loads((kept / INDEX_NAME).read_bytes()))
+def _reopen(
+    root: Path, kept: Path, stored: dict[str, Any], classes: list[str], label_map: np.ndarray | None
+) -> ShardIndex:
+    index = ClassFolders(root, kept, stored)
     return index if label_map is None else index.with_classes(classes, label_map)
+
+
+def _files_of(kept: Path, sha256: str) -> tuple[Path, Path]:
+    """Records and paths of a list. Files of another list have other names, so that who uses one keeps it."""
+    return kept / f"{sha256[:24]}.npy", kept / f"{sha256[:24]}.names"
 
 
 def are_class_folders(folder: Path) -> bool:
@@ -122,7 +129,8 @@ def _up_to_date(root: Path, kept: Path) -> dict[str, Any] | None:
         stored = json.loads((kept / INDEX_NAME).read_bytes())
         if stored["format"] != FORMAT or stored["version"] != VERSION or stored["root"] != printable(root):
             return None
-        unchanged = all(_changed(root / path) == changed for path, changed in stored["folders"].items())
+        there = all(path.is_file() for path in _files_of(kept, stored["files_sha256"]))
+        unchanged = there and all(_changed(root / path) == changed for path, changed in stored["folders"].items())
         return dict(stored) if unchanged else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -141,9 +149,9 @@ def _list(root: Path, kept: Path) -> dict[str, Any]:
     buffer = io.BytesIO()
     np.save(buffer, files, allow_pickle=False)
     table, names = buffer.getvalue(), b"".join(paths)
-    (kept / INDEX_NAME).unlink(missing_ok=True)  # what is replaced below is its list, not this one's
-    write_whole(kept / FILES_NAME, table)
-    write_whole(kept / PATHS_NAME, names)
+    sha256 = hashlib.sha256(table + names).hexdigest()
+    for path, data in zip(_files_of(kept, sha256), (table, names), strict=True):
+        write_whole(path, data)
     (kept / NOTES_NAME).unlink(missing_ok=True)
     if found.ignored:
         write_whole(kept / NOTES_NAME, ("\n".join(found.ignored) + "\n").encode())
@@ -152,7 +160,7 @@ def _list(root: Path, kept: Path) -> dict[str, Any]:
         "version": VERSION,
         "root": printable(root),
         "count": len(paths),
-        "files_sha256": hashlib.sha256(table + names).hexdigest(),
+        "files_sha256": sha256,
         "classes": found.classes,
         "shards": _classes_as_shards(found, files),
         "folders": {path: _changed(root / path) for path in sorted(found.looked_at)},

@@ -78,7 +78,10 @@ def decode(record: bytes | memoryview, location: str) -> ScoreMap:
         magic, version, k, rows, columns, label = HEADER.unpack_from(record)
         if magic != MAGIC or version != VERSION:
             raise DataError(f"{location}: not a version {VERSION} score map; annotate or shard the set again")
-        body = _decompressor.decompress(record[HEADER.size :])
+        packed = record[HEADER.size :]
+        if zstandard.frame_content_size(packed) != 4 * k * rows * columns:  # a few bytes may hold gigabytes
+            raise ValueError(f"it does not hold {k}×{rows}×{columns} scores")
+        body = _decompressor.decompress(packed)
         words = np.frombuffer(body, "<u2").reshape(2, k, rows, columns)
     except (struct.error, zstandard.ZstdError, ValueError) as error:
         raise DataError(f"{location}: its score map is damaged ({error})") from None

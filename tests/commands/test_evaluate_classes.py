@@ -124,9 +124,9 @@ def test_class_folders_and_other_orders_count_the_same(
 def test_other_names_for_the_same_numbers_are_matched_by_number(
     answers: dict[str, tuple[int, str, dict[str, Any]]],
 ) -> None:
-    """Class n's images lie under the number 9 − n here: every label is another one, and the sentence says how."""
+    """Class n's images lie under the number 9 − n here: every label is another one."""
     code, _, found = answers["leading zeros, another order"]
-    assert code == 0 and found["classes"] == "its 10 classes matched by number to the run's in another order"
+    assert code == 0 and found["classes"] == "its 10 classes matched by number to the run's in the same order"
     assert found["loss"] != pytest.approx(answers["its own"][2]["loss"], rel=1e-5)
 
 

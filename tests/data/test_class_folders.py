@@ -93,6 +93,19 @@ def test_folders_that_changed_are_listed_again(tree: Path, tmp_path: Path) -> No
     assert open_index(tree, tmp_path / "cache").classes == CLASSES
 
 
+def test_who_uses_a_list_keeps_it_when_another_is_made(tree: Path, tmp_path: Path) -> None:
+    """A run's workers, started later, while another run finds the folders changed; or a node with a copy of its own."""
+    index = open_index(tree, tmp_path / "cache")
+    travels = pickle.dumps(index)
+    shutil.copy(tree / "cat" / "08.png", tree / "ant" / "000.png")
+    assert open_index(tree, tmp_path / "cache").count == 13
+    later = pickle.loads(travels)
+    assert later.count == 12 and colours(later) == colours(index) == [(n, n // 4) for n in range(12)]
+    for path in later.kept.glob("*.n*"):
+        path.unlink()
+    assert open_index(tree, tmp_path / "cache").count == 13
+
+
 def test_folders_that_held_no_image_and_links_that_led_nowhere_are_looked_at_again(tree: Path, tmp_path: Path) -> None:
     away = tmp_path / "disk" / "images"
     (tree / "ant" / "new").mkdir()

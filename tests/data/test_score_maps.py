@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from refiner_ds.benchmark.loader import smooth_score_map
 from refiner_ds.data.index import MapFormat
-from refiner_ds.data.score_maps import ScoreMap, decode, encode, read_published
+from refiner_ds.data.score_maps import HEADER, ScoreMap, decode, encode, read_published
 from refiner_ds.errors import DataError
 
 
@@ -42,6 +44,18 @@ def test_record_gives_back_any_bits_at_all() -> None:
 def test_record_is_small() -> None:
     """7.1 GB for ImageNet's 1,281,167 images."""
     assert len(encode(annotated())) * 1_281_167 < 7.1e9
+
+
+def test_record_of_more_than_it_says_is_refused_without_unpacking_it() -> None:
+    """64 kB may hold 2 GB."""
+    record = encode(annotated())
+    packed = zstandard.ZstdCompressor().compress(bytes(50_000_000))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="here: its score map is damaged .it does not hold 5×18×18 scores"):
+        decode(record[: HEADER.size] + packed, "here")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(packed) < 10_000 and most < 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,16 @@ def test_class_without_a_sample_is_named_loudly(tree: Path, tmp_path: Path, caps
     assert capsys.readouterr().err == "warning: 1 class without a sample: n04\n"
 
 
+def test_where_no_image_can_be_read_the_notes_say_why(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "out.partial" / NOTES_NAME
+    assert f"not one image can be read; see {notes}" in refusal(
+        capsys, tree, tmp_path / "out", "--max-megapixels", 0.0001
+    )
+    assert notes.read_text().count("left out: ") == 40 and not (tmp_path / "out").exists()
+
+
 def test_image_above_the_limit_of_pixels_is_left_out_whatever_its_format(tree: Path, tmp_path: Path) -> None:
     for kind in ("JPEG", "PNG"):
         (tree / "n01" / f"large.{kind}").write_bytes(picture(1, kind=kind, size=(120, 100)))
