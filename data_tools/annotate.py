@@ -1,6 +1,7 @@
 """Makes score maps for a shard set: the top classes a network sees at every place of every image.
 
     python data_tools/annotate.py shards/train                             → shards/train.maps, joined to it by key
+    python data_tools/annotate.py shards/train --out disk2/maps            → another folder, for refiner.data.maps
     python data_tools/annotate.py shards/train --beside shards/relabelled  → images and maps in one set
     python data_tools/annotate.py shards/train --model dm_nfnet_f6 --size 576 --device cuda --bf16
 
@@ -31,6 +32,7 @@ def _arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("set", help="folder of a shard set with images")
+    add("--out", type=Path, help="write the maps into this folder, for refiner.data.maps (default: <set>.maps)")
     add("--beside", type=Path, help="write images and maps into this new set")
     add("--model", default=PACKAGED, help=f"timm classifier, or {PACKAGED} (default)")
     add("--checkpoint", type=Path, help="local weights of a timm classifier")
@@ -51,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     numbers = (given.size, given.top, given.batch, 1 if given.processes is None else given.processes)
     if min(numbers) < 1 or given.max_megapixels <= 0:
         raise DataError("--size, --top, --batch, --processes and --max-megapixels must be above 0")
+    if given.out and given.beside:
+        raise DataError("--out and --beside: maps go into one of them; give the one that is meant")
     with garbage.paused():
         import torch
 
@@ -71,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     decode = DecodeKeys(max_megapixels=given.max_megapixels)
     kind = (given.model, given.checkpoint, given.size, given.top, given.batch, device, given.bf16)
     index = open_index(given.set, class_folders=False)
-    out = given.beside or maps_folder(index.folder)
+    out = given.out or given.beside or maps_folder(index.folder)
     annotate_set(index, out, Settings(*kind, decode), processes, given.beside is not None)
     maps = ShardIndex.load(out)
     print(maps.describe())

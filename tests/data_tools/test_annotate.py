@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from simplejpeg import encode_jpeg
 
 from data_tools import annotate, annotation, console
 from data_tools.agreement import Agreement
@@ -237,14 +238,27 @@ def test_labels_are_in_their_own_maps_or_there_is_a_warning() -> None:
     assert "class 0 (its maps say class 1), class 1 (its maps say class 0)" in warning
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_command_says_how_often_labels_are_in_their_maps(
-    images: ShardIndex, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], order: list[int]
 ) -> None:
-    """Random weights agree by chance, and that is a warning."""
-    assert run(images, checkpoint) == 0
-    told = capsys.readouterr()
-    assert "labels in their own maps: " in told.out and "of 10 images" in told.out
-    assert told.err.startswith("warning: the labels are hardly in their own maps") or "by chance" in told.out
+    """Red, green and blue images, and an annotator that sees colours, but may number them in another order."""
+    with SetWriter(tmp_path / "set", ["blue", "green", "red"], 6) as writer:
+        for number in range(12):
+            image = np.full((40, 40, 3), 20, np.uint8)
+            image[..., 2 - number % 3] = 220
+            writer.add(f"{number}", encode_jpeg(image), "jpg", number % 3)
+    network = torch.nn.Conv2d(3, 3, 32, 32, bias=False)
+    network.weight.data = torch.eye(3).flip(0)[order][..., None, None].expand(3, 3, 32, 32).clone()
+    monkeypatch.setattr(annotation, "load_annotator", lambda *given: Annotator(network.eval(), (0.5,) * 3, (0.5,) * 3))
+    given = ["--model", "x", "--size", "64", "--top", "1", "--device", "cpu", "--processes", "1"]
+    assert annotate.main([str(tmp_path / "set"), *given, "--out", str(tmp_path / "disk" / "maps")]) == 0
+    told, right = capsys.readouterr(), order == [0, 1, 2]
+    says = "100.0% of 12 images (33.3% by chance)" if right else "0.0% of 12 images (33.3% by chance)"
+    assert f"labels in their own maps: {says}" in told.out
+    assert ("warning: the labels are hardly in their own maps" in told.err) is not right
+    images, maps = ShardIndex.load(tmp_path / "set"), ShardIndex.load(tmp_path / "disk" / "maps")
+    assert maps.is_maps_only and find_maps(images, maps) is maps and not (tmp_path / "set.maps").exists()
 
 
 def test_disk_that_is_really_full_is_one_sentence_and_the_command_goes_on_when_there_is_room(
@@ -324,10 +338,13 @@ def test_refusals(images: ShardIndex, checkpoint: Path, tmp_path: Path, capsys: 
     assert run(images, checkpoint, "--beside", images.folder) == 2
     assert annotate.main([str(tmp_path), "--device", "cpu"]) == 2
     assert run(images, checkpoint, "--top", 256) == 2
+    assert run(images, checkpoint, "--out", tmp_path / "a", "--beside", tmp_path / "b") == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 6 and all(error.startswith("error: ") for error in errors)
+    assert len(errors) == 7 and all(error.startswith("error: ") for error in errors)
     for error, says in zip(
-        errors, ("neither", "cannot be had", "cannot be had", "already exists", "is one", "at most 255"), strict=True
+        errors,
+        ("neither", "cannot be had", "cannot be had", "already exists", "is one", "at most 255", "one of them"),
+        strict=True,
     ):
         assert says in error
     assert not (tmp_path / "set.maps").exists()
