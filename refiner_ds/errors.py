@@ -68,7 +68,7 @@ def without_secrets(text: str) -> str:
 
 def hidden(match: re.Match[str]) -> str:
     """What stands for a match whose second part is a secret; names of environment variables are none."""
-    return match[1] + (HIDDEN if VARIABLE.sub("", match[2]).strip(":") else match[2])
+    return match[1] + (HIDDEN if VARIABLE.sub("", match[2]).strip(":'\"") else match[2])
 
 
 def print_error(sentence: str) -> None:

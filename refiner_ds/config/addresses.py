@@ -17,10 +17,11 @@ from refiner_ds.errors import HIDDEN, QUERY_IN_URL, USER_IN_URL, VARIABLE, hidde
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|(http|https|pipe|gs|s3|ais|hf|sftp|ftps):", re.IGNORECASE)
 OPTIONS = r"--user|--oauth2-bearer|--cookie|--[\w-]*pass(?:word|wd|phrase)?|--[\w-]*token|--[\w-]*key"
+WORD = r"""('[^']*'|"[^"]*"|[^\s'"]+)"""  # of a command, as a shell takes it
 SECRETS_IN_COMMAND = (
-    re.compile(rf"((?:^|\s)(?:{OPTIONS})[\s=]+)(\S+)"),
-    re.compile(r"((?:^|\s)-u\s*)(\S+)"),
-    re.compile(r"(\bsshpass\s+-p\s*)(\S+)"),
+    re.compile(rf"((?:^|\s)(?:{OPTIONS})[\s=]+){WORD}"),
+    *(re.compile(rf"(\bcurl\b[^|;]*?\s-{letter}\s*){WORD}") for letter in "uUb"),  # user, proxy's user, cookies
+    re.compile(rf"(\bsshpass\s+-p\s*){WORD}"),
     re.compile(r"(\b(?:authorization|cookie)\s*:\s*(?:(?:basic|bearer|token|digest)\s+)?)([^'\"]+)", re.IGNORECASE),
     re.compile(
         r"(\b\w*(?:secret|password|passwd|token|api[_-]?key|access[_-]?key|signature)\w*\s*[=:]\s*)([^\s'\"&]+)", re.I

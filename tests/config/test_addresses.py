@@ -26,6 +26,8 @@ HIDDEN = {
     "pipe:curl -H 'X-Api-Key: a' https://h/{name}": "pipe:curl -H 'X-Api-Key: ***' https://h/{name}",
     "pipe:curl -H 'Cookie: id=a; b=c' h/{name}": "pipe:curl -H 'Cookie: ***' h/{name}",
     "pipe:sshpass -p abc scp h:{name} -": "pipe:sshpass -p *** scp h:{name} -",
+    "pipe:curl -u 'ann:p w' -b sid=a https://host/{name}": "pipe:curl -u *** -b *** https://host/{name}",
+    "pipe:curl --user \"ann:p w\" h/{name} | gzip -d": "pipe:curl --user *** h/{name} | gzip -d",
     "https://a@nn:p@ss@host/set": "https://***@host/set",
     "https://ann:p/s?s#@host/set": "https://***@host/set",
     "HTTPS://ann:pw@host/set?sig=abc": "HTTPS://***@host/set?***",
@@ -35,7 +37,8 @@ HIDDEN = {
 OPEN = [
     "/data/imagenet/train", "package:digits/train", "https://host:8080/sets/train", "hf://datasets/me/set@main/train",
     "pipe:aws s3 cp s3://bucket/train/{name} -", "https://${USER}:${PASSWORD}@host/train?${SAS}", "pipe:cat /a/{name}",
-    "pipe:curl -u ${LOGIN} https://host/{name}", "https://host:8080/sets@2/a:b@c", "https://host/a:b@c",
+    "pipe:curl -u ${LOGIN} https://host/{name}", "pipe:curl -u '${LOGIN}' h/{name}", "pipe:cat {name} | sort -u -",
+    "https://host:8080/sets@2/a:b@c", "https://host/a:b@c",
 ]  # fmt: skip
 
 
