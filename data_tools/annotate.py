@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from refiner_ds.command_line import Parser
+
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
@@ -27,9 +29,7 @@ from .inspection import add_max_megapixels
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="annotate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="annotate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("set", help="folder of a shard set with images")
     add("--out", type=Path, help="write the maps into this folder, for refiner.data.maps (default: <set>.maps)")

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from refiner_ds.command_line import Parser
 from refiner_ds.data.index import ShardIndex
 from refiner_ds.data.locate import open_index
 from refiner_ds.data.webdataset_index import TarScan, index_existing
@@ -27,9 +28,7 @@ from .staging import interruptible, parallel_map
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shard.py index", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="shard.py index", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("tars", help="folder of tars, or a pattern with {0000..1023} or * in it")
     add("--out", type=Path, help="folder for the index (default: with the tars)")

@@ -19,6 +19,8 @@ import os
 import sys
 from pathlib import Path
 
+from refiner_ds.command_line import Parser
+
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
@@ -114,9 +116,7 @@ def _print_summary(out: Path, built: Built) -> None:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shard.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="shard.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("source", type=Path, help="folder of class folders, folder of images (--labels), or Parquet files")
     add("out", type=Path, help="folder of the shard set; must not exist yet")

@@ -13,6 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from refiner_ds.command_line import Parser
+
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
@@ -21,7 +23,7 @@ from refiner_ds.errors import DataError, report_errors
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="show.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog="show.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("set", help="folder of a shard set, or package:digits/train")
     parser.add_argument("out", type=Path, help="picture to write, .png")
     parser.add_argument("--count", type=int, default=12, help="samples (default %(default)s)")

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from refiner_ds.command_line import Parser
+
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
@@ -146,9 +148,7 @@ def check_set(index: ShardIndex, processes: int, decode: DecodeKeys | None) -> I
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="verify.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="verify.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("set", help="folder of a shard set; or a URL, every shard of which is then fetched")
     parser.add_argument("--cache", type=Path, help="folder for fetched sets (default: as in training)")
     parser.add_argument("--no-decode", action="store_true", help="check bytes only; do not decode images")

@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from refiner_ds.command_line import Parser
+
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
@@ -39,7 +41,7 @@ MINUTES = 3  # of the job; the tasks take less than one
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", metavar="FILE", help="run file; ds_configs/quickstart.json without")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the run file")

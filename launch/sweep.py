@@ -23,6 +23,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from refiner_ds.command_line import Parser
+
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", type=Path, metavar="TABLE", help="JSON file; see above")
     parser.add_argument("--config", metavar="FILE", help="run file of every run, instead of a table")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help="values of a key; repeatable")

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
-__all__ = ["command_parser"]
+from refiner_ds.errors import without_secrets
+
+__all__ = ["Parser", "command_parser"]
 
 
-def command_parser(docstring: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals hide what is secret in an address that they quote."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the refusal, and leave with exit code 2."""
+        super().error(without_secrets(message))
+
+
+def command_parser(docstring: str | None, prog: str | None = None) -> Parser:
     """A parser that prints the docstring as it stands: its first line above the options, the others below.
 
     Args:
@@ -15,6 +26,4 @@ def command_parser(docstring: str | None, prog: str | None = None) -> argparse.A
         prog: how the command is called; None: as the file is.
     """
     first, _, others = (docstring or "").partition("\n")
-    return argparse.ArgumentParser(
-        prog=prog, description=first, epilog=others, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(prog=prog, description=first, epilog=others, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -24,6 +24,7 @@ from refiner_ds.analysis.cka import CKA
 from refiner_ds.analysis.loading import LoadedModel, every_checkpoint, load_model, open_set
 from refiner_ds.analysis.map_statistics import token_similarity
 from refiner_ds.analysis.results import legend_below, line_colors, new_figure, write_figure, write_table
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import ConfigError
 
 __all__ = ["block_tokens", "feature_evolution", "main"]
@@ -34,7 +35,7 @@ COLUMNS = ("model", "block", "depth", "cka_last", "cka_input", "images", "token_
 
 def main(argv: list[str]) -> int:
     """Run the command; see the module for what it takes."""
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.analysis features", description=__doc__)
+    parser = Parser(prog="python -m refiner_ds.analysis features", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folder, checkpoint, or timm:NAME[=WEIGHTS]")
     parser.add_argument("--data", metavar="SET", help="shard set (default: the run's refiner.data.val)")

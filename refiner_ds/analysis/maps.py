@@ -31,6 +31,7 @@ from refiner_ds.analysis.map_statistics import (
 )
 from refiner_ds.analysis.results import legend_below, line_colors, new_figure, write_figure, write_table
 from refiner_ds.analysis.vit_maps import attention_maps, patch_grid, refuse_without_maps
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import ConfigError
 from refiner_ds.training.pictures import STAGES, draw_map_pair
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.analysis maps", description=__doc__)
+    parser = Parser(prog="python -m refiner_ds.analysis maps", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("models", nargs="+", metavar="RUN", help="run folder, or a checkpoint in it")
     parser.add_argument("--data", metavar="SET", help="shard set (default: the run's refiner.data.val)")

@@ -24,6 +24,7 @@ from torch import Tensor
 from refiner_ds.analysis.results import legend_below, new_figure, write_figure, write_table
 from refiner_ds.attention.equations import compose_kernel
 from refiner_ds.checkpoint.files import find_checkpoint, integrity_errors, read_weights
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import CheckpointError
 from refiner_ds.run_folder import RunFolder, read_state
 
@@ -43,7 +44,7 @@ class BlockWeights(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; see the module for what it takes."""
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.analysis weights", description=__doc__)
+    parser = Parser(prog="python -m refiner_ds.analysis weights", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a checkpoint in it")
     parser.add_argument("--all-steps", action="store_true", help="every checkpoint the run has kept")

@@ -17,7 +17,6 @@ by the default.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from contextlib import AbstractContextManager
@@ -42,6 +41,7 @@ from refiner_ds.attention import (
 from refiner_ds.attention.tiling.tiles import CPU_TILE_BYTES
 from refiner_ds.benchmark.measure import best_seconds, saved_bytes
 from refiner_ds.benchmark.traffic import moved_bytes
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import ConfigError
 from refiner_ds.memory import free_memory
 
@@ -336,9 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an option cannot be.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m refiner_ds.benchmark attention", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m refiner_ds.benchmark attention", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[50, 197, 577], help="tokens, class token included")
     parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--heads", type=int, default=12)

@@ -28,6 +28,7 @@ import torch
 
 from refiner_ds.checkpoint.retention import Retention
 from refiner_ds.checkpoint.writing import checkpoint_bytes
+from refiner_ds.command_line import Parser
 from refiner_ds.config import RunFile, load
 from refiner_ds.run_folder import RunFolder, State
 from refiner_ds.training.build import build_model, parameter_count
@@ -200,7 +201,7 @@ def measure(run: RunFile, folder: Path, world: World, steps: int, rounds: int) -
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark on the processes that the environment describes; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="refiner_vit_s", metavar="NAME", help="timm name of a model")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="images a process and step")
     parser.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the images")

@@ -10,7 +10,6 @@ kernel on a card: the most of all models and sizes, and how many of these spill.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
 
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import ConfigError
 
 __all__ = ["MODELS", "SHARED", "Row", "compile_all", "main"]
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: there is no Triton to compile with.
     """
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.benchmark compiled", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m refiner_ds.benchmark compiled", description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", nargs="+", choices=SHARED, default=list(SHARED), metavar="NAME")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="S, M, L; M has heads of 35")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="of images, pixels")

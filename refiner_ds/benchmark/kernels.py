@@ -12,7 +12,6 @@ the whole kernel achieves; traffic that the cache did not save counts against it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ import torch
 from refiner_ds import attention
 from refiner_ds.attention import DeferredMap
 from refiner_ds.benchmark.attention import Layer, Setting
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import ConfigError
 from refiner_ds.gpus import Gpu, gpu, recognise
 
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an option cannot be, or there is no Triton to compile with.
     """
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.benchmark kernels", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m refiner_ds.benchmark kernels", description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--batch", type=int, default=64 if on_gpu else 2, help="images a step")
     parser.add_argument("--tokens", type=int, default=197, help="tokens, class token included")

@@ -8,7 +8,6 @@ What follows ``--`` is submit.py's; with ``--wait`` on Slurm, else here. The que
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -19,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 import refiner_ds
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import LaunchError
 from refiner_ds.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ SUBMITTED = re.compile(r"submitted\s+in [\d.]+ s \((.+)\)")
 
 def main(argv: list[str]) -> int:
     """Submit twice and print both times, a row a part. Raises LaunchError where a submission fails."""
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.benchmark launch", description=__doc__)
+    parser = Parser(prog="python -m refiner_ds.benchmark launch", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="flags of submit.py, after --")
     words = parser.parse_args(argv).words or ["--local", "--gpus-per-node", "0"]
     with tempfile.TemporaryDirectory(prefix="launch-", dir=Path.cwd()) as folder:

@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from refiner_ds.command_line import Parser
 from refiner_ds.data.augment import CROP_AND_FLIP, AugmentSettings
 from refiner_ds.data.crop_decoding import crop_decoder
 from refiner_ds.data.decoding import decode_image
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DataError: there are no photographs to measure on.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="refiner_ds.benchmark loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--images", type=Path, help="folder of JPEG files (default: those of package ai-benchmark)")

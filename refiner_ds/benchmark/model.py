@@ -14,7 +14,6 @@ training step is. ``--largest 130`` finds the largest batch that trains within s
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import refiner_ds.models  # noqa: F401  registers the models with timm
 from refiner_ds import attention
 from refiner_ds.attention.compiling import keep_code_by_cpu
 from refiner_ds.benchmark.measure import best_seconds, peak_bytes, saved_bytes
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import ConfigError
 
 __all__ = ["Row", "main", "measure"]
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an option cannot be.
     """
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.benchmark model", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m refiner_ds.benchmark model", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=[f"refiner_vit_{size}" for size in "sml"], default="refiner_vit_s")
     parser.add_argument("--batch", type=int, default=4, help="images a step")
     parser.add_argument("--img-size", type=int, default=224, help="pixels a side")

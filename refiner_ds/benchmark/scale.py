@@ -23,6 +23,7 @@ from statistics import median
 
 import numpy as np
 
+from refiner_ds.command_line import Parser
 from refiner_ds.data.index import FORMAT, INDEX_NAME, MEMBERS_NAME, VERSION, ShardIndex
 from refiner_ds.data.sampler import TrainSampler
 from refiner_ds.data.tar_format import MEMBER
@@ -84,7 +85,7 @@ def _private_mebibytes() -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see the head of this file. Returns 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="refiner_ds.benchmark scale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--samples", type=int, nargs="+", default=[1_281_000, 1_000_000_000], help="sizes of the sets")

@@ -8,7 +8,6 @@ No GPU is needed. ``--gpu cpu`` plans for the CPUs of this machine. ``--json`` p
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from refiner_ds import garbage
 from refiner_ds.amounts import amount
+from refiner_ds.command_line import Parser
 from refiner_ds.config import load
 from refiner_ds.errors import ConfigError, report_errors
 from refiner_ds.gpus import gpu
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, whether or not the run fits."""
     silence_libraries()
     lines = __doc__.split("\n")
-    parser = argparse.ArgumentParser(prog="python -m refiner_ds.plan", description=lines[0])
+    parser = Parser(prog="python -m refiner_ds.plan", description=lines[0])
     parser.add_argument("table", nargs="?", type=Path, metavar="TABLE", help="a table of runs, instead of a run file")
     parser.add_argument("--config", metavar="FILE", help="run file (default: ds_configs/quickstart.json)")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help="with a table; repeatable")
