@@ -270,6 +270,9 @@ def _with_absolute_paths(keys: RunFileKeys) -> RunFileKeys:
         return str(Path(folder).expanduser().absolute())
 
     data, run, model = keys.refiner.data, keys.refiner.run, keys.refiner.model
+    for key, place in (("data.cache", data.cache), ("run.output", run.output), ("model.init_from", model.init_from)):
+        if place is not None and is_address(place):
+            raise ConfigError(f"refiner.{key} is {_shown(place)}; it must be on a disk, not an address")
     data = data.model_copy(update={name: absolute(getattr(data, name)) for name in (*DATA_PLACES, "cache")})
     run = run.model_copy(update={"output": absolute(run.output)})
     model = model.model_copy(update={"init_from": absolute(model.init_from)})

@@ -34,6 +34,8 @@ def header(ready: Preparation, world: World, bf16: bool, chosen: str = "") -> di
         "attention": attention_line(run, model, world, torch.bfloat16 if bf16 else torch.float32, chosen),
         "training": ready.train.describe(),
     }
+    if ready.maps is not None and ready.maps is not ready.train:
+        lines["score maps"] = ready.maps.describe()
     if ready.val is not None:
         lines["validation"] = ready.val.describe()
     if ready.val_note:

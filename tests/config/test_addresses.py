@@ -88,3 +88,11 @@ def test_nothing_a_run_file_prints_or_stores_holds_them(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as told:
             load(file, [wrong])
         assert "hush" not in str(told.value)
+
+
+@pytest.mark.parametrize("key", ["model.init_from", "run.output", "data.cache"])
+@pytest.mark.parametrize("address", ["https://ann:hush@host/x", "ftp://ann:hush@host/x", "hf://datasets/me/x?sig=hush"])
+def test_an_address_where_only_a_disk_can_be_is_refused(key: str, address: str) -> None:
+    with pytest.raises(ConfigError, match=rf"refiner\.{key} is .*; it must be on a disk, not an address$") as told:
+        load(None, [f"refiner.{key}={address}"])
+    assert "hush" not in str(told.value)

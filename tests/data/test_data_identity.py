@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from refiner_ds.config import load
 from refiner_ds.data.index import ShardIndex
@@ -17,7 +18,9 @@ from refiner_ds.data.writer import SetWriter
 from refiner_ds.errors import ConfigError, DataError
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.data_identity import record_data
+from refiner_ds.training.header import header
 from refiner_ds.training.preparation import Preparation, prepare
+from refiner_ds.training.world import World
 
 
 @pytest.fixture
@@ -96,6 +99,10 @@ def test_maps_may_lie_elsewhere_and_belong_to_the_run(tmp_path: Path, digits_fol
     piped = f"refiner.data.maps=pipe:cat {tmp_path}/copy/{{name}}"
     far = prepared(tmp_path, "package:digits/val", wanted[0], piped).maps
     assert far is not None and far.source is not None and far.count == 364
+    lines = header(
+        prepared(tmp_path, "package:digits/val", wanted[0], piped), World(0, 1, 0, torch.device("cpu")), bf16=False
+    )
+    assert lines["score maps"] == far.describe() and "364 samples" in lines["score maps"]
     write_maps(tmp_path / "others", images, 2.0)
     with pytest.raises(DataError, match="holds a run on the score maps .*, and refiner.data now means the score maps"):
         prepared(tmp_path, "package:digits/val", wanted[0], f"refiner.data.maps={tmp_path / 'others'}")
