@@ -16,12 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-from refiner_ds.command_line import Parser
-
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
 from refiner_ds import garbage
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import DataError, report_errors
 
 from .annotation_settings import PACKAGED, Settings

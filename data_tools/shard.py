@@ -19,11 +19,10 @@ import os
 import sys
 from pathlib import Path
 
-from refiner_ds.command_line import Parser
-
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
+from refiner_ds.command_line import Parser
 from refiner_ds.data.image_tree import LabelledImage, LabelledImages, printable, read_class_folders
 from refiner_ds.data.index import INDEX_NAME, ShardIndex
 from refiner_ds.data.locate import open_index

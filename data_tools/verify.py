@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from refiner_ds.command_line import Parser
-
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "data_tools"
 
+from refiner_ds.command_line import Parser
 from refiner_ds.config.schema import DecodeKeys
 from refiner_ds.data.decoding import decode_image
 from refiner_ds.data.index import MEMBERS_NAME, ShardIndex, find_maps, maps_folder

@@ -20,11 +20,10 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from refiner_ds.command_line import Parser
-
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
+from refiner_ds.command_line import Parser
 from refiner_ds.config.addresses import is_address
 from refiner_ds.errors import report_errors
 

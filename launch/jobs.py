@@ -23,11 +23,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refiner_ds.command_line import Parser
-
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
+from refiner_ds.command_line import Parser
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.files import read_object
 from refiner_ds.run_folder import RunFolder

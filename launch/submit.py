@@ -24,13 +24,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from refiner_ds.command_line import Parser
-
 if not __package__:  # started as a file: its packages are those of the clone it lies in
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "launch"
 
 from pydantic.fields import FieldInfo
 
+from refiner_ds.command_line import Parser
 from refiner_ds.config import RunFile, load
 from refiner_ds.errors import LaunchError, report_errors
 from refiner_ds.run_folder import RunFolder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from refiner_ds.command_line import command_parser
@@ -26,3 +28,10 @@ def test_refused_options_hide_the_secrets_of_an_address(words: list[str], capsys
 def test_every_command_has_such_a_parser() -> None:
     own = {module for module, file in module_files().items() if "argparse.ArgumentParser(" in file.read_text()}
     assert own - INTERNAL == set()
+
+
+def test_a_script_knows_its_clone_before_it_imports_anything_of_it() -> None:
+    """Or another copy on the path would run instead; nor would it start in a clone that is not installed."""
+    for module, file in module_files().items():
+        before, prologue, _ = file.read_text().partition("    sys.path[0], __package__ =")
+        assert not prologue or not re.search(r"^(from|import) (refiner_ds|launch|data_tools)\b", before, re.M), module
