@@ -28,9 +28,9 @@ def ask_git(root: Path, *words: str) -> str:
 
 
 @cache
-def code_hash() -> str:
-    """A hash of the package's code, wherever its files lie."""
-    package, digest = ROOT / "refiner_ds", hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
+def code_hash(folder: Path = ROOT / "refiner_ds") -> str:
+    """A hash of the code in a folder, the whole package's for none, wherever it lies."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()

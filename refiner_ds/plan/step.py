@@ -37,29 +37,30 @@ def plan_step(
         "bytes": batch.accumulation * sum(one.bytes * times for one, times in counted),
     }
     alike = [one for one in measured if one.micro_batch == batch.micro_batch and one.classes == classes]
-    same = _nearest_first([one for one in alike if _is_such(one.device, machines.gpu)], machines, batch)
-    exact = next((one for one in same if _is_there(one, machines, batch)), None)
-    if machines.gpu is None:
-        return {**found, **_seconds(machines.step_seconds, exact, exact.seconds if exact else None, True, None)}
+    same = _nearest_first([one for one in alike if _is_same_device(one.device, machines.gpu)], machines, batch)
+    nearest = next(iter(same), None)
+    exact = nearest is not None and _is_split_alike(nearest, machines, batch)
+    if machines.gpu is None:  # whose processes share cores: no other number of them tells anything
+        nearest = nearest if exact else None
+        return {**found, **_seconds(machines.step_seconds, nearest, nearest.seconds if nearest else None, True, None)}
     rates = _Rates(run, machines, sized)
     parts = rates.parts(machines.nodes, machines.processes, batch.accumulation, counted)
-    nearest = exact or next(iter(same), None)
-    brought = None
-    if nearest is not None:
+    scaled = None if nearest is None else nearest.seconds
+    if nearest is not None and not exact:
         there = rates.around(nearest.nodes, nearest.processes, nearest.accumulation)
         each = max(0.0, nearest.seconds - sum(there.values())) / nearest.accumulation
         here = rates.around(machines.nodes, machines.processes, batch.accumulation)
-        brought = nearest.seconds if exact else batch.accumulation * each + sum(here.values())
+        scaled = batch.accumulation * each + sum(here.values())
     return {
         **found,
         "parts": parts,
         "sent": rates.sent(machines.processes, batch.accumulation),
-        **_seconds(machines.step_seconds, nearest, brought, exact is not None, sum(parts.values())),
+        **_seconds(machines.step_seconds, nearest, scaled, exact, sum(parts.values())),
     }
 
 
 def _seconds(
-    given: float | None, measured: StepTime | None, brought: float | None, exact: bool, bound: float | None
+    given: float | None, measured: StepTime | None, scaled: float | None, exact: bool, bound: float | None
 ) -> dict[str, Any]:
     """Seconds, what they rest on, and the measurement where they rest on one."""
     if given is not None:
@@ -68,10 +69,10 @@ def _seconds(
         return {"seconds": bound, "basis": None if bound is None else "data sheet", "measured": None}
     described = asdict(measured)
     described |= {"same_code": described.pop("code") == code_hash(), "exact": exact}
-    return {"seconds": brought, "basis": "measured", "measured": described}
+    return {"seconds": scaled, "basis": "measured", "measured": described}
 
 
-def _is_such(device: str, gpu: Gpu | None) -> bool:
+def _is_same_device(device: str, gpu: Gpu | None) -> bool:
     """Whether a measurement's device is what is planned for: the GPU of this name, or this machine's CPU."""
     if gpu is None:
         return device == device_name(torch.device("cpu"))
@@ -79,7 +80,7 @@ def _is_such(device: str, gpu: Gpu | None) -> bool:
     return found is not None and found.name == gpu.name
 
 
-def _is_there(one: StepTime, machines: Machines, batch: BatchSplit) -> bool:
+def _is_split_alike(one: StepTime, machines: Machines, batch: BatchSplit) -> bool:
     """Whether a measurement is of as many nodes and processes, and of the batch split alike."""
     split = (one.nodes, one.processes, one.accumulation)
     return split == (machines.nodes, machines.processes, batch.accumulation)

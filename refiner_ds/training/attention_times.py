@@ -19,8 +19,11 @@ from refiner_ds.attention.choice import Candidate, Layer, Measured, counted_as, 
 from refiner_ds.files import write_atomically
 from refiner_ds.training.console import log
 from refiner_ds.training.machine import device_name, driver_version
+from refiner_ds.versions import code_hash
 
 __all__ = ["cache_name", "keep_times", "read_times"]
+
+ATTENTION = Path(refiner_ds.attention.__file__).parent
 
 
 def cache_name(layer: Layer, kernels: bool) -> str:
@@ -28,7 +31,7 @@ def cache_name(layer: Layer, kernels: bool) -> str:
     device = layer.value_BHNd.device
     key = {
         **layer.describe(), "kernels": kernels, "device": device_name(device), "driver": driver_version(device),
-        "torch": torch.__version__, "triton": _triton_version(), "code": _code_hash(),
+        "torch": torch.__version__, "triton": _triton_version(), "code": code_hash(ATTENTION),
         "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32] + ".json"
@@ -40,13 +43,6 @@ def _triton_version() -> str:
     except ImportError:
         return ""
     return str(triton.__version__)
-
-
-def _code_hash() -> str:
-    folder, digest = Path(refiner_ds.attention.__file__).parent, hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def read_times(file: Path, layer: Layer, free: int) -> Measured | None:

@@ -171,8 +171,11 @@ def test_what_deepspeed_would_end_in_a_traceback_for_is_refused(sets: list[str],
 
 
 def test_what_deepspeed_can_do_together_is_not_refused() -> None:
-    load(None, ["zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32", "bf16.enabled=false"])
-    load(None, ["zero_optimization.stage=1", "prescale_gradients=true", "data_types.grad_accum_dtype=bf16"])
+    accumulated = load(None, ["zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32", "bf16.enabled=false"])
+    assert accumulated.keys.data_types is not None and accumulated.keys.data_types.grad_accum_dtype == "fp32"
+    assert load(
+        None, ["zero_optimization.stage=1", "prescale_gradients=true", "data_types.grad_accum_dtype=bf16"]
+    ).keys.prescale_gradients
     load(None, ["zero_optimization.stage=3", "gradient_predivide_factor=1"])
     load(None, ["zero_optimization.stage=2", "prescale_gradients=true", "zero_optimization.reduce_scatter=false"])
 

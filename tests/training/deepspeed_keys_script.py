@@ -23,7 +23,7 @@ from refiner_ds.errors import ConfigError
 from refiner_ds.run_folder import RunFolder
 from refiner_ds.training.logs import silence_libraries
 from refiner_ds.training.world import World, init, shutdown
-from tests.training.elastic_script import CASES, Trained
+from tests.training.elastic_script import CASES, two_lives
 from tests.training.engine_script import fresh_model, run_file
 
 
@@ -32,22 +32,11 @@ def everything_in(checkpoint: Path) -> dict[str, Tensor]:
     return {f"{stem} {name}": reader[name] for stem, reader in readers.items() for name in reader.names()}
 
 
-def two_lives(stage: int, bf16: bool, folder: Path, world: World, keys: list[str]) -> tuple[Tensor, bool]:
+def end_of(folder: Path, stage: int, bf16: bool, world: World, keys: list[str]) -> tuple[Tensor, bool]:
     """The weights after three steps, and whether a life that began with the second checkpoint ends the same."""
-    one = Trained(stage, bf16, folder / "one", world, others=keys)
-    for step in range(2):
-        one.train(step)
-    one.save(2)
-    one.train(2)
-    one.save(3)
-    one.engine.close()
-    other = Trained(stage, bf16, folder / "other", world, others=keys)
-    other.checkpoints.load(RunFolder(folder / "one").checkpoint(2))
-    other.train(2)
-    other.save(3)
-    other.engine.close()
+    two_lives(stage, bf16, folder / "one", world, others=keys).engine.close()
     end = RunFolder(folder / "one").checkpoint(3)
-    found, again = everything_in(end), everything_in(RunFolder(folder / "other").checkpoint(3))
+    found, again = everything_in(end), everything_in(RunFolder(folder / "one-again").checkpoint(3))
     same = found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
     world.barrier()  # the main process removes it
     return flat(read_weights(end, "model")), same
@@ -74,7 +63,7 @@ def main() -> None:
             except ConfigError as refusal:
                 found[name] = str(refusal)
                 continue
-            end, same = two_lives(stage, bf16, folder / "lives", world, keys)
+            end, same = end_of(folder / "lives", stage, bf16, world, keys)
             plain = end if plain is None else plain
             found[name] = float((end - plain).norm() / (plain - start).norm()), same
             world.barrier()

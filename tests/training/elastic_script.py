@@ -74,24 +74,31 @@ class Trained:
         return float((found - wanted).norm() / wanted.norm())
 
 
+def two_lives(
+    stage: int, bf16: bool, folder: Path, world: World, split: bool = False, others: Sequence[str] = ()
+) -> Trained:
+    """Save after two steps and after three in ``folder``, and in ``…-again`` what began with the first; the second."""
+    one = Trained(stage, bf16, folder, world, split, others)
+    for step in range(2):
+        one.train(step)
+    one.save(2)
+    one.train(2)
+    one.save(3)
+    one.engine.close()
+    again = Trained(stage, bf16, folder.with_name(f"{folder.name}-again"), world, split, others)
+    again.checkpoints.load(RunFolder(folder).checkpoint(2))
+    again.train(2)
+    again.save(3)
+    return again
+
+
 def write(folder: Path, world: World, others: Sequence[str] = ()) -> dict[str, float]:
     found = {}
     for stage, bf16 in CASES if world.size == 2 else CASES[world.size :: 5]:
         if others and stage == 0:
             continue
         name = f"{stage}-{'bf16' if bf16 else 'fp32'}"
-        one = Trained(stage, bf16, folder / name, world, stage in (1, 3) and bf16, others)
-        for step in range(2):
-            one.train(step)
-        one.save(2)
-        one.train(2)
-        one.save(3)
-        one.engine.close()
-        again = Trained(stage, bf16, folder / f"{name}-again", world, stage in (1, 3) and bf16, others)
-        checkpoint = RunFolder(folder / name).checkpoint(2)
-        again.checkpoints.load(checkpoint)
-        again.train(2)
-        again.save(3)
+        again = two_lives(stage, bf16, folder / name, world, stage in (1, 3) and bf16, others)
         found[name] = again.forward_differs(RunFolder(folder / f"{name}-again").checkpoint(3))
         again.engine.close()
     return found
