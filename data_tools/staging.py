@@ -18,7 +18,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -143,11 +143,14 @@ def _map_in_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], processes: int, context: Any, initargs: tuple[Any, ...]
 ) -> Iterator[Result]:
     with ProcessPoolExecutor(min(processes, len(tasks) or 1), context, _start_worker, initargs) as pool:
-        # Not pool.map: it cancels what is pending when it is left early, and a pool whose workers are gone then prints
-        # a traceback from its own thread, which may not set an exception on a cancelled future.
-        pending = deque(pool.submit(function, task) for task in tasks)
-        workers = list(pool._processes.values())
+        workers: list[BaseProcess] = []
         try:
+            # Not pool.map: it cancels what is pending when it is left early, and a pool whose workers are gone then
+            # prints a traceback from its own thread, which may not set an exception on a cancelled future.
+            pending: deque[Future[Result]] = deque()
+            for task in tasks:  # a worker may die, and Ctrl-C be pressed, while these are still handed over
+                pending.append(pool.submit(function, task))
+                workers = list(pool._processes.values())
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,10 +27,47 @@ def slow(task: int) -> int:
     return task
 
 
+def note_in(folder: Path) -> None:
+    os.chdir(folder)
+
+
+def noted(task: int) -> None:
+    time.sleep(1.0)
+    Path(str(task)).touch()
+
+
 def killed_by_the_fourth(task: int) -> int:
     if task == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return slow(task)
+
+
+class HandedOver(Sequence[int]):
+    """Tasks whose handing over is interrupted, by Ctrl-C or while a worker dies of the fourth."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self.meanwhile = meanwhile
+
+    def __len__(self) -> int:
+        return len(TASKS)
+
+    def __getitem__(self, index: Any) -> Any:
+        return TASKS[index]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from TASKS[:10]
+        self.meanwhile()
+        yield from TASKS[10:]
+
+
+def until_the_workers_are_gone() -> None:
+    deadline = time.monotonic() + 60.0
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
 
 
 def wrong_at_the_fourth(task: int) -> int:
@@ -85,3 +124,17 @@ def test_failing_with_tasks_left_raises_nothing_else(
     with pytest.raises(DataError, match=said):
         list(parallel_map(function, MANY, 2))
     assert not thread_errors
+
+
+def test_worker_that_dies_while_tasks_are_handed_over_is_named_as_any_other(thread_errors: list[str]) -> None:
+    tasks = HandedOver(until_the_workers_are_gone)
+    with pytest.raises(DataError, match=r"process \d+ was killed by signal: Killed .SIGKILL.; run"):
+        list(parallel_map(killed_by_the_fourth, tasks, 2))
+    assert not thread_errors
+
+
+def test_ctrl_c_while_tasks_are_handed_over_leaves_the_rest_undone(thread_errors: list[str], tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        list(parallel_map(noted, HandedOver(ctrl_c), 2, initializer=note_in, initargs=(tmp_path,)))
+    assert len(list(tmp_path.iterdir())) < 10 and set(threading.enumerate()) == before and not thread_errors
