@@ -3,7 +3,7 @@
     python -m refiner_ds.benchmark checkpoint [--model refiner_vit_l] [--batch 2] [--folder /scratch/me]
     torchrun --nproc_per_node 8 -m refiner_ds.benchmark checkpoint --model refiner_vit_l --batch 64
 
-    stall      the loop does not step: the copy to host memory, or the whole save
+    stall      the loop does not step: the update waits for the copy to host memory, or the loop for the whole save
     excess     wall time of as many steps with a save among them, over the same steps without in the same round; what is
                still being written at their end is waited for, and counts
 
@@ -152,7 +152,7 @@ class Setting:
                 save()
                 stall = time.perf_counter() - called
         self.wait()
-        return time.perf_counter() - began, stall
+        return time.perf_counter() - began, stall + self.checkpoints.waited()
 
 
 def measure(run: RunFile, folder: Path, world: World, steps: int, rounds: int) -> Figures:

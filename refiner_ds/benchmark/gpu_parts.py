@@ -83,9 +83,14 @@ def steps_of(sizes: Sizes, out: Path) -> list[Step]:
             Step(name, "The quickstart's model, trained for a short while on all cards.",
                  _training(sizes, out, f"stage_{stage}", keys), 25 * times, _stage(stage), _on(sizes))
         )  # fmt: skip
+    saved = ["--model", "refiner_vit_l", "--batch", "16", "--steps", "8", "--rounds", "3", "--folder", str(out)]
+    if sizes.tiny:
+        saved[1:] = ["refined_vit", "--rounds", "3", "--set", "refiner.model.depth=2", "--folder", str(out)]
     size = ["--size", "64", "--batch", "4"] if sizes.tiny else ["--size", "288", "--device", "cuda", "--bf16"]
     return [
         *steps,
+        Step("checkpoint", "What saving L costs training, on all cards: beside the steps, and waited for.",
+             [*_on_all(sizes), "-m", "refiner_ds.benchmark", "checkpoint", *saved], 40 * times, _printed, _on(sizes)),
         Step("loader", "The data loader beside the usual one and the floor, on this machine's CPU.",
              [*benchmark, "loader", "--rounds", "1" if sizes.tiny else "2", "--workers", "0" if sizes.tiny else "4"],
              40 * times, _printed, {}),
@@ -144,8 +149,12 @@ def _training(sizes: Sizes, out: Path, name: str, keys: Sequence[str] = ()) -> l
     if sizes.tiny and not keys:
         keys = ["refiner.recipe.epochs=2", "refiner.run.eval_epochs=2"]
     settings = [f"refiner.run.output={out}/runs", f"refiner.run.name={name}", *keys]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sizes.cards}"]
-    return [*launcher, "refiner_ds/train.py", *(word for key in settings for word in ("--set", key))]
+    return [*_on_all(sizes), "refiner_ds/train.py", *(word for key in settings for word in ("--set", key))]
+
+
+def _on_all(sizes: Sizes) -> list[str]:
+    """Launch a process for each card."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sizes.cards}"]
 
 
 # -- what the report shows ---------------------------------------------------------------------------------------------

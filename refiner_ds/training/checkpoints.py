@@ -1,7 +1,7 @@
 """Saving beside training, and loading, together on all ranks. What lies on disk is in checkpoint/files.py.
 
-step n │ copy (all a step waits for) │ step n+1, n+2 …                                 │ the outcome is known
-       └──▶ a thread a rank:  gather → hash and write → complete.json → rename → latest → remove old ones
+step n │ forward, backward of n+1 │ update │ step n+2, n+3 …                            │ the outcome is known
+       └▶ a thread a rank:  copy ─┘ gather → hash and write → complete.json → rename → latest → remove old ones
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
         folder: where it is; None where it failed.
         failure: one sentence; empty where it did not.
         finite: False where a weight, a moment or an average is not: nobody could go on from that.
-        seconds: from the copy to the end, of this rank.
+        seconds: from its beginning to its end, of this rank.
     """
 
     step: int
@@ -89,19 +89,21 @@ class Checkpoints:
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
+        self._waited = 0.0
         self.saved_step = 0
         self.not_finite = False
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def begin(self, contents: Contents) -> None:
-        """Copy the state as it is and write it beside training. Waits for the save before, if that is under way.
+        """Write the state as it is beside training. Waits for the save before, if that is under way.
 
         Every rank must call it, between two steps, having asked `outcome` of the save before.
         """
         self._join()
         if self._snapshot is None:
             self._snapshot = Snapshot(self._engine, self._ema, self._world, self._writers, self._group)
+            self._engine.await_copies = self._await_copies
         began = time.monotonic()
         self._snapshot.take()
         self.saved_step = contents.state.step
@@ -117,6 +119,17 @@ class Checkpoints:
         self._thread, outcome, self._outcome = None, self._outcome, None
         return outcome
 
+    def waited(self) -> float:
+        """Seconds that updates have waited for a copy since this was last asked; on a GPU the host never does."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
+
+    def _await_copies(self) -> None:
+        assert self._snapshot is not None
+        began = time.perf_counter()
+        self._snapshot.wait()
+        self._waited += time.perf_counter() - began
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -126,6 +139,7 @@ class Checkpoints:
         written: dict[str, Written] = {}
         failure, finite, folder = "", True, None
         try:
+            snapshot.copy()
             failure = self._from_main(lambda: draft.open(), draft)
             for stem, kinds in STEMS.items():
                 part = self._write_part(draft, snapshot, stem, kinds, bool(failure))
@@ -252,6 +266,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be read.
         """
+        self._join()  # what it copies is about to change
         engine, ema = self._engine, self._ema
         state = read_state(folder)
         weights, averages, moments = (TensorReader(folder, stem) for stem in STEMS)

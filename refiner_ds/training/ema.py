@@ -58,6 +58,8 @@ class ModelEma:
             self._exchange()
 
     def _exchange(self) -> None:
+        if self._engine.await_copies is not None:
+            self._engine.await_copies()
         for mine, master in zip(self._weights, self._engine.masters(), strict=True):
             held = master.clone()
             master.copy_(mine)

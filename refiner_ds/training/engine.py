@@ -76,9 +76,11 @@ class Engine:
     Attributes:
         frozen: weights that are not trained, by name: whole, fp32, on the CPU.
         before_update: called when all of a step but the update is done, in stages 1 to 3 once a parameter group.
+        await_copies: called before masters, moments or EMA change, and returns once nobody reads them any more.
     """
 
     before_update: Callable[[], None] | None = None
+    await_copies: Callable[[], None] | None = None
 
     def __init__(self, run: RunFile, model: RefinedViT, batch: BatchSplit, world: World) -> None:
         self.bf16 = computes_in_bf16(run, world)
@@ -120,6 +122,8 @@ class Engine:
                 return None
             if self.before_update is not None:
                 self.before_update()
+            if self.await_copies is not None:
+                self.await_copies()
             return update(*args, **kwargs)
 
         optimizer.step = step  # type: ignore[method-assign]

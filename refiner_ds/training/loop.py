@@ -140,6 +140,7 @@ class Trainer:
             self.profiling.before(self.step + 1)
             with record_function(STEP):
                 self.unread.append(self._take_step(keep_views=shows and self.world.is_main))
+            self.progress.stalled(self.checkpoints.waited())
         self.step += 1
         self.stop.something_to_save()
         last = self.step == self.ready.schedule.total_steps

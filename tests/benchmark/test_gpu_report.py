@@ -136,7 +136,7 @@ def test_the_parts_are_all_that_waits_for_a_gpu_and_their_time_is_bounded(tmp_pa
     names = [one.name for one in steps]
     assert len(set(names)) == len(names)
     for name in ("self-check", "tests", "kernels S at 224", "layer S at 224", "model L at 224", "quickstart",
-                 *(f"ZeRO stage {stage}" for stage in range(4)), "loader", "annotator"):  # fmt: skip
+                 *(f"ZeRO stage {stage}" for stage in range(4)), "checkpoint", "loader", "annotator"):  # fmt: skip
         assert name in names
     for one in steps:
         assert "cpu" not in one.command and "--nproc_per_node=4" in one.command or "train.py" not in one.typed

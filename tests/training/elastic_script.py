@@ -1,6 +1,7 @@
 """On every rank: write checkpoints at ZeRO stages and precisions, or load those of other worlds and write them again.
 
-    elastic_script.py write FOLDER         FOLDER/<stage>-<precision>/checkpoints/step_00000002, and …_00000003 after it
+    elastic_script.py write FOLDER         FOLDER/<stage>-<precision>/checkpoints/step_00000002 and …_00000003, copied
+                                           as late as can be: once the next update, or who reads the EMA, waits
     elastic_script.py offload FOLDER       the same with an optimizer that is offloaded, at the stages that can
     elastic_script.py rewrite FROM TO      every checkpoint under FROM, loaded at another stage or precision
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +21,13 @@ import torch
 from refiner_ds.checkpoint.files import read_weights
 from refiner_ds.checkpoint.retention import Retention
 from refiner_ds.run_folder import RunFolder, State
+from refiner_ds.training import checkpoints
 from refiner_ds.training.checkpoints import Checkpoints, Contents
 from refiner_ds.training.ema import ModelEma
 from refiner_ds.training.engine import Engine
 from refiner_ds.training.exchange import StepExchange
 from refiner_ds.training.logs import silence_libraries
+from refiner_ds.training.snapshot import Snapshot
 from refiner_ds.training.world import World, init, shutdown
 from tests.training.engine_script import fresh_model, images_of, loss_of, run_file
 
@@ -56,9 +60,14 @@ class Trained:
         self.exchange.mean(torch.zeros(1))
         self.ema.update(step)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, meanwhile: Callable[[], object] | None = None) -> None:
         state = State(step, step * 12, step / 10, 2, self.engine.optimizer_steps, self.engine.skipped_steps)
+        LateCopy.awaited.clear()
         self.checkpoints.begin(Contents(state, {"refiner": {}}, [str(digit) for digit in range(10)], {}, {}))
+        if meanwhile is None:
+            LateCopy.awaited.set()
+        else:
+            meanwhile()
         outcome = self.checkpoints.outcome(wait=True)
         assert outcome is not None and outcome.folder is not None and not outcome.failure, outcome
 
@@ -74,6 +83,20 @@ class Trained:
         return float((found - wanted).norm() / wanted.norm())
 
 
+class LateCopy(Snapshot):
+    """Copies once somebody waits for it; for want of anybody, far too late."""
+
+    awaited = threading.Event()
+
+    def _copy_all(self) -> None:
+        self.awaited.wait(timeout=3.0)
+        super()._copy_all()
+
+    def wait(self) -> None:
+        self.awaited.set()
+        super().wait()
+
+
 def two_lives(
     stage: int, bf16: bool, folder: Path, world: World, split: bool = False, others: Sequence[str] = ()
 ) -> Trained:
@@ -81,9 +104,8 @@ def two_lives(
     one = Trained(stage, bf16, folder, world, split, others)
     for step in range(2):
         one.train(step)
-    one.save(2)
-    one.train(2)
-    one.save(3)
+    one.save(2, meanwhile=lambda: one.train(2))
+    one.save(3, meanwhile=one.ema.state_dict)
     one.engine.close()
     again = Trained(stage, bf16, folder.with_name(f"{folder.name}-again"), world, split, others)
     again.checkpoints.load(RunFolder(folder).checkpoint(2))
@@ -128,6 +150,7 @@ def case_of(folder: Path) -> tuple[int, bool]:
 def main() -> None:
     silence_libraries()
     torch.set_num_threads(1)
+    checkpoints.Snapshot = LateCopy  # type: ignore[misc]
     world = init()
     does, *folders = sys.argv[1:]
     places = [Path(folder) for folder in folders]
