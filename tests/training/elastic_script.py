@@ -71,6 +71,18 @@ class Trained:
         outcome = self.checkpoints.outcome(wait=True)
         assert outcome is not None and outcome.folder is not None and not outcome.failure, outcome
 
+    def read_ema(self) -> None:
+        """Read the EMA; what may be copied meanwhile is copied then, while it is in the masters' place."""
+        read, snapshot = self.engine.full_weights, self.checkpoints._snapshot
+        assert snapshot is not None
+
+        def read_late() -> dict[str, torch.Tensor]:
+            snapshot.wait()
+            return read()
+
+        self.engine.full_weights = read_late  # type: ignore[method-assign]
+        self.ema.state_dict()
+
     def forward_differs(self, checkpoint: Path) -> float:
         """Largest relative difference of the engine's logits from a plain model's with a checkpoint's weights."""
         plain = fresh_model(run_file(0, False, batch=12, micro=2)).eval()
@@ -105,7 +117,7 @@ def two_lives(
     for step in range(2):
         one.train(step)
     one.save(2, meanwhile=lambda: one.train(2))
-    one.save(3, meanwhile=one.ema.state_dict)
+    one.save(3, meanwhile=one.read_ema)
     one.engine.close()
     again = Trained(stage, bf16, folder.with_name(f"{folder.name}-again"), world, split, others)
     again.checkpoints.load(RunFolder(folder).checkpoint(2))
