@@ -106,6 +106,11 @@ class Drill:
 
     # -- what came of it ---------------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Steps of the run on two processes, and of the one whose number of processes changes."""
+        return self._same.last_step(), self._changing.last_step() if self.changes else 0
+
     def differences(self) -> list[str]:
         """What of the disturbed runs is not as in the undisturbed one."""
         wanted = _samples(self._undisturbed.path.parent)

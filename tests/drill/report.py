@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from pathlib import Path
 from statistics import median
 
 from tests.drill.course import Recovery
 from tests.drill.drill import Drill
+from tests.drill.events import CHANGE
 
 BEGIN, END = "<!-- drill -->\n", "<!-- end of drill -->"
+WIDTH = 128
 CORES = {1: "one CPU core", 2: "two CPU cores", 4: "four CPU cores", 8: "eight CPU cores"}
 
 
@@ -37,17 +40,29 @@ def report(drill: Drill, words: str) -> str:
     Args:
         words: the command.
     """
-    wrong = drill.differences()
-    end = f"Differs: {', '.join(wrong)}." if wrong else "The runs came through: see above."
     cores = len(os.sched_getaffinity(0))
     day = f"{time.localtime().tm_mday} {time.strftime('%B %Y')}"
     where = f"{CORES.get(cores, f'{cores} CPU cores')} shared with other work, {day}"
-    changes = drill.changes and not wrong
-    apart = f" The loss where their number changed: within {100 * drill.loss_apart():.1f} %." if changes else ""
-    return (
-        f"{len(drill.recoveries)} events in {drill.seconds / 60:.0f} minutes, {drill.starts} starts"
-        f" (`{words}`; {where}). {end}{apart}\n\n{table(drill.recoveries)}\n"
-    )
+    told = f"{len(drill.recoveries)} events in {drill.seconds / 60:.0f} minutes, {drill.starts} starts"
+    told += f" (`{words}`; {where}). {how_it_ended(drill)}"
+    paragraph = textwrap.fill(told, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"{paragraph}\n\n{table(drill.recoveries)}\n"
+
+
+def how_it_ended(drill: Drill) -> str:
+    """What became of the disturbed runs, beside the undisturbed one."""
+    if wrong := drill.differences():
+        return f"Differs: {', '.join(wrong)}."
+    same, changing = drill.steps
+    told = f"The run on two processes ended as the undisturbed one, bit for bit, after {same:,} steps."
+    if drill.changes:
+        times = sum(one.kind.startswith(CHANGE) for one in drill.recoveries)
+        often = "once" if times == 1 else f"{times} times"
+        told += (
+            f" In the one whose number of processes changed {often} every step was made of the same samples, and"
+            f" its loss, over {changing:,} steps, stayed within {100 * drill.loss_apart():.1f} %."
+        )
+    return told
 
 
 def write(page: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from tests.data.small_disk import SmallDisk, run_on_small_disk
 from tests.drill.course import Course, Recovery
 from tests.drill.drill import Drill, Plan
 from tests.drill.events import CHANGE, EVENTS, FULL, NAN
-from tests.drill.report import table, write
+from tests.drill.report import how_it_ended, table, write
 from tests.drill.stopped import seconds_until_named
 from tests.training.launched import environment, run  # noqa: F401  (this file starts processes)
 
@@ -30,6 +30,8 @@ def test_runs_that_much_happens_to_end_as_the_undisturbed_one(tmp_path: Path) ->
         drill = Drill(tmp_path / "runs", plan, disk)
         drill.run()
         assert drill.differences() == []
+        assert "on two processes ended as the undisturbed one, bit for bit, after" in how_it_ended(drill)
+        assert "whose number of processes changed once every step was made of the same samples" in how_it_ended(drill)
         assert len(drill.recoveries) == len(KINDS) + 2 - (disk is None)
         assert all(one.seconds > 0 and one.steps_lost >= 0 for one in drill.recoveries)
         return 0
