@@ -54,10 +54,11 @@ class Course(Trainer):
         self.take_step: Any = partial(self._given)
         self.take_step.views = None  # type: ignore[attr-defined]
         self.progress: Any = SimpleNamespace(
-            after=lambda *_: None, write=self._write, metrics=SimpleNamespace(evaluations={})
+            after=lambda *_: None, write=self._write, metrics=SimpleNamespace(evaluations={}), stalled=self._stalled
         )
         self.validation: Any = SimpleNamespace(evaluate=self._note("evaluated"), picture=lambda step: None)
-        self.checkpoints: Any = SimpleNamespace(outcome=self._outcome)
+        self.checkpoints: Any = SimpleNamespace(outcome=self._outcome, waited=lambda: 0.25)
+        self.stall = 0.0
         self.save_times = SaveTimes(keys.checkpoint_epochs, keys.checkpoint_steps, 4)
         self.recovery = Recovery(self.ready, ALONE, self.console)
         self.profiling: Any = SimpleNamespace(
@@ -83,6 +84,9 @@ class Course(Trainer):
     def _write(self, step: int) -> dict[str, float]:
         return {"loss_cls": 0.5, "lr": 0.0, "grad_norm": 0.0}
 
+    def _stalled(self, seconds: float) -> None:
+        self.stall += seconds
+
     def _outcome(self, wait: bool = False) -> Outcome:
         return Outcome(self.step, None, "", self.step < self.bad_from, 0.0)
 
@@ -97,6 +101,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved()
     sound = Course([1.0] * 8)
     assert sound.run() == FINISHED
     assert sound.done == " saved 2 saved 4 evaluated 4 saved 6 saved 8 evaluated 8"
+    assert sound.stall == 8 * 0.25  # what updates wait for copies is counted
     lost = Course([1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), float("nan"), float("nan")])
     assert lost.run() == DIVERGED and lost.done == " saved 2 saved 4 evaluated 4"
 
